@@ -1,0 +1,159 @@
+#pragma once
+
+// Letters: B rows, S row length, T = B*S tokens, D model dim, F expert hidden dim, E experts, K experts per token, L
+// MoE layers, V vocabulary.
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <torch/nn/module.h>
+#include <torch/types.h>
+
+#include "hestia/architecture/architecture.hpp"
+
+namespace hestia {
+
+/// What one MoE layer did, as an output of its forward. All on the layer's device; T in row-major order of [B, S].
+struct RoutingRecord {
+  torch::Tensor logits_TE;         ///< float32, router logits z; carries gradient.
+  torch::Tensor probabilities_TE;  ///< float32, softmax(z); carries gradient.
+  torch::Tensor selected_TK;       ///< int64, the experts served, by falling weight (ties: lower index first).
+  torch::Tensor weights_TK;        ///< float32, mixing weights in the same order; carries gradient.
+  /// float32, logits of the frozen base router on the same hidden state, no gradient; undefined unless
+  /// `keep_reference_routers` was called.
+  torch::Tensor reference_logits_TE;
+};
+
+/// One packed batch on a device; int64, [B, S].
+struct TokenBatch {
+  torch::Tensor tokens_BS;
+  torch::Tensor positions_BS;     ///< 0 at the start of each sequence.
+  torch::Tensor sequence_ids_BS;  ///< Attention stays inside a sequence; negative: padding.
+};
+
+/// Result of a forward.
+struct ModelOutput {
+  torch::Tensor hidden_BSD;            ///< After the final norm, in the model's dtype.
+  std::vector<RoutingRecord> routing;  ///< One per MoE layer.
+};
+
+/// Turns router logits into the experts to serve. Replaceable: Top-K, or residency-aware routing on top of it.
+class Selector {
+ public:
+  virtual ~Selector() = default;
+  /// `logits_TE` float32 -> selected_TK int64, best first, ties to the lower index. No gradient.
+  [[nodiscard]] virtual torch::Tensor select(const torch::Tensor& logits_TE, std::int64_t top_k, std::int64_t moe_layer,
+                                             const TokenBatch& batch) = 0;
+};
+
+/// Plain Top-K of the logits.
+class TopKSelector : public Selector {
+ public:
+  [[nodiscard]] torch::Tensor select(const torch::Tensor& logits_TE, std::int64_t top_k, std::int64_t moe_layer,
+                                     const TokenBatch& batch) override;
+};
+
+/// Top-K with ties to the lower index on any device: int64 [T, K], by falling value.
+[[nodiscard]] torch::Tensor top_k_lowest_index(const torch::Tensor& values_TE, std::int64_t top_k);
+
+/// The experts of one MoE layer, stacked. In the model's dtype.
+struct ExpertWeights {
+  torch::Tensor gate_EFD;
+  torch::Tensor up_EFD;
+  torch::Tensor down_EDF;
+};
+
+/// Runs the selected experts and mixes their outputs. Replaceable: grouped products, or the slot cache of offloaded
+/// decoding.
+class Executor {
+ public:
+  virtual ~Executor() = default;
+  /// x_TD (model dtype), selected_TK int64, weights_TK float32 -> out_TD (model dtype):
+  /// out_t = sum_k w_tk * down_e(silu(gate_e x_t) * up_e x_t). Differentiable in x and weights, and in the experts when
+  /// they require it.
+  [[nodiscard]] virtual torch::Tensor run(const ExpertWeights& experts, const torch::Tensor& x_TD,
+                                          const torch::Tensor& selected_TK, const torch::Tensor& weights_TK,
+                                          std::int64_t moe_layer) = 0;
+};
+
+/// Tokens sorted by expert, variable group sizes, nothing dropped. bf16 on CUDA: `at::_grouped_mm`, no host
+/// synchronisation; elsewhere one product per non-empty expert.
+class GroupedExecutor : public Executor {
+ public:
+  [[nodiscard]] torch::Tensor run(const ExpertWeights& experts, const torch::Tensor& x_TD,
+                                  const torch::Tensor& selected_TK, const torch::Tensor& weights_TK,
+                                  std::int64_t moe_layer) override;
+};
+
+/// Every token through every expert, unselected ones weighted 0: the slow reference of tests.
+class DenseExecutor : public Executor {
+ public:
+  [[nodiscard]] torch::Tensor run(const ExpertWeights& experts, const torch::Tensor& x_TD,
+                                  const torch::Tensor& selected_TK, const torch::Tensor& weights_TK,
+                                  std::int64_t moe_layer) override;
+};
+
+/// A decoder-only MoE language model built from an Architecture. Routers (`gate`) are float32 always; everything else
+/// has the model dtype.
+class MoeModelImpl : public torch::nn::Module {
+ public:
+  /// Parameters are allocated uninitialised on `device`.
+  MoeModelImpl(Architecture architecture, torch::Dtype dtype, torch::Device device);
+  ~MoeModelImpl() override;
+
+  /// Forward up to the final norm, with one routing record per MoE layer.
+  [[nodiscard]] ModelOutput forward(const TokenBatch& batch);
+  /// Language-model head: hidden [..., D] -> logits [..., V] in the model's dtype.
+  [[nodiscard]] torch::Tensor head(const torch::Tensor& hidden);
+
+  void set_selector(std::shared_ptr<Selector> selector);
+  void set_executor(std::shared_ptr<Executor> executor);
+  /// Keeps a frozen float32 copy of every router as it is now; later forwards fill reference_logits_TE with it.
+  void keep_reference_routers();
+  /// Recompute each layer in backward instead of keeping its activations.
+  void set_activation_checkpointing(bool enabled);
+
+  [[nodiscard]] const Architecture& architecture() const noexcept;
+  [[nodiscard]] torch::Dtype dtype() const noexcept;
+  [[nodiscard]] torch::Device device() const noexcept;
+
+  /// Router matrices [E, D] float32, one per MoE layer, in layer order: the parameters themselves, not copies.
+  [[nodiscard]] std::vector<torch::Tensor> routers();
+  /// Every parameter under its Hugging Face name, in the order of `tensor_specs`. Tensors are views of the parameters
+  /// (an expert's matrix is a slice of the stacked one); no copies.
+  [[nodiscard]] std::vector<std::pair<std::string, torch::Tensor>> named_tensors();
+  /// Parameters without slicing (stacked experts), for optimisers.
+  [[nodiscard]] std::vector<torch::Tensor> all_parameters();
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+TORCH_MODULE(MoeModel);
+
+/// Loads a Hugging Face directory: config.json and safetensors (f32, bf16, f16), sharded or not, straight into
+/// parameters of `dtype` on `device`. Throws InputError listing every missing, extra or misshapen tensor.
+[[nodiscard]] MoeModel load_model(const std::filesystem::path& directory, torch::Dtype dtype, torch::Device device);
+
+/// A model with random weights: normal(0, initializer_range), norms 1. The same seed gives the same weights on every
+/// device.
+[[nodiscard]] MoeModel create_model(const Architecture& architecture, torch::Dtype dtype, torch::Device device,
+                                    std::uint64_t seed);
+
+/// Writes config.json and the weights as `dtype` (routers too: the base layout) in shards of at most `max_shard_bytes`.
+void save_model(MoeModel& model, const std::filesystem::path& directory, torch::Dtype dtype,
+                std::size_t max_shard_bytes);
+
+/// Overwrites the routers with `router.safetensors`-style tensors (Hugging Face names). Throws InputError listing
+/// missing, extra and misshapen ones.
+void load_routers(MoeModel& model, const std::filesystem::path& file);
+/// Writes the routers, float32, Hugging Face names, whole or not at all.
+void save_routers(MoeModel& model, const std::filesystem::path& file);
+/// SHA-256 over the names and float32 bytes of all routers: the identity a bundle checks.
+[[nodiscard]] std::string router_hash(MoeModel& model);
+
+}  // namespace hestia

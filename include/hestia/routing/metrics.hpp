@@ -1,0 +1,65 @@
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "hestia/routing/layout.hpp"
+#include "hestia/routing/simulator.hpp"
+#include "hestia/routing/trace.hpp"
+
+namespace hestia {
+
+/// Expert overlap ratio of a trace: mean over all decode pairs (t, t-1) of one layer and sequence of |E_t n E_{t-1}| /
+/// |E_t| (|E_t| = K unless the trace varies it); pairs over all sequences and layers weigh the same. t-1 is the step
+/// that the layer served before; the first decode step has none. 0 when there is no pair. ("EOR", ReMoE, arXiv
+/// 2605.27081)
+[[nodiscard]] double expert_overlap_ratio(const RoutingTrace& trace, bool include_prefill = false);
+
+/// Mean number of distinct experts that a layer uses in a sequence (decode steps); a layer and sequence without any
+/// such step is left out.
+[[nodiscard]] double distinct_experts(const RoutingTrace& trace, bool include_prefill = false);
+
+/// How evenly a model uses its experts, from the counts of one or more sequences. Layers never used are left out of the
+/// means; all 0 when no layer was used.
+struct UsageStatistics {
+  double normalised_entropy = 0.0;        ///< mean over layers of H(u_l) / log E, u_l the share of each expert.
+  double coefficient_of_variation = 0.0;  ///< mean over layers of std(u_l) / mean(u_l) (population std).
+  double max_share = 0.0;                 ///< mean over layers of max_e u_l(e) * E (1: balanced).
+  std::int64_t unused_experts = 0;        ///< experts of all layers never used.
+};
+
+/// Streams the routing of many sequences into every metric a comparison needs; kept are counts and the trace of
+/// selections (2 bytes and a 4-byte weight each), not the probabilities. Not thread-safe.
+class RoutingMetrics {
+ public:
+  /// L, E, K of the model, model layer of each MoE layer, bytes of one expert.
+  RoutingMetrics(std::int64_t num_layers, std::int64_t num_experts, std::int64_t top_k,
+                 const std::vector<std::int64_t>& model_layers, std::int64_t expert_bytes);
+  /// Adds one sequence. Throws std::invalid_argument on a shape mismatch or the id of the sequence before.
+  void add(const SequenceRouting& sequence);
+
+  [[nodiscard]] const RoutingTrace& trace() const noexcept { return trace_; }
+  [[nodiscard]] double expert_overlap_ratio() const;
+  [[nodiscard]] double distinct_experts() const;
+  /// Over counted tokens; uses counts of selections.
+  [[nodiscard]] UsageStatistics usage() const;
+  /// Entropy of the mean router probability per layer (counted tokens), normalised by log E, mean over layers; NaN when
+  /// no probabilities were recorded.
+  [[nodiscard]] double mean_probability_entropy() const;
+  [[nodiscard]] SimulationCounts simulate(const SimulationOptions& options) const;
+  [[nodiscard]] std::int64_t num_sequences() const noexcept { return num_sequences_; }
+  /// Counted tokens over all sequences.
+  [[nodiscard]] std::int64_t num_counted() const noexcept { return num_counted_; }
+
+ private:
+  RoutingTrace trace_;
+  std::vector<std::int64_t> counts_;      // [L, E]
+  std::vector<double> probability_sums_;  // [L, E]
+  bool has_probabilities_ = false;
+  std::int64_t num_sequences_ = 0;
+  std::int64_t num_counted_ = 0;
+};
+
+}  // namespace hestia

@@ -1,0 +1,48 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "hestia/routing/cache_policy.hpp"
+#include "hestia/routing/trace.hpp"
+
+namespace hestia {
+
+/// Options of one cache simulation.
+struct SimulationOptions {
+  CachePolicyKind policy = CachePolicyKind::kLru;
+  std::int64_t slots = 16;       ///< C, slots per layer, >= 1.
+  double gamma = 0.9;            ///< Discount of the gamma-cache, in [0, 1].
+  std::uint64_t seed = 1;        ///< Of SplitMix64, for `random`.
+  bool include_prefill = false;  ///< Serve and count prefill steps too.
+  bool reset_per_sequence = true;
+  std::int64_t num_threads = 1;
+};
+
+/// Integer counts of one simulation, summed over layers and sequences.
+struct SimulationCounts {
+  std::int64_t requests = 0;   ///< Distinct experts asked for, summed over steps.
+  std::int64_t hits = 0;       ///< Of those, resident before the step moved anything.
+  std::int64_t cold = 0;       ///< First request of an expert since the last reset (misses no demand policy avoids).
+  std::int64_t loads = 0;      ///< Host-to-device transfers of one expert on demand: one per miss (a pre-load is none).
+  std::int64_t evictions = 0;  ///< Experts dropped to make room.
+  std::int64_t steps = 0;      ///< Layer steps served (one token, one layer).
+  std::int64_t load_bytes = 0;  ///< loads times the expert bytes of their layer (0 when the trace does not say).
+  [[nodiscard]] double hit_rate() const {
+    return requests == 0 ? 0.0 : static_cast<double>(hits) / static_cast<double>(requests);
+  }
+  SimulationCounts& operator+=(const SimulationCounts& other);
+};
+
+/// Serves `trace` through one slot cache per layer by the exact rules of docs/routing.md and counts.
+/// Steps are served whole: hits are counted before anything moves; experts of the step are never victims while C >= K;
+/// with C < K the cache keeps, after the step, the C experts that the policy ranks best. The counts do not depend on
+/// num_threads. Throws UsageError for slots or num_threads < 1 or gamma outside [0, 1], std::invalid_argument for a
+/// trace that names experts or layers it does not have.
+[[nodiscard]] SimulationCounts simulate(const RoutingTrace& trace, const SimulationOptions& options);
+
+/// The same per layer, in the order of `trace.layers`.
+[[nodiscard]] std::vector<SimulationCounts> simulate_per_layer(const RoutingTrace& trace,
+                                                               const SimulationOptions& options);
+
+}  // namespace hestia

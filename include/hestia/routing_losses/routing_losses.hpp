@@ -1,0 +1,155 @@
+#pragma once
+
+// Letters: L MoE layers, T tokens (flat over packed rows), E experts, K experts per token.
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include <torch/types.h>
+
+#include "hestia/core/recipe.hpp"
+#include "hestia/routing/layout.hpp"
+
+namespace hestia {
+
+/// Stacked routing of one micro-batch. All on one device; float32 or float64.
+struct RoutingTensors {
+  torch::Tensor logits_LTE;            ///< z; carries gradient.
+  torch::Tensor selected_LTK;          ///< int64, the experts served; no gradient.
+  torch::Tensor reference_logits_LTE;  ///< z of the frozen base router, no gradient; undefined when there is none.
+};
+
+/// A SequenceLayout as index tensors, made once per micro-batch and shared by all losses.
+class LayoutTensors {
+ public:
+  /// Throws std::invalid_argument when the layout is inconsistent (see sequence_runs).
+  LayoutTensors(const SequenceLayout& layout, torch::Device device);
+  [[nodiscard]] const SequenceLayout& layout() const noexcept { return layout_; }
+  [[nodiscard]] const std::vector<SequenceRun>& runs() const noexcept { return runs_; }
+  [[nodiscard]] std::int64_t num_tokens() const noexcept { return layout_.num_tokens(); }
+  /// Counted tokens that are not padding.
+  [[nodiscard]] std::int64_t num_counted() const noexcept { return num_counted_; }
+  /// Counted t whose t-1 is a real token of the same sequence.
+  [[nodiscard]] std::int64_t num_pairs() const noexcept { return num_pairs_; }
+  [[nodiscard]] torch::Device device() const noexcept { return device_; }
+  /// int64, indices of all tokens that are not padding.
+  [[nodiscard]] const torch::Tensor& token_indices() const noexcept { return token_indices_; }
+  /// int64, indices of counted tokens.
+  [[nodiscard]] const torch::Tensor& counted_indices() const noexcept { return counted_indices_; }
+  /// int64, indices t of pairs (t, t-1).
+  [[nodiscard]] const torch::Tensor& pair_indices() const noexcept { return pair_indices_; }
+  /// int64 [pairs], the run (0..runs-1) of each pair.
+  [[nodiscard]] const torch::Tensor& pair_runs() const noexcept { return pair_runs_; }
+  /// int64 [runs], pairs of each run.
+  [[nodiscard]] const torch::Tensor& pairs_per_run() const noexcept { return pairs_per_run_; }
+  /// int64 [runs], first token of each run.
+  [[nodiscard]] const torch::Tensor& run_begins() const noexcept { return run_begins_; }
+  /// int64 [runs], one past the last token of each run.
+  [[nodiscard]] const torch::Tensor& run_ends() const noexcept { return run_ends_; }
+
+ private:
+  SequenceLayout layout_;
+  std::vector<SequenceRun> runs_;
+  torch::Device device_;
+  std::int64_t num_counted_ = 0;
+  std::int64_t num_pairs_ = 0;
+  torch::Tensor token_indices_;
+  torch::Tensor counted_indices_;
+  torch::Tensor pair_indices_;
+  torch::Tensor pair_runs_;
+  torch::Tensor pairs_per_run_;
+  torch::Tensor run_begins_;
+  torch::Tensor run_ends_;
+};
+
+/// One routing objective. A term's value over an optimiser step is (sum of `sum` over micro-batches and ranks) / (sum
+/// of `count`), per layer, then the mean over layers; total count 0 gives 0. Stateless and thread-safe.
+class RoutingLoss {
+ public:
+  virtual ~RoutingLoss() = default;
+  /// Registry name, for example "cache_simulation".
+  [[nodiscard]] virtual std::string_view name() const = 0;
+  /// True when `sum` reads reference_logits_LTE.
+  [[nodiscard]] virtual bool needs_reference() const { return false; }
+  /// Divisor of this micro-batch: depends on the layout alone.
+  [[nodiscard]] virtual double count(const LayoutTensors& layout) const = 0;
+  /// Per-layer sums [L], differentiable in logits_LTE; zeros (with zero gradient) when count is 0.
+  [[nodiscard]] virtual torch::Tensor sum(const RoutingTensors& routing, const LayoutTensors& layout) const = 0;
+  /// The same by plain loops over tokens, the simplest correct version: the reference of tests.
+  [[nodiscard]] virtual torch::Tensor reference_sum(const RoutingTensors& routing,
+                                                    const LayoutTensors& layout) const = 0;
+};
+
+/// MELINOE's cache simulation (arXiv 2602.11192), per layer and sequence
+///   sum = sum_t sum_i r_{t,i} * (1 - c_{t,i}),   c_t the soft cache before token t (kernels/soft_cache.hpp),
+/// over counted t; count: counted tokens. Gradient: straight-through, r -> r + p - stopgrad(p), with the recursion on
+/// the hard r: dsum/dz_j = -p_j * (c_j - sum_i p_i c_i). The mean lies in [K - C, K].
+struct CacheSimulationOptions {
+  double weight = 0.0;
+  std::int64_t slots = 0;  ///< C; 0: E/4, at least 1.
+  double gamma = 0.9;
+  std::string start = "uniform";         ///< uniform | empty
+  bool clamp_at_one = false;             ///< min(c, 1) where c enters the loss; the recursion stays unclamped.
+  bool propagate_through_cache = false;  ///< The recursion runs on the surrogate too; prompt tokens get gradient.
+  FieldList fields();
+};
+/// MELINOE's rank matching against the base router's probabilities p^b:
+///   sum = sum_t sum_{i,j: p^b_i > p^b_j} max(0, margin - (p_i - p_j))
+/// over counted t; count: counted tokens. Pairs with equal p^b are left out.
+struct RankMatchingOptions {
+  double weight = 0.0;
+  double margin = 0.1;
+  bool normalise_pairs = false;  ///< Divides a token's sum by its number of pairs.
+  FieldList fields();
+};
+/// ReMoE's reuse (arXiv 2605.27081), per layer and sequence over its pairs (t, t-1):
+///   m_t = (1/K) * sum_{k in stopgrad(E_{t-1})} p_{t,k};  sum = pairs * -log(mean_t m_t + 1e-8);  count: pairs.
+/// The mean is at least log K (up to the 1e-8).
+struct ReuseOptions {
+  double weight = 0.0;
+  std::int64_t ramp_steps = 0;  ///< The weight grows linearly from 0 over this many steps.
+  FieldList fields();
+};
+/// ReMoE's trust: sum = sum_t KL(p_t || stopgrad(p^ref_t)) over counted t and all E, in nats; count: counted tokens.
+struct TrustOptions {
+  double weight = 0.0;
+  FieldList fields();
+};
+/// Load balance of Switch Transformers (arXiv 2101.03961): (E/K) * sum_e f_e P_e with f_e the mean of r (detached) and
+/// P_e the mean of p over all counted tokens of the micro-batch, across sequences; 1 when balanced. sum = value *
+/// count, count: counted tokens. The one term that splitting a batch changes.
+struct LoadBalanceOptions {
+  double weight = 0.0;
+  FieldList fields();
+};
+
+/// The `losses` section of a recipe: one subsection per registered objective, under its registry name.
+struct RoutingLossOptions {
+  CacheSimulationOptions cache_simulation;
+  RankMatchingOptions rank_matching;
+  ReuseOptions reuse;
+  TrustOptions trust;
+  LoadBalanceOptions load_balance;
+  FieldList fields();
+};
+
+/// A loss with its weight over time. Weight 0: the value is reported, nothing is trained on it.
+struct WeightedLoss {
+  std::shared_ptr<const RoutingLoss> loss;
+  double weight = 0.0;
+  std::int64_t ramp_steps = 0;
+  /// Weight at optimiser step `step` (first step: 1): weight * min(1, step / ramp_steps).
+  [[nodiscard]] double weight_at(std::int64_t step) const;
+};
+
+/// Names of all registered objectives, in the order of the recipe section.
+[[nodiscard]] std::vector<std::string> routing_loss_names();
+/// Builds every registered objective for a model of E experts and K per token, weight 0 included.
+/// Throws UsageError when an option does not fit the model (slots above E) or is no choice of its field.
+[[nodiscard]] std::vector<WeightedLoss> make_routing_losses(const RoutingLossOptions& options, std::int64_t num_experts,
+                                                            std::int64_t top_k);
+
+}  // namespace hestia

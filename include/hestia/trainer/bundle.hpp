@@ -1,0 +1,43 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "hestia/core/json_lines.hpp"
+#include "hestia/model/moe_model.hpp"
+
+namespace hestia {
+
+/// The rule a runtime serves a tuned router with (objectives.md, "Residency-aware routing"). lambda 0: plain Top-K.
+struct ResidencyRule {
+  double lambda = 0.0;
+  std::int64_t always_keep = 2;  ///< J
+  std::int64_t slots = 0;        ///< C
+  std::string policy = "lru";
+  std::vector<float> logit_range;  ///< D_avg per MoE layer: mean of max z - min z under the base router.
+};
+
+/// `manifest.json` of a router bundle, format version 1.
+struct BundleManifest {
+  std::string model_family;
+  std::string model_path;        ///< As the recipe wrote it; information only.
+  Json architecture;             ///< config.json of the base.
+  std::string base_router_hash;  ///< SHA-256 of the base routers; loading onto another base is refused.
+  std::string router_hash;       ///< Of the tuned routers in this bundle.
+  std::string recipe;            ///< The resolved recipe, YAML.
+  ResidencyRule residency;
+  Json metrics;  ///< {"baseline": {...}, "tuned": {...}}
+};
+
+/// Writes router.safetensors and manifest.json of a bundle into `directory` (preferences.h5 is written beside them by
+/// the exporter).
+void write_bundle(const std::filesystem::path& directory, MoeModel& tuned, const BundleManifest& manifest);
+/// Reads manifest.json. Throws InputError: missing, not a bundle, newer format, missing keys (all listed).
+[[nodiscard]] BundleManifest read_manifest(const std::filesystem::path& directory);
+/// Puts the bundle's routers into `model`, whose routers must be the base the bundle was made from. Throws InputError
+/// naming both identities otherwise, or when router.safetensors does not match the manifest's hash.
+BundleManifest load_bundle(MoeModel& model, const std::filesystem::path& directory);
+
+}  // namespace hestia

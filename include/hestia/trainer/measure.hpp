@@ -1,0 +1,42 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include <torch/types.h>
+
+#include "hestia/data/packing.hpp"
+#include "hestia/model/moe_model.hpp"
+#include "hestia/routing/layout.hpp"
+
+namespace hestia {
+
+/// A PackedBatch on the model's device.
+[[nodiscard]] TokenBatch to_device(const PackedBatch& batch, torch::Device device);
+/// Layout of a packed batch in the flat token order of [B, S].
+[[nodiscard]] SequenceLayout layout_of(const PackedBatch& batch);
+
+/// Sum of -log p(label) over the labelled positions and its count, differentiable: hidden [B, S, D], labels int64 [B,
+/// S] (-100: none). The logits are made in chunks of rows and never kept whole: peak memory is O(chunk * V). float32
+/// sum.
+[[nodiscard]] torch::Tensor nll_sum(MoeModel& model, const torch::Tensor& hidden_BSD, const torch::Tensor& labels_BS);
+
+/// Quality of a model on one set of batches.
+struct QualityResult {
+  double nll_sum = 0.0;  ///< nats
+  std::int64_t labels = 0;
+  std::int64_t bytes = 0;                      ///< Text bytes that the labels stand for.
+  [[nodiscard]] double nll() const;            ///< nats per token; NaN without labels.
+  [[nodiscard]] double perplexity() const;     ///< exp(nll)
+  [[nodiscard]] double bits_per_byte() const;  ///< nll_sum / ln 2 / bytes; NaN without bytes.
+};
+
+/// Runs `batches` without gradient; `visit` (may be empty) gets every sequence's routing on the CPU, in order, with
+/// probabilities when asked for. Sequence ids are made unique over all batches: first_id, first_id + 1, ... `data`
+/// gives the domain names (task labels) and prompt lengths.
+QualityResult measure(MoeModel& model, const PackedData& data, const std::vector<PackedBatch>& batches,
+                      bool with_probabilities, const std::function<void(SequenceRouting&&)>& visit,
+                      const std::function<void(std::int64_t tokens)>& progress = {});
+
+}  // namespace hestia

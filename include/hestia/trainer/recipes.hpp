@@ -1,0 +1,170 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "hestia/architecture/architecture.hpp"
+#include "hestia/core/recipe.hpp"
+#include "hestia/data/corpus.hpp"
+#include "hestia/routing/cache_policy.hpp"
+#include "hestia/routing_losses/routing_losses.hpp"
+
+namespace hestia {
+
+/// Section `model`: the checkpoint and how to hold it.
+struct ModelOptions {
+  std::string path;               ///< Hugging Face directory (config.json, safetensors, tokenizer.model).
+  std::string dtype = "float32";  ///< Of everything but the routers, which are float32 always.
+  std::string device = "auto";    ///< auto | cpu | cuda | cuda:N
+  std::int64_t threads = 0;       ///< CPU threads; 0: all cores.
+  bool activation_checkpointing = false;
+  FieldList fields();
+};
+
+/// Section `data`: corpora by domain, which of them train, which are held out for evaluation.
+struct DataOptions {
+  std::int64_t sequence_length = 256;
+  double held_out_fraction = 0.05;
+  std::int64_t split_seed = 1;
+  std::int64_t max_tokens_per_domain = 0;  ///< Training tokens per domain; 0: all.
+  std::vector<std::string> train;          ///< Domains to train on.
+  std::vector<double> train_mix;           ///< One weight per training domain; empty: as they come.
+  std::vector<std::string> evaluate;  ///< Domains of every evaluation; the first training domain should be among them.
+  std::vector<CorpusOptions> corpora;
+  FieldList fields();
+};
+
+/// Section `train`: the optimiser and the loop.
+struct TrainOptions {
+  std::string trainable = "router";  ///< router | all
+  std::int64_t steps = 100;
+  std::int64_t rows_per_batch = 8;  ///< Rows of `data.sequence_length` tokens in one micro-batch.
+  std::int64_t accumulate = 1;      ///< Micro-batches per optimiser step.
+  double learning_rate = 1e-3;      ///< Peak.
+  std::int64_t warmup_steps = 0;
+  std::string schedule = "linear";   ///< linear | cosine | constant, after the warm-up.
+  double final_learning_rate = 0.0;  ///< Share of the peak at the last step.
+  double weight_decay = 0.0;
+  double beta1 = 0.9;
+  double beta2 = 0.999;
+  double epsilon = 1e-8;
+  double clip_norm = 1.0;  ///< 0: no clipping.
+  std::int64_t log_every = 10;
+  std::int64_t evaluate_every = 0;       ///< 0: at the end only.
+  std::int64_t evaluate_tokens = 16384;  ///< Held-out tokens per domain in the evaluations of the loop.
+  std::int64_t checkpoint_every = 0;     ///< 0: at the end only.
+  std::int64_t keep_checkpoints = 2;
+  FieldList fields();
+};
+
+/// Section `control`: plain NLL tuning with the same trainable set, data and steps, at its own learning rate.
+struct ControlOptions {
+  bool enabled = false;
+  double learning_rate = 1e-3;
+  FieldList fields();
+};
+
+/// Section `export`.
+struct ExportOptions {
+  std::int64_t tokens = 32768;        ///< Tokens of the tuned domains that the preference statistics are taken over.
+  std::int64_t max_sequences = 1024;  ///< Bound of the per-sequence part.
+  FieldList fields();
+};
+
+/// Section `evaluate`: the comparison of baseline, control and tuned router.
+struct EvaluateOptions {
+  std::int64_t tokens_per_domain = 16384;
+  std::vector<std::int64_t> slots;  ///< Empty: E/8, E/4, E/2.
+  std::vector<std::string> policies = {"lru", "lfu", "belady"};
+  double gamma = 0.9;  ///< Of the gamma-cache.
+  FieldList fields();
+};
+
+/// Recipe of `hestia finetune`, `export` and `evaluate`.
+struct FinetuneRecipe {
+  std::string task = "finetune";
+  std::string run_dir;
+  std::int64_t seed = 1;
+  ModelOptions model;
+  DataOptions data;
+  RoutingLossOptions losses;
+  TrainOptions train;
+  ControlOptions control;
+  ExportOptions export_options;
+  EvaluateOptions evaluate;
+  FieldList fields();
+};
+
+/// Section `architecture` of a pretraining recipe.
+struct ArchitectureOptions {
+  std::string family = "olmoe";
+  std::int64_t hidden_size = 256;
+  std::int64_t expert_intermediate_size = 64;
+  std::int64_t num_layers = 6;
+  std::int64_t num_attention_heads = 4;
+  std::int64_t num_key_value_heads = 4;
+  std::int64_t num_experts = 32;
+  std::int64_t top_k = 4;
+  bool normalise_top_k = false;
+  bool tie_word_embeddings = false;
+  double rope_theta = 10000.0;
+  std::int64_t max_position_embeddings = 4096;
+  double initializer_range = 0.02;
+  FieldList fields();
+};
+
+/// Section `tokenizer` of a pretraining recipe.
+struct TokenizerOptions {
+  std::string path;  ///< An existing tokenizer.model; empty: train one on the training split.
+  std::int64_t vocab_size = 4096;
+  std::int64_t sample_bytes = 20'000'000;  ///< Text to train it on, shared equally among the domains.
+  FieldList fields();
+};
+
+/// Section `save` of a pretraining recipe.
+struct SaveOptions {
+  std::string dtype = "bfloat16";
+  std::int64_t max_shard_bytes = 15'000'000;
+  FieldList fields();
+};
+
+/// Recipe of `hestia pretrain`.
+struct PretrainRecipe {
+  std::string task = "pretrain";
+  std::string run_dir;
+  std::int64_t seed = 1;
+  ModelOptions model;  ///< `path` is unused.
+  ArchitectureOptions architecture;
+  TokenizerOptions tokenizer;
+  DataOptions data;
+  RoutingLossOptions losses;
+  TrainOptions train;
+  SaveOptions save;
+  FieldList fields();
+};
+
+/// What kind of recipe a file holds: told by its `task` key (finetune | pretrain).
+[[nodiscard]] std::string recipe_task(const std::filesystem::path& path);
+
+/// A recipe with where its values came from.
+template <class Recipe>
+struct LoadedRecipe {
+  Recipe recipe;
+  RecipeSource source;
+};
+
+/// Reads and checks a fine-tuning recipe: field rules plus what spans fields (domains that exist, mixes that match,
+/// slots within E is checked once the model is known). Throws UsageError with all problems, each with file:line.
+[[nodiscard]] LoadedRecipe<FinetuneRecipe> load_finetune_recipe(const std::filesystem::path& path,
+                                                                const std::vector<std::string>& overrides);
+/// The same for a pretraining recipe.
+[[nodiscard]] LoadedRecipe<PretrainRecipe> load_pretrain_recipe(const std::filesystem::path& path,
+                                                                const std::vector<std::string>& overrides);
+
+/// The corpus options of `domain`, with its recipe key ("data.corpora.2").
+[[nodiscard]] std::pair<const CorpusOptions*, std::string> find_corpus(const DataOptions& data,
+                                                                       const std::string& domain);
+
+}  // namespace hestia

@@ -1,0 +1,200 @@
+#include <algorithm>
+#include <filesystem>
+#include <map>
+#include <set>
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <ATen/CPUGeneratorImpl.h>
+
+#include "hestia/core/error.hpp"
+#include "hestia/core/files.hpp"
+#include "hestia/core/random.hpp"
+#include "hestia/core/safetensors.hpp"
+#include "hestia/model/moe_model.hpp"
+#include "hestia/model/tensors.hpp"
+
+namespace hestia {
+namespace {
+
+bool is_convertible(DType dtype) {
+  return dtype == DType::kF32 || dtype == DType::kBF16 || dtype == DType::kF16 || dtype == DType::kF64;
+}
+
+// One tensor of a file against what the model wants of it.
+void check_tensor(const std::string& subject, const TensorView& view, const std::vector<std::int64_t>& shape,
+                  Problems& problems) {
+  if (view.shape != shape) {
+    problems.add(
+        fmt::format("{}: tensor \"{}\" must have shape [{}], got [{}]; config and weights do not belong "
+                    "together",
+                    subject, view.name, fmt::join(shape, ", "), fmt::join(view.shape, ", ")));
+  } else if (!is_convertible(view.dtype)) {
+    problems.add(fmt::format("{}: tensor \"{}\" must be F32, BF16, F16 or F64, got {}; give an unquantised checkpoint",
+                             subject, view.name, std::string(dtype_name(view.dtype))));
+  }
+}
+
+// Tensors that savers add although they hold nothing new.
+bool is_redundant(const Architecture& architecture, const SafetensorsCheckpoint& checkpoint, const std::string& name) {
+  if (name.ends_with("rotary_emb.inv_freq")) {
+    return true;
+  }
+  if (!architecture.tie_word_embeddings) {
+    return false;
+  }
+  Architecture untied = architecture;
+  untied.tie_word_embeddings = false;
+  const TensorSpec head = tensor_specs(untied).back();
+  const TensorSpec embedding = tensor_specs(untied).front();
+  if (head.role != TensorRole::kHead || name != head.name || !checkpoint.contains(embedding.name)) {
+    return false;
+  }
+  const TensorView& copy = checkpoint.tensor(name);
+  const TensorView& original = checkpoint.tensor(embedding.name);
+  return copy.dtype == original.dtype && std::ranges::equal(copy.bytes, original.bytes);
+}
+
+std::vector<std::pair<std::string, torch::Tensor>> named_routers(MoeModel& model) {
+  const std::vector<torch::Tensor> routers = model->routers();
+  const std::vector<std::int64_t> layers = model->architecture().moe_layers();
+  std::vector<std::pair<std::string, torch::Tensor>> named;
+  for (std::size_t i = 0; i < routers.size(); ++i) {
+    named.emplace_back(router_name(model->architecture(), layers[i]), routers[i]);
+  }
+  return named;
+}
+
+}  // namespace
+
+MoeModel load_model(const std::filesystem::path& directory, torch::Dtype dtype, torch::Device device) {
+  const Architecture architecture = read_architecture(directory);
+  const SafetensorsCheckpoint checkpoint(directory);
+  const std::vector<TensorSpec> specs = tensor_specs(architecture);
+  const std::string subject = directory.string();
+  Problems problems;
+  std::set<std::string, std::less<>> wanted;
+  for (const TensorSpec& spec : specs) {
+    wanted.insert(spec.name);
+    if (checkpoint.contains(spec.name)) {
+      check_tensor(subject, checkpoint.tensor(spec.name), spec.shape, problems);
+    } else {
+      problems.add(fmt::format("{}: tensor \"{}\" [{}] is missing; config.json says that the model has it", subject,
+                               spec.name, fmt::join(spec.shape, ", ")));
+    }
+  }
+  for (const std::string& name : checkpoint.names()) {
+    if (!wanted.contains(name) && !is_redundant(architecture, checkpoint, name)) {
+      problems.add(
+          fmt::format("{}: tensor \"{}\" [{}] is not part of a {} model with this config.json; config and "
+                      "weights do not belong together",
+                      subject, name, fmt::join(checkpoint.tensor(name).shape, ", "), architecture.family));
+    }
+  }
+  problems.throw_input_if_any();
+  MoeModel model(architecture, dtype, device);
+  for (const auto& [name, tensor] : model->named_tensors()) {
+    copy_into(checkpoint.tensor(name), tensor);
+  }
+  return model;
+}
+
+MoeModel create_model(const Architecture& architecture, torch::Dtype dtype, torch::Device device, std::uint64_t seed) {
+  const torch::NoGradGuard no_grad;
+  MoeModel model(architecture, dtype, device);
+  const std::vector<TensorSpec> specs = tensor_specs(architecture);
+  auto tensors = model->named_tensors();
+  for (std::size_t i = 0; i < specs.size(); ++i) {
+    torch::Tensor& tensor = tensors[i].second;
+    if (specs[i].role == TensorRole::kNorm) {
+      tensor.fill_(1.0);
+    } else if (specs[i].shape.size() == 1) {
+      tensor.zero_();  // biases
+    } else {
+      // One generator per tensor: a model with one layer more shares the weights of the others.
+      auto generator = at::make_generator<at::CPUGeneratorImpl>(derive_seed(seed, specs[i].name));
+      tensor.copy_(
+          torch::empty(specs[i].shape, torch::kFloat32).normal_(0.0, architecture.initializer_range, generator));
+    }
+  }
+  return model;
+}
+
+void save_model(MoeModel& model, const std::filesystem::path& directory, torch::Dtype dtype,
+                std::size_t max_shard_bytes) {
+  std::error_code failure;
+  std::filesystem::create_directories(directory, failure);
+  if (failure) {
+    throw RunError(fmt::format("{}: the folder cannot be made, got \"{}\"; choose another place", directory.string(),
+                               failure.message()));
+  }
+  Json config = architecture_config(model->architecture());
+  const std::string dtype_text = dtype == torch::kBFloat16  ? "bfloat16"
+                                 : dtype == torch::kFloat16 ? "float16"
+                                 : dtype == torch::kFloat64 ? "float64"
+                                                            : "float32";
+  config["torch_dtype"] = dtype_text;  // transformers 4
+  config["dtype"] = dtype_text;        // transformers 5
+  std::vector<torch::Tensor> alive;    // the writer borrows their bytes
+  std::vector<TensorView> views;
+  for (const auto& [name, tensor] : model->named_tensors()) {
+    alive.push_back(tensor.detach().to(torch::kCPU, dtype).contiguous());
+    const torch::Tensor& copy = alive.back();
+    views.push_back({name,
+                     safetensors_dtype(dtype),
+                     copy.sizes().vec(),
+                     {static_cast<const std::byte*>(copy.const_data_ptr()), copy.nbytes()}});
+  }
+  // transformers refuses files without this mark.
+  write_sharded(directory, views, max_shard_bytes, {{"format", "pt"}});
+  write_text_atomically(directory / "config.json", config.dump(2) + "\n");
+}
+
+void load_routers(MoeModel& model, const std::filesystem::path& file) {
+  const SafetensorsFile source(file);
+  auto routers = named_routers(model);
+  const std::string subject = file.string();
+  Problems problems;
+  std::set<std::string, std::less<>> wanted;
+  for (const auto& [name, router] : routers) {
+    wanted.insert(name);
+    if (source.contains(name)) {
+      check_tensor(subject, source.tensor(name), router.sizes().vec(), problems);
+    } else {
+      problems.add(fmt::format("{}: router \"{}\" [{}] is missing; this file belongs to another model", subject, name,
+                               fmt::join(router.sizes().vec(), ", ")));
+    }
+  }
+  for (const std::string& name : source.names()) {
+    if (!wanted.contains(name)) {
+      problems.add(fmt::format("{}: tensor \"{}\" is not a router of this model; this file belongs to another model",
+                               subject, name));
+    }
+  }
+  problems.throw_input_if_any();
+  for (auto& [name, router] : routers) {
+    copy_into(source.tensor(name), router);
+  }
+}
+
+void save_routers(MoeModel& model, const std::filesystem::path& file) {
+  auto routers = named_routers(model);
+  for (auto& [name, router] : routers) {
+    router = router.detach().to(torch::kFloat32);
+  }
+  write_tensors(file, routers, {{"format", "pt"}});
+}
+
+std::string router_hash(MoeModel& model) {
+  Sha256 hash;
+  for (const auto& [name, router] : named_routers(model)) {
+    const torch::Tensor values = router.detach().to(torch::kCPU, torch::kFloat32).contiguous();
+    // The terminating zero separates the name from the values.
+    hash.update(std::as_bytes(std::span(name.c_str(), name.size() + 1)));
+    hash.update({static_cast<const std::byte*>(values.const_data_ptr()), values.nbytes()});
+  }
+  return hash.hex();
+}
+
+}  // namespace hestia

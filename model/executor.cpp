@@ -1,0 +1,279 @@
+// Letters: T tokens, K experts per token, N = T*K routed rows, D model dim, F expert hidden dim, E experts.
+
+#include <numeric>
+#include <stdexcept>
+
+#include <fmt/format.h>
+#include <torch/autograd.h>
+
+#include "hestia/model/moe_model.hpp"
+
+namespace hestia {
+namespace {
+
+using torch::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+/// The N = T*K routed rows, sorted by expert; within one expert in token order.
+struct Dispatch {
+  Tensor token_N;                   ///< int64, the token of each sorted row.
+  Tensor order_N;                   ///< int64, the flat place t*K + k of each sorted row.
+  Tensor inverse_N;                 ///< int64, the sorted row of each flat place.
+  Tensor offsets_E;                 ///< int32 on the device, end of each expert's rows; only for grouped products.
+  std::vector<std::int64_t> begin;  ///< E + 1 row offsets on the host; only for one product per expert.
+  bool grouped = false;
+};
+
+// at::_grouped_mm multiplies bf16 only and wants every stride to be a multiple of 16 bytes.
+bool can_group(const ExpertWeights& experts) {
+  constexpr std::int64_t kElements = 16 / 2;
+  return experts.gate_EFD.is_cuda() && experts.gate_EFD.scalar_type() == torch::kBFloat16 &&
+         experts.gate_EFD.size(1) % kElements == 0 && experts.gate_EFD.size(2) % kElements == 0;
+}
+
+Dispatch dispatch_on_host(const Tensor& selected_TK, std::int64_t num_experts) {
+  const Tensor selected = selected_TK.to(torch::kCPU).contiguous();
+  const std::int64_t num_rows = selected.numel();
+  const std::int64_t top_k = selected.size(1);
+  const auto* expert = selected.const_data_ptr<std::int64_t>();
+  Dispatch dispatch;
+  dispatch.begin.assign(static_cast<std::size_t>(num_experts) + 1, 0);
+  for (std::int64_t i = 0; i < num_rows; ++i) {
+    if (expert[i] < 0 || expert[i] >= num_experts) {
+      throw std::invalid_argument(
+          fmt::format("executor: a selected expert must be between 0 and {}, got {}", num_experts - 1, expert[i]));
+    }
+    ++dispatch.begin[static_cast<std::size_t>(expert[i]) + 1];
+  }
+  std::partial_sum(dispatch.begin.begin(), dispatch.begin.end(), dispatch.begin.begin());
+  Tensor token = torch::empty({num_rows}, torch::kInt64);
+  Tensor order = torch::empty({num_rows}, torch::kInt64);
+  Tensor inverse = torch::empty({num_rows}, torch::kInt64);
+  auto* token_data = token.data_ptr<std::int64_t>();
+  auto* order_data = order.data_ptr<std::int64_t>();
+  auto* inverse_data = inverse.data_ptr<std::int64_t>();
+  std::vector<std::int64_t> next(dispatch.begin.begin(), dispatch.begin.end() - 1);
+  for (std::int64_t i = 0; i < num_rows; ++i) {
+    const std::int64_t row = next[static_cast<std::size_t>(expert[i])]++;
+    token_data[row] = i / top_k;
+    order_data[row] = i;
+    inverse_data[i] = row;
+  }
+  dispatch.token_N = token.to(selected_TK.device());
+  dispatch.order_N = order.to(selected_TK.device());
+  dispatch.inverse_N = inverse.to(selected_TK.device());
+  return dispatch;
+}
+
+Dispatch dispatch_on_device(const Tensor& selected_TK, std::int64_t num_experts) {
+  const std::int64_t top_k = selected_TK.size(1);
+  const auto options = torch::TensorOptions().dtype(torch::kInt64).device(selected_TK.device());
+  auto [experts_N, order_N] = selected_TK.reshape({-1}).sort(/*stable=*/true, /*dim=*/0, /*descending=*/false);
+  Dispatch dispatch;
+  dispatch.grouped = true;
+  dispatch.order_N = order_N;
+  dispatch.token_N = order_N.div(top_k, "floor");
+  dispatch.inverse_N = torch::empty_like(order_N).scatter_(0, order_N, torch::arange(order_N.size(0), options));
+  dispatch.offsets_E = at::searchsorted(experts_N, torch::arange(num_experts, options), /*out_int32=*/true,
+                                        /*right=*/true);
+  return dispatch;
+}
+
+/// out[rows of e] = x[rows of e] * w[e]^T; x [N, A], w [E, B, A] -> [N, B].
+Tensor times_transposed(const Dispatch& dispatch, const Tensor& x, const Tensor& w) {
+  if (dispatch.grouped) {
+    return at::_grouped_mm(x, w.transpose(1, 2), dispatch.offsets_E);
+  }
+  Tensor out = torch::empty({x.size(0), w.size(1)}, x.options());
+  for (std::int64_t e = 0; e < w.size(0); ++e) {
+    const std::int64_t begin = dispatch.begin[e];
+    const std::int64_t rows = dispatch.begin[e + 1] - begin;
+    if (rows > 0) {
+      Tensor slice = out.narrow(0, begin, rows);
+      at::mm_out(slice, x.narrow(0, begin, rows), w.select(0, e).t());
+    }
+  }
+  return out;
+}
+
+/// out[rows of e] = x[rows of e] * w[e] (+ out); x [N, B], w [E, B, A] -> [N, A].
+Tensor times(const Dispatch& dispatch, const Tensor& x, const Tensor& w, Tensor accumulate = {}) {
+  if (dispatch.grouped) {
+    const Tensor product = at::_grouped_mm(x, w, dispatch.offsets_E);
+    return accumulate.defined() ? accumulate.add_(product) : product;
+  }
+  Tensor out = accumulate.defined() ? accumulate : torch::empty({x.size(0), w.size(2)}, x.options());
+  for (std::int64_t e = 0; e < w.size(0); ++e) {
+    const std::int64_t begin = dispatch.begin[e];
+    const std::int64_t rows = dispatch.begin[e + 1] - begin;
+    if (rows == 0) {
+      continue;
+    }
+    Tensor slice = out.narrow(0, begin, rows);
+    if (accumulate.defined()) {
+      slice.addmm_(x.narrow(0, begin, rows), w.select(0, e));
+    } else {
+      at::mm_out(slice, x.narrow(0, begin, rows), w.select(0, e));
+    }
+  }
+  return out;
+}
+
+/// out[e] = p[rows of e]^T * q[rows of e]; p [N, B], q [N, A] -> [E, B, A]; zeros for an expert without rows.
+Tensor outer(const Dispatch& dispatch, const Tensor& p, const Tensor& q, std::int64_t num_experts) {
+  if (dispatch.grouped) {
+    return at::_grouped_mm(p.t(), q, dispatch.offsets_E);
+  }
+  Tensor out = torch::empty({num_experts, p.size(1), q.size(1)}, p.options());
+  for (std::int64_t e = 0; e < num_experts; ++e) {
+    const std::int64_t begin = dispatch.begin[e];
+    const std::int64_t rows = dispatch.begin[e + 1] - begin;
+    Tensor slice = out.select(0, e);
+    if (rows > 0) {
+      at::mm_out(slice, p.narrow(0, begin, rows).t(), q.narrow(0, begin, rows));
+    } else {
+      slice.zero_();
+    }
+  }
+  return out;
+}
+
+/// out[t] = sum over k of y[sorted row of (t, k)]; y [N, D] -> [T, D]. A fixed order of addition: same bits every time.
+Tensor sum_of_token(const Dispatch& dispatch, const Tensor& y, std::int64_t num_tokens, std::int64_t top_k) {
+  if (y.is_cpu() && y.scalar_type() == torch::kFloat32) {
+    // Gathers and adds in one pass over y.
+    const Tensor starts = torch::arange(0, num_tokens * top_k, top_k, torch::kInt64);
+    return std::get<0>(at::_embedding_bag_forward_only(y, dispatch.inverse_N, starts));
+  }
+  return y.index_select(0, dispatch.inverse_N).view({num_tokens, top_k, y.size(1)}).sum(1);
+}
+
+/// The whole expert product as one autograd node: hundreds of small products would otherwise be hundreds of nodes.
+/// Forward of token t: sum_k down_e (w_tk * (silu(gate_e x_t) * up_e x_t)); the weight goes before `down`, where rows
+/// are short. It keeps gate and up products [N, F] and the inputs, nothing of width D per routed row.
+class GroupedProduct : public Function<GroupedProduct> {
+ public:
+  static Tensor forward(AutogradContext* ctx, const Tensor& gate_EFD, const Tensor& up_EFD, const Tensor& down_EDF,
+                        const Tensor& x_TD, const Tensor& selected_TK, const Tensor& weights_TK) {
+    const bool grouped = can_group({gate_EFD, up_EFD, down_EDF});
+    const std::int64_t num_experts = gate_EFD.size(0);
+    const Dispatch dispatch =
+        grouped ? dispatch_on_device(selected_TK, num_experts) : dispatch_on_host(selected_TK, num_experts);
+    const Tensor x_ND = x_TD.index_select(0, dispatch.token_N);
+    const Tensor gate_NF = times_transposed(dispatch, x_ND, gate_EFD);
+    const Tensor up_NF = times_transposed(dispatch, x_ND, up_EFD);
+    const Tensor weight_N1 = weights_TK.reshape({-1}).index_select(0, dispatch.order_N).unsqueeze(1);
+    const Tensor hidden_NF = at::silu(gate_NF).mul_(up_NF).mul_(weight_N1);
+    const Tensor y_ND = times_transposed(dispatch, hidden_NF, down_EDF);
+    const Tensor out_TD = sum_of_token(dispatch, y_ND, x_TD.size(0), selected_TK.size(1));
+    ctx->save_for_backward({gate_EFD, up_EFD, down_EDF, x_TD, weight_N1, gate_NF, up_NF, dispatch.token_N,
+                            dispatch.order_N, dispatch.inverse_N, dispatch.offsets_E});
+    ctx->saved_data["begin"] = dispatch.begin;
+    ctx->saved_data["top_k"] = selected_TK.size(1);
+    return out_TD;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor& gate_EFD = saved[0];
+    const Tensor& up_EFD = saved[1];
+    const Tensor& down_EDF = saved[2];
+    const Tensor& x_TD = saved[3];
+    const Tensor& weight_N1 = saved[4];
+    const Tensor& gate_NF = saved[5];
+    const Tensor& up_NF = saved[6];
+    Dispatch dispatch;
+    dispatch.token_N = saved[7];
+    dispatch.order_N = saved[8];
+    dispatch.inverse_N = saved[9];
+    dispatch.offsets_E = saved[10];
+    dispatch.begin = ctx->saved_data["begin"].toIntVector();
+    dispatch.grouped = dispatch.offsets_E.defined();
+    const std::int64_t top_k = ctx->saved_data["top_k"].toInt();
+    const std::int64_t num_experts = gate_EFD.size(0);
+    const bool need_gate = ctx->needs_input_grad(0);
+    const bool need_up = ctx->needs_input_grad(1);
+    const bool need_down = ctx->needs_input_grad(2);
+    const bool need_x = ctx->needs_input_grad(3);
+    const bool need_weights = ctx->needs_input_grad(5);
+    variable_list result(6);
+
+    const Tensor dy_ND = gradients[0].contiguous().index_select(0, dispatch.token_N);
+    const Tensor silu_NF = at::silu(gate_NF);
+    // Gradient of silu(gate) * up before its mixing weight.
+    Tensor dhidden_NF;
+    if (need_gate || need_up || need_x || need_weights) {
+      dhidden_NF = times(dispatch, dy_ND, down_EDF);
+    }
+    if (need_weights) {
+      const auto accumulator = weight_N1.scalar_type();
+      const Tensor dweight_N = (dhidden_NF * silu_NF).mul_(up_NF).sum(1, /*keepdim=*/false, accumulator);
+      result[5] = dweight_N.index_select(0, dispatch.inverse_N).view({-1, top_k});
+    }
+    if (need_down) {
+      result[2] = outer(dispatch, dy_ND, (silu_NF * up_NF).mul_(weight_N1), num_experts);
+    }
+    if (need_gate || need_up || need_x) {
+      dhidden_NF.mul_(weight_N1);
+      const Tensor dup_NF = dhidden_NF * silu_NF;
+      const Tensor dgate_NF = at::silu_backward(dhidden_NF.mul_(up_NF), gate_NF);
+      if (need_gate || need_up) {
+        const Tensor x_ND = x_TD.index_select(0, dispatch.token_N);
+        if (need_gate) {
+          result[0] = outer(dispatch, dgate_NF, x_ND, num_experts);
+        }
+        if (need_up) {
+          result[1] = outer(dispatch, dup_NF, x_ND, num_experts);
+        }
+      }
+      if (need_x) {
+        Tensor dx_ND = times(dispatch, dgate_NF, gate_EFD);
+        dx_ND = times(dispatch, dup_NF, up_EFD, dx_ND);
+        result[3] = sum_of_token(dispatch, dx_ND, x_TD.size(0), top_k);
+      }
+    }
+    return result;
+  }
+};
+
+void check_shapes(const ExpertWeights& experts, const Tensor& x_TD, const Tensor& selected_TK,
+                  const Tensor& weights_TK) {
+  const bool ok = experts.gate_EFD.dim() == 3 && x_TD.dim() == 2 && selected_TK.dim() == 2 &&
+                  experts.up_EFD.sizes() == experts.gate_EFD.sizes() && experts.down_EDF.dim() == 3 &&
+                  experts.down_EDF.size(0) == experts.gate_EFD.size(0) &&
+                  experts.down_EDF.size(1) == experts.gate_EFD.size(2) &&
+                  experts.down_EDF.size(2) == experts.gate_EFD.size(1) && x_TD.size(1) == experts.gate_EFD.size(2) &&
+                  selected_TK.size(0) == x_TD.size(0) && weights_TK.sizes() == selected_TK.sizes();
+  if (!ok) {
+    throw std::invalid_argument("executor: shapes of experts, inputs, selection and weights do not fit together");
+  }
+}
+
+}  // namespace
+
+torch::Tensor GroupedExecutor::run(const ExpertWeights& experts, const torch::Tensor& x_TD,
+                                   const torch::Tensor& selected_TK, const torch::Tensor& weights_TK,
+                                   std::int64_t /*moe_layer*/) {
+  check_shapes(experts, x_TD, selected_TK, weights_TK);
+  if (x_TD.size(0) == 0) {
+    return x_TD * 1;  // nothing routed; still a node of the graph
+  }
+  return GroupedProduct::apply(experts.gate_EFD, experts.up_EFD, experts.down_EDF, x_TD, selected_TK, weights_TK);
+}
+
+torch::Tensor DenseExecutor::run(const ExpertWeights& experts, const torch::Tensor& x_TD,
+                                 const torch::Tensor& selected_TK, const torch::Tensor& weights_TK,
+                                 std::int64_t /*moe_layer*/) {
+  check_shapes(experts, x_TD, selected_TK, weights_TK);
+  Tensor out_TD = torch::zeros_like(x_TD);
+  for (std::int64_t e = 0; e < experts.gate_EFD.size(0); ++e) {
+    const Tensor weight_T1 = (weights_TK * selected_TK.eq(e)).sum(1, /*keepdim=*/true);
+    const Tensor hidden_TF = at::silu(x_TD.matmul(experts.gate_EFD[e].t())) * x_TD.matmul(experts.up_EFD[e].t());
+    out_TD = out_TD + (weight_T1 * hidden_TF.matmul(experts.down_EDF[e].t())).to(x_TD.scalar_type());
+  }
+  return out_TD;
+}
+
+}  // namespace hestia

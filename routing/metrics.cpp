@@ -1,0 +1,206 @@
+#include "hestia/routing/metrics.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <span>
+#include <stdexcept>
+
+#include <fmt/format.h>
+
+#include "layer_steps.hpp"
+
+namespace hestia {
+
+namespace {
+
+// Entropy in nats of non-negative `values` scaled to sum 1, over log of their number; 1 for a single value, which
+// cannot be uneven. The sum must be positive.
+template <class Value>
+double normalised_entropy(std::span<const Value> values, double sum) {
+  if (values.size() < 2) {
+    return 1.0;
+  }
+  double entropy = 0.0;
+  for (const Value value : values) {
+    const double share = static_cast<double>(value) / sum;
+    if (share > 0.0) {
+      entropy -= share * std::log(share);
+    }
+  }
+  return entropy / std::log(static_cast<double>(values.size()));
+}
+
+std::size_t checked_size(std::int64_t value, const char* name) {
+  if (value < 1) {
+    throw std::invalid_argument(fmt::format("routing metrics: {} must be at least 1, got {}", name, value));
+  }
+  return static_cast<std::size_t>(value);
+}
+
+}  // namespace
+
+double expert_overlap_ratio(const RoutingTrace& trace, bool include_prefill) {
+  std::vector<std::size_t> last_step_of(static_cast<std::size_t>(trace.num_experts));
+  // Whole numbers per size of E_t, so that the ratio is exact up to one division each.
+  std::vector<std::int64_t> overlap_by_size(static_cast<std::size_t>(trace.num_experts) + 1, 0);
+  std::int64_t pairs = 0;
+  for (const LayerSteps& steps : layer_steps(trace, include_prefill)) {
+    for (const LayerSequence& sequence : steps.sequences) {
+      std::fill(last_step_of.begin(), last_step_of.end(), std::size_t{0});
+      // Steps are numbered from 1 here: 0 means not yet used.
+      for (std::size_t i = sequence.begin; i < sequence.end; ++i) {
+        const std::size_t step = i - sequence.begin + 1;
+        const std::span<const std::uint16_t> experts = trace.experts_of(trace.entries[steps.entries[i]]);
+        std::int64_t overlap = 0;
+        for (const std::uint16_t expert : experts) {
+          overlap += step > 1 && last_step_of[expert] == step - 1 ? 1 : 0;
+          last_step_of[expert] = step;
+        }
+        overlap_by_size[experts.size()] += overlap;
+        pairs += step > 1 ? 1 : 0;
+      }
+    }
+  }
+  double sum = 0.0;
+  for (std::size_t size = 1; size < overlap_by_size.size(); ++size) {
+    sum += static_cast<double>(overlap_by_size[size]) / static_cast<double>(size);
+  }
+  return pairs == 0 ? 0.0 : sum / static_cast<double>(pairs);
+}
+
+double distinct_experts(const RoutingTrace& trace, bool include_prefill) {
+  std::vector<std::size_t> last_sequence_of(static_cast<std::size_t>(trace.num_experts));
+  std::int64_t distinct = 0;
+  std::size_t num_sequences = 0;
+  for (const LayerSteps& steps : layer_steps(trace, include_prefill)) {
+    for (const LayerSequence& sequence : steps.sequences) {
+      ++num_sequences;
+      for (std::size_t i = sequence.begin; i < sequence.end; ++i) {
+        for (const std::uint16_t expert : trace.experts_of(trace.entries[steps.entries[i]])) {
+          distinct += last_sequence_of[expert] == num_sequences ? 0 : 1;
+          last_sequence_of[expert] = num_sequences;
+        }
+      }
+    }
+  }
+  return num_sequences == 0 ? 0.0 : static_cast<double>(distinct) / static_cast<double>(num_sequences);
+}
+
+RoutingMetrics::RoutingMetrics(std::int64_t num_layers, std::int64_t num_experts, std::int64_t top_k,
+                               const std::vector<std::int64_t>& model_layers, std::int64_t expert_bytes)
+    : counts_(checked_size(num_layers, "num_layers") * checked_size(num_experts, "num_experts"), 0),
+      probability_sums_(counts_.size(), 0.0) {
+  if (model_layers.size() != static_cast<std::size_t>(num_layers)) {
+    throw std::invalid_argument(
+        fmt::format("routing metrics: {} model layers for {} MoE layers", model_layers.size(), num_layers));
+  }
+  if (top_k < 1 || top_k > num_experts) {
+    throw std::invalid_argument(
+        fmt::format("routing metrics: top_k must lie between 1 and {}, got {}", num_experts, top_k));
+  }
+  trace_.num_experts = num_experts;
+  trace_.top_k = top_k;
+  for (const std::int64_t layer : model_layers) {
+    trace_.layers.push_back({layer, expert_bytes, 0});
+    trace_.num_layers = std::max(trace_.num_layers, layer + 1);
+  }
+}
+
+void RoutingMetrics::add(const SequenceRouting& sequence) {
+  const auto num_layers = static_cast<std::size_t>(sequence.num_layers);
+  const auto num_tokens = static_cast<std::size_t>(sequence.num_tokens);
+  const auto num_experts = static_cast<std::size_t>(sequence.num_experts);
+  const auto top_k = static_cast<std::size_t>(sequence.top_k);
+  if (!sequence.probabilities.empty() && sequence.probabilities.size() != num_layers * num_tokens * num_experts) {
+    throw std::invalid_argument(fmt::format("routing of sequence {}: {} probabilities, expected {} x {} x {}",
+                                            sequence.id, sequence.probabilities.size(), num_layers, num_tokens,
+                                            num_experts));
+  }
+  append_sequence(trace_, sequence);
+  const auto first_counted = static_cast<std::size_t>(sequence.num_prompt_tokens);
+  for (std::size_t layer = 0; layer < num_layers; ++layer) {
+    std::int64_t* const counts = counts_.data() + layer * num_experts;
+    const std::uint16_t* const selected = sequence.selected.data() + layer * num_tokens * top_k;
+    for (std::size_t i = first_counted * top_k; i < num_tokens * top_k; ++i) {
+      counts[selected[i]] += 1;
+    }
+    if (!sequence.probabilities.empty()) {
+      double* const sums = probability_sums_.data() + layer * num_experts;
+      for (std::size_t token = first_counted; token < num_tokens; ++token) {
+        const float* const row = sequence.probabilities.data() + (layer * num_tokens + token) * num_experts;
+        for (std::size_t expert = 0; expert < num_experts; ++expert) {
+          sums[expert] += static_cast<double>(row[expert]);
+        }
+      }
+    }
+  }
+  has_probabilities_ = has_probabilities_ || (!sequence.probabilities.empty() && first_counted < num_tokens);
+  num_sequences_ += 1;
+  num_counted_ += sequence.num_tokens - sequence.num_prompt_tokens;
+}
+
+double RoutingMetrics::expert_overlap_ratio() const {
+  return hestia::expert_overlap_ratio(trace_);
+}
+
+double RoutingMetrics::distinct_experts() const {
+  return hestia::distinct_experts(trace_);
+}
+
+UsageStatistics RoutingMetrics::usage() const {
+  UsageStatistics statistics;
+  const auto num_experts = static_cast<std::size_t>(trace_.num_experts);
+  std::size_t used_layers = 0;
+  for (std::size_t layer = 0; layer < trace_.layers.size(); ++layer) {
+    const std::span<const std::int64_t> counts(counts_.data() + layer * num_experts, num_experts);
+    statistics.unused_experts += std::count(counts.begin(), counts.end(), std::int64_t{0});
+    double sum = 0.0;
+    for (const std::int64_t count : counts) {
+      sum += static_cast<double>(count);
+    }
+    if (sum == 0.0) {
+      continue;
+    }
+    ++used_layers;
+    const double mean = sum / static_cast<double>(num_experts);
+    double squares = 0.0;
+    for (const std::int64_t count : counts) {
+      const double deviation = static_cast<double>(count) / mean - 1.0;
+      squares += deviation * deviation;
+    }
+    statistics.normalised_entropy += normalised_entropy(counts, sum);
+    statistics.coefficient_of_variation += std::sqrt(squares / static_cast<double>(num_experts));
+    statistics.max_share += static_cast<double>(*std::max_element(counts.begin(), counts.end())) / mean;
+  }
+  if (used_layers > 0) {
+    const auto divisor = static_cast<double>(used_layers);
+    statistics.normalised_entropy /= divisor;
+    statistics.coefficient_of_variation /= divisor;
+    statistics.max_share /= divisor;
+  }
+  return statistics;
+}
+
+double RoutingMetrics::mean_probability_entropy() const {
+  if (!has_probabilities_) {
+    return std::numeric_limits<double>::quiet_NaN();
+  }
+  const auto num_experts = static_cast<std::size_t>(trace_.num_experts);
+  double total = 0.0;
+  for (std::size_t layer = 0; layer < trace_.layers.size(); ++layer) {
+    const std::span<const double> sums(probability_sums_.data() + layer * num_experts, num_experts);
+    double sum = 0.0;
+    for (const double value : sums) {
+      sum += value;
+    }
+    total += normalised_entropy(sums, sum);
+  }
+  return total / static_cast<double>(trace_.layers.size());
+}
+
+SimulationCounts RoutingMetrics::simulate(const SimulationOptions& options) const {
+  return hestia::simulate(trace_, options);
+}
+
+}  // namespace hestia

@@ -1,0 +1,260 @@
+#include "hestia/routing/simulator.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <future>
+#include <numeric>
+
+#include <fmt/format.h>
+
+#include "hestia/core/error.hpp"
+#include "hestia/core/random.hpp"
+#include "layer_steps.hpp"
+
+namespace hestia {
+
+namespace {
+
+// One seed per layer and sequence, so that the draws do not depend on the order in which threads take layers.
+std::uint64_t victim_seed(std::uint64_t seed, std::int64_t layer, std::int64_t sequence) {
+  const std::uint64_t of_layer = SplitMix64(SplitMix64(seed).next() + static_cast<std::uint64_t>(layer)).next();
+  return SplitMix64(of_layer + static_cast<std::uint64_t>(sequence)).next();
+}
+
+// The slots of one layer from one reset to the next.
+class DemandCache {
+ public:
+  DemandCache(const SimulationOptions& options, std::int64_t num_experts, std::uint64_t seed)
+      : policy_(options.policy),
+        slots_(static_cast<std::size_t>(options.slots)),
+        gamma_(options.gamma),
+        random_(seed),
+        states_(static_cast<std::size_t>(num_experts)),
+        resident_(static_cast<std::size_t>(num_experts), 0),
+        in_step_(static_cast<std::size_t>(num_experts), 0),
+        seen_(static_cast<std::size_t>(num_experts), 0) {}
+
+  // Serves one step: `experts` by falling weight, `next_uses` beside them (read under Belady only).
+  void serve(std::span<const std::uint16_t> experts, const std::int64_t* next_uses, SimulationCounts& counts) {
+    counts.steps += 1;
+    counts.requests += static_cast<std::int64_t>(experts.size());
+    if (policy_ == CachePolicyKind::kGamma) {
+      for (ExpertState& state : states_) {
+        state.use_count = discounted_use(state.use_count, gamma_);
+      }
+    }
+    // From the lowest weight to the highest, so that the top expert ends most recent.
+    for (std::size_t i = experts.size(); i-- > 0;) {
+      const std::uint16_t expert = experts[i];
+      ExpertState& state = states_[expert];
+      state.use_count += 1.0;
+      state.last_touch = serial_;
+      if (next_uses != nullptr) {
+        state.next_use = next_uses[i];
+      }
+      in_step_[expert] = 1;
+      counts.cold += seen_[expert] != 0 ? 0 : 1;
+      seen_[expert] = 1;
+      if (resident_[expert] != 0) {
+        counts.hits += 1;
+      } else {
+        counts.loads += 1;
+        state.loaded_at = serial_;
+        resident_[expert] = 1;
+        residents_.push_back(expert);
+      }
+      ++serial_;
+    }
+    if (residents_.size() > slots_) {
+      evict(residents_.size() - slots_, experts.size() > slots_);
+      counts.evictions += static_cast<std::int64_t>(evicted_);
+    }
+    for (const std::uint16_t expert : experts) {
+      in_step_[expert] = 0;
+    }
+  }
+
+ private:
+  // The experts of the step are victims only when they alone do not fit.
+  void evict(std::size_t number, bool step_too_large) {
+    candidates_.clear();
+    for (const int expert : residents_) {
+      if (step_too_large || in_step_[static_cast<std::size_t>(expert)] == 0) {
+        candidates_.push_back(expert);
+      }
+    }
+    if (policy_ == CachePolicyKind::kRandom) {
+      std::sort(candidates_.begin(), candidates_.end());
+      for (std::size_t i = 0; i < number; ++i) {
+        const auto drawn = static_cast<std::ptrdiff_t>(random_.below(candidates_.size()));
+        resident_[static_cast<std::size_t>(candidates_[static_cast<std::size_t>(drawn)])] = 0;
+        candidates_.erase(candidates_.begin() + drawn);
+      }
+    } else {
+      // A strict order, so the set of the first `number` is unique whatever nth_element does inside.
+      const auto last_victim = candidates_.begin() + static_cast<std::ptrdiff_t>(number) - 1;
+      std::nth_element(candidates_.begin(), last_victim, candidates_.end(), [this](int a, int b) {
+        return evicts_before(policy_, states_[static_cast<std::size_t>(a)], a, states_[static_cast<std::size_t>(b)], b);
+      });
+      for (std::size_t i = 0; i < number; ++i) {
+        resident_[static_cast<std::size_t>(candidates_[i])] = 0;
+      }
+    }
+    std::erase_if(residents_, [this](int expert) { return resident_[static_cast<std::size_t>(expert)] == 0; });
+    evicted_ = number;
+  }
+
+  CachePolicyKind policy_;
+  std::size_t slots_;
+  double gamma_;
+  SplitMix64 random_;
+  std::int64_t serial_ = 0;
+  std::size_t evicted_ = 0;
+  std::vector<ExpertState> states_;
+  std::vector<std::uint8_t> resident_;
+  std::vector<std::uint8_t> in_step_;
+  std::vector<std::uint8_t> seen_;
+  std::vector<int> residents_;
+  std::vector<int> candidates_;
+};
+
+// For every request of the steps, the position of the next step that asks for the same expert; the number of steps when
+// none does. One backward pass.
+std::vector<std::int64_t> next_uses(const RoutingTrace& trace, std::span<const std::size_t> entries) {
+  std::size_t total = 0;
+  for (const std::size_t entry : entries) {
+    total += trace.entries[entry].count;
+  }
+  const auto none = static_cast<std::int64_t>(entries.size());
+  std::vector<std::int64_t> upcoming(static_cast<std::size_t>(trace.num_experts), none);
+  std::vector<std::int64_t> uses(total);
+  std::size_t first = total;
+  for (std::size_t step = entries.size(); step-- > 0;) {
+    const std::span<const std::uint16_t> experts = trace.experts_of(trace.entries[entries[step]]);
+    first -= experts.size();
+    for (std::size_t i = 0; i < experts.size(); ++i) {
+      uses[first + i] = upcoming[experts[i]];
+      upcoming[experts[i]] = static_cast<std::int64_t>(step);
+    }
+  }
+  return uses;
+}
+
+void serve_on_demand(const RoutingTrace& trace, const SimulationOptions& options, std::span<const std::size_t> entries,
+                     std::uint64_t seed, SimulationCounts& counts) {
+  DemandCache cache(options, trace.num_experts, seed);
+  std::vector<std::int64_t> uses;
+  if (options.policy == CachePolicyKind::kBelady) {
+    uses = next_uses(trace, entries);
+  }
+  std::size_t first = 0;
+  for (const std::size_t entry : entries) {
+    const std::span<const std::uint16_t> experts = trace.experts_of(trace.entries[entry]);
+    cache.serve(experts, uses.empty() ? nullptr : uses.data() + first, counts);
+    first += experts.size();
+  }
+}
+
+// The C most used experts of these very steps are resident throughout; misses pass by the cache.
+void serve_static(const RoutingTrace& trace, const SimulationOptions& options, std::span<const std::size_t> entries,
+                  SimulationCounts& counts) {
+  const auto num_experts = static_cast<std::size_t>(trace.num_experts);
+  std::vector<std::int64_t> uses(num_experts, 0);
+  for (const std::size_t entry : entries) {
+    const std::span<const std::uint16_t> experts = trace.experts_of(trace.entries[entry]);
+    counts.steps += 1;
+    counts.requests += static_cast<std::int64_t>(experts.size());
+    for (const std::uint16_t expert : experts) {
+      uses[expert] += 1;
+    }
+  }
+  std::sort(uses.begin(), uses.end(), std::greater<>());
+  const std::size_t kept = std::min(num_experts, static_cast<std::size_t>(options.slots));
+  const std::int64_t hits =
+      std::accumulate(uses.begin(), uses.begin() + static_cast<std::ptrdiff_t>(kept), std::int64_t{0});
+  const std::int64_t all = std::accumulate(uses.begin(), uses.end(), std::int64_t{0});
+  counts.hits += hits;
+  counts.loads += all - hits;
+  counts.cold += std::count_if(uses.begin(), uses.end(), [](std::int64_t count) { return count > 0; });
+}
+
+SimulationCounts simulate_layer(const RoutingTrace& trace, const SimulationOptions& options, const TraceLayer& layer,
+                                const LayerSteps& steps) {
+  SimulationCounts counts;
+  const std::span<const std::size_t> all(steps.entries);
+  const auto serve = [&](std::span<const std::size_t> entries, std::int64_t sequence) {
+    if (options.policy == CachePolicyKind::kStatic) {
+      serve_static(trace, options, entries, counts);
+    } else {
+      serve_on_demand(trace, options, entries, victim_seed(options.seed, layer.layer, sequence), counts);
+    }
+  };
+  if (options.reset_per_sequence) {
+    for (const LayerSequence& sequence : steps.sequences) {
+      serve(all.subspan(sequence.begin, sequence.end - sequence.begin), sequence.sequence);
+    }
+  } else if (!all.empty()) {
+    serve(all, steps.sequences.front().sequence);
+  }
+  counts.load_bytes = counts.loads * layer.expert_bytes;
+  return counts;
+}
+
+void check(const SimulationOptions& options) {
+  if (options.slots < 1) {
+    throw UsageError(
+        fmt::format("slots: must be at least 1, got {}; give the experts that fit per layer", options.slots));
+  }
+  // Written so that NaN fails too.
+  if (!(options.gamma >= 0.0 && options.gamma <= 1.0)) {
+    throw UsageError(fmt::format("gamma: must lie in [0, 1], got {}; 0 is LRU, 1 is LFU", options.gamma));
+  }
+  if (options.num_threads < 1) {
+    throw UsageError(fmt::format("threads: must be at least 1, got {}; give 1 or more", options.num_threads));
+  }
+}
+
+}  // namespace
+
+SimulationCounts& SimulationCounts::operator+=(const SimulationCounts& other) {
+  requests += other.requests;
+  hits += other.hits;
+  cold += other.cold;
+  loads += other.loads;
+  evictions += other.evictions;
+  steps += other.steps;
+  load_bytes += other.load_bytes;
+  return *this;
+}
+
+std::vector<SimulationCounts> simulate_per_layer(const RoutingTrace& trace, const SimulationOptions& options) {
+  check(options);
+  const std::vector<LayerSteps> layers = layer_steps(trace, options.include_prefill);
+  std::vector<SimulationCounts> counts(layers.size());
+  std::atomic<std::size_t> next{0};
+  const auto work = [&] {
+    for (std::size_t i = next++; i < layers.size(); i = next++) {
+      counts[i] = simulate_layer(trace, options, trace.layers[i], layers[i]);
+    }
+  };
+  const std::size_t num_threads = std::min(static_cast<std::size_t>(options.num_threads), layers.size());
+  std::vector<std::future<void>> helpers;
+  for (std::size_t i = 1; i < num_threads; ++i) {
+    helpers.push_back(std::async(std::launch::async, work));
+  }
+  work();
+  for (std::future<void>& helper : helpers) {
+    helper.get();
+  }
+  return counts;
+}
+
+SimulationCounts simulate(const RoutingTrace& trace, const SimulationOptions& options) {
+  SimulationCounts total;
+  for (const SimulationCounts& counts : simulate_per_layer(trace, options)) {
+    total += counts;
+  }
+  return total;
+}
+
+}  // namespace hestia

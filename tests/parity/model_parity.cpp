@@ -1,0 +1,193 @@
+// Parity with transformers over the goldens that make_goldens.py wrote.
+
+#include <cmath>
+#include <filesystem>
+#include <set>
+
+#include <fmt/format.h>
+#include <catch2/catch.hpp>
+
+#include "hestia/core/safetensors.hpp"
+#include "hestia/model/moe_model.hpp"
+#include "hestia/model/tensors.hpp"
+
+namespace {
+
+using namespace hestia;
+using torch::Tensor;
+
+constexpr const char* kGoldenVersion = "1";
+
+struct Golden {
+  std::filesystem::path directory;
+  Tensor tokens_S;
+  Tensor logits_SV;
+  Tensor router_logits_LSE;
+  Tensor selected_LSK;
+};
+
+Golden load_golden(const std::string& name) {
+  Golden golden;
+  golden.directory = std::filesystem::path(HESTIA_SOURCE_DIR) / "tests/parity/goldens" / name;
+  const SafetensorsFile file(golden.directory / "golden.safetensors");
+  const auto version = file.metadata().find("golden_version");
+  if (version == file.metadata().end() || version->second != kGoldenVersion) {
+    FAIL(file.path().string() << ": golden version must be " << kGoldenVersion << ", got "
+                              << (version == file.metadata().end() ? "none" : version->second)
+                              << "; run build/venv/bin/python tests/parity/make_goldens.py");
+  }
+  golden.tokens_S = to_torch(file.tensor("tokens"));
+  golden.logits_SV = to_torch(file.tensor("logits"));
+  golden.router_logits_LSE = to_torch(file.tensor("router_logits"));
+  golden.selected_LSK = to_torch(file.tensor("selected"));
+  return golden;
+}
+
+TokenBatch one_sequence(const Tensor& tokens_S) {
+  return {tokens_S.unsqueeze(0), torch::arange(tokens_S.size(0)).unsqueeze(0),
+          torch::zeros({1, tokens_S.size(0)}, torch::kInt64)};
+}
+
+Tensor stacked(const ModelOutput& output, Tensor RoutingRecord::*member) {
+  std::vector<Tensor> layers;
+  for (const RoutingRecord& record : output.routing) {
+    layers.push_back(record.*member);
+  }
+  return torch::stack(layers);
+}
+
+// Largest difference as a share of the largest reference value.
+double relative_error(const Tensor& ours, const Tensor& reference) {
+  REQUIRE(ours.sizes() == reference.sizes());
+  REQUIRE(ours.isfinite().all().item<bool>());
+  return ((ours.to(torch::kFloat64) - reference.to(torch::kFloat64)).abs().max() /
+          reference.to(torch::kFloat64).abs().max())
+      .item<double>();
+}
+
+double normalised_square_error(const Tensor& ours, const Tensor& reference) {
+  const Tensor difference = ours.to(torch::kFloat64) - reference.to(torch::kFloat64);
+  return (difference.square().sum() / reference.to(torch::kFloat64).square().sum()).item<double>();
+}
+
+void report(const std::string& what, double error, double tolerance) {
+  INFO(fmt::format("{}: largest difference {:.2e}, {:.1f}% of the tolerance", what, error, 100 * error / tolerance));
+  CHECK(error <= tolerance);
+}
+
+const std::vector<std::string> kCases = {"hub_plain", "normalised_gqa", "clipped_tied", "odd_sizes_linear_rope",
+                                         "biased_top1"};
+
+}  // namespace
+
+TEST_CASE("every golden directory is tested and every tested one exists") {
+  std::set<std::string> found;
+  for (const auto& entry :
+       std::filesystem::directory_iterator(std::filesystem::path(HESTIA_SOURCE_DIR) / "tests/parity/goldens")) {
+    found.insert(entry.path().filename().string());
+  }
+  CHECK(found == std::set<std::string>(kCases.begin(), kCases.end()));
+}
+
+TEST_CASE("float32 logits, router logits and selections equal transformers'") {
+  const std::string name = GENERATE(from_range(kCases));
+  CAPTURE(name);
+  const torch::NoGradGuard no_grad;
+  const Golden golden = load_golden(name);
+  MoeModel model = load_model(golden.directory, torch::kFloat32, torch::kCPU);
+  const bool dense = GENERATE(false, true);
+  if (dense) {
+    model->set_executor(std::make_shared<DenseExecutor>());
+  }
+  const ModelOutput output = model->forward(one_sequence(golden.tokens_S));
+  report("logits", relative_error(model->head(output.hidden_BSD)[0], golden.logits_SV), 1e-4);
+  report("router logits", relative_error(stacked(output, &RoutingRecord::logits_TE), golden.router_logits_LSE), 1e-4);
+  CHECK(torch::equal(stacked(output, &RoutingRecord::selected_TK), golden.selected_LSK));
+  for (const RoutingRecord& record : output.routing) {
+    CHECK(torch::allclose(record.probabilities_TE, record.logits_TE.softmax(1)));
+    const Tensor sums = record.weights_TK.sum(1);
+    if (model->architecture().normalise_top_k) {
+      CHECK(torch::allclose(sums, torch::ones_like(sums)));
+    } else {
+      CHECK(torch::allclose(record.weights_TK, record.probabilities_TE.gather(1, record.selected_TK)));
+    }
+  }
+}
+
+TEST_CASE("bfloat16 logits stay near transformers' float32 ones") {
+  const std::string name = GENERATE(from_range(kCases));
+  CAPTURE(name);
+  const torch::NoGradGuard no_grad;
+  const Golden golden = load_golden(name);
+  MoeModel model = load_model(golden.directory, torch::kBFloat16, torch::kCPU);
+  // The float32 selection is served: a router near a tie may flip in bf16, which says nothing about the products.
+  struct Forced : Selector {
+    Tensor selected_LSK;
+    Tensor select(const Tensor&, std::int64_t, std::int64_t moe_layer, const TokenBatch&) override {
+      return selected_LSK[moe_layer];
+    }
+  };
+  auto forced = std::make_shared<Forced>();
+  forced->selected_LSK = golden.selected_LSK;
+  model->set_selector(forced);
+  const ModelOutput output = model->forward(one_sequence(golden.tokens_S));
+  const Tensor logits = model->head(output.hidden_BSD)[0];
+  CHECK(logits.scalar_type() == torch::kBFloat16);
+  report("logits", relative_error(logits, golden.logits_SV), 4e-2);
+  report("logits, normalised square error", normalised_square_error(logits, golden.logits_SV), 5e-4);
+  CHECK(stacked(output, &RoutingRecord::logits_TE).scalar_type() == torch::kFloat32);
+}
+
+TEST_CASE("packed rows with padding equal the same sequences run apart") {
+  const std::string name = GENERATE(from_range(kCases));
+  CAPTURE(name);
+  const torch::NoGradGuard no_grad;
+  const Golden golden = load_golden(name);
+  MoeModel model = load_model(golden.directory, torch::kFloat32, torch::kCPU);
+  // Row 0: a, b; row 1: c, then padding. Lengths 5 + 7, 6 + 6.
+  const Tensor a = golden.tokens_S.narrow(0, 0, 5);
+  const Tensor b = golden.tokens_S.narrow(0, 2, 7);
+  const Tensor c = golden.tokens_S.narrow(0, 6, 6);
+  const Tensor pad = torch::zeros({6}, torch::kInt64);
+  TokenBatch packed;
+  packed.tokens_BS = torch::stack({torch::cat({a, b}), torch::cat({c, pad})});
+  packed.positions_BS = torch::stack(
+      {torch::cat({torch::arange(5), torch::arange(7)}), torch::cat({torch::arange(6), torch::arange(6)})});
+  packed.sequence_ids_BS = torch::stack({torch::cat({torch::full({5}, 3), torch::full({7}, 4)}),
+                                         torch::cat({torch::full({6}, 9), torch::full({6}, -1)})});
+  const ModelOutput together = model->forward(packed);
+  REQUIRE(together.hidden_BSD.isfinite().all().item<bool>());
+  struct Piece {
+    Tensor tokens;
+    std::int64_t row;
+    std::int64_t begin;
+  };
+  for (const Piece& piece : {Piece{a, 0, 0}, Piece{b, 0, 5}, Piece{c, 1, 0}}) {
+    const std::int64_t length = piece.tokens.size(0);
+    const ModelOutput apart = model->forward(one_sequence(piece.tokens));
+    report("hidden", relative_error(together.hidden_BSD[piece.row].narrow(0, piece.begin, length), apart.hidden_BSD[0]),
+           1e-5);
+    for (std::size_t layer = 0; layer < apart.routing.size(); ++layer) {
+      const std::int64_t flat = piece.row * 12 + piece.begin;
+      CHECK(
+          torch::equal(together.routing[layer].selected_TK.narrow(0, flat, length), apart.routing[layer].selected_TK));
+    }
+  }
+}
+
+TEST_CASE("CUDA gives the CPU's logits and selections", "[gpu]") {
+  if (!torch::hasCUDA()) {
+    WARN("no GPU: skipped");
+    return;
+  }
+  const std::string name = GENERATE(from_range(kCases));
+  CAPTURE(name);
+  const torch::NoGradGuard no_grad;
+  const Golden golden = load_golden(name);
+  MoeModel model = load_model(golden.directory, torch::kFloat32, torch::Device(torch::kCUDA, 0));
+  TokenBatch batch = one_sequence(golden.tokens_S);
+  batch = {batch.tokens_BS.cuda(), batch.positions_BS.cuda(), batch.sequence_ids_BS.cuda()};
+  const ModelOutput output = model->forward(batch);
+  report("logits", relative_error(model->head(output.hidden_BSD)[0].cpu(), golden.logits_SV), 1e-4);
+  CHECK(torch::equal(stacked(output, &RoutingRecord::selected_TK).cpu(), golden.selected_LSK));
+}

@@ -1,0 +1,237 @@
+#include "hestia/routing/metrics.hpp"
+
+#include <cmath>
+#include <map>
+#include <set>
+
+#include <catch2/catch.hpp>
+
+#include "routing_fixtures.hpp"
+
+namespace hestia {
+namespace {
+
+using testing::random_experts;
+using testing::random_trace;
+using testing::TraceShape;
+
+// A random sequence as the model would record it, probabilities included.
+SequenceRouting random_sequence(SplitMix64& random, std::int64_t id, std::int64_t num_tokens, std::int64_t num_prompt,
+                                std::int64_t num_layers = 3, std::int64_t num_experts = 7, std::int64_t top_k = 2) {
+  SequenceRouting sequence;
+  sequence.id = id;
+  sequence.task = "prose";
+  sequence.num_prompt_tokens = num_prompt;
+  sequence.num_tokens = num_tokens;
+  sequence.num_layers = num_layers;
+  sequence.num_experts = num_experts;
+  sequence.top_k = top_k;
+  for (std::int64_t row = 0; row < num_layers * num_tokens; ++row) {
+    const auto chosen = random_experts(random, num_experts, top_k);
+    sequence.selected.insert(sequence.selected.end(), chosen.begin(), chosen.end());
+    std::vector<double> exponentials;
+    double sum = 0.0;
+    for (std::int64_t expert = 0; expert < num_experts; ++expert) {
+      exponentials.push_back(std::exp(3.0 * random.uniform()));
+      sum += exponentials.back();
+    }
+    for (const double value : exponentials) {
+      sequence.probabilities.push_back(static_cast<float>(value / sum));
+    }
+    for (std::int64_t k = 0; k < top_k; ++k) {
+      sequence.weights.push_back(
+          sequence.probabilities[sequence.probabilities.size() - 1 - static_cast<std::size_t>(k)]);
+    }
+  }
+  return sequence;
+}
+
+TEST_CASE("overlap and distinct experts agree with sets built from scratch") {
+  SplitMix64 random(71);
+  for (int round = 0; round < 30; ++round) {
+    TraceShape shape;
+    shape.top_k = 1 + static_cast<std::int64_t>(random.below(5));
+    shape.skip = round % 2 == 0 ? 0.25 : 0.0;
+    const RoutingTrace trace = random_trace(random, shape);
+    for (const bool include_prefill : {false, true}) {
+      std::map<std::pair<std::int64_t, std::int64_t>, std::vector<std::set<int>>> steps;
+      for (const TraceEntry& entry : trace.entries) {
+        if (include_prefill || entry.phase == Phase::kDecode) {
+          const auto experts = trace.experts_of(entry);
+          steps[{entry.layer, entry.sequence}].emplace_back(experts.begin(), experts.end());
+        }
+      }
+      double overlap = 0.0;
+      double pairs = 0.0;
+      double distinct = 0.0;
+      for (const auto& [key, sets] : steps) {
+        std::set<int> all;
+        for (std::size_t t = 0; t < sets.size(); ++t) {
+          all.insert(sets[t].begin(), sets[t].end());
+          if (t > 0) {
+            double common = 0.0;
+            for (const int expert : sets[t]) {
+              common += sets[t - 1].count(expert) > 0 ? 1.0 : 0.0;
+            }
+            overlap += common / static_cast<double>(sets[t].size());
+            pairs += 1.0;
+          }
+        }
+        distinct += static_cast<double>(all.size());
+      }
+      CHECK(expert_overlap_ratio(trace, include_prefill) == Approx(pairs == 0.0 ? 0.0 : overlap / pairs));
+      CHECK(distinct_experts(trace, include_prefill) == Approx(distinct / static_cast<double>(steps.size())));
+    }
+  }
+}
+
+TEST_CASE("a single step has no pair, and nothing at all has no experts") {
+  CHECK(expert_overlap_ratio(testing::trace_of(4, {{1, 2}})) == 0.0);
+  CHECK(distinct_experts(testing::trace_of(4, {{1, 2}})) == 2.0);
+  CHECK(distinct_experts(testing::trace_of(4, {})) == 0.0);
+  CHECK(expert_overlap_ratio(testing::trace_of(4, {{1, 2}, {2, 1}})) == 1.0);
+}
+
+TEST_CASE("streamed metrics equal the metrics of the trace they build") {
+  SplitMix64 random(72);
+  RoutingMetrics metrics(3, 7, 2, {1, 4, 5}, 900);
+  std::int64_t counted = 0;
+  std::vector<std::vector<double>> uses(3, std::vector<double>(7, 0.0));
+  std::vector<std::vector<double>> probabilities(3, std::vector<double>(7, 0.0));
+  for (std::int64_t id = 0; id < 6; ++id) {
+    const std::int64_t num_tokens = 5 + static_cast<std::int64_t>(random.below(20));
+    const SequenceRouting sequence = random_sequence(random, id, num_tokens, id % 3);
+    metrics.add(sequence);
+    counted += num_tokens - id % 3;
+    for (std::int64_t layer = 0; layer < 3; ++layer) {
+      for (std::int64_t token = id % 3; token < num_tokens; ++token) {
+        const std::int64_t row = layer * num_tokens + token;
+        for (std::int64_t k = 0; k < 2; ++k) {
+          uses[static_cast<std::size_t>(layer)][sequence.selected[static_cast<std::size_t>(row * 2 + k)]] += 1.0;
+        }
+        for (std::int64_t e = 0; e < 7; ++e) {
+          probabilities[static_cast<std::size_t>(layer)][static_cast<std::size_t>(e)] +=
+              static_cast<double>(sequence.probabilities[static_cast<std::size_t>(row * 7 + e)]);
+        }
+      }
+    }
+  }
+  CHECK(metrics.num_sequences() == 6);
+  CHECK(metrics.num_counted() == counted);
+  CHECK(metrics.expert_overlap_ratio() == expert_overlap_ratio(metrics.trace()));
+  CHECK(metrics.distinct_experts() == distinct_experts(metrics.trace()));
+  CHECK(metrics.trace().num_layers == 6);
+  SimulationOptions options;
+  options.slots = 3;
+  const SimulationCounts counts = metrics.simulate(options);
+  CHECK(counts.requests == counted * 3 * 2);
+  CHECK(counts.load_bytes == counts.loads * 900);
+
+  double entropy = 0.0;
+  double variation = 0.0;
+  double max_share = 0.0;
+  double mean_entropy = 0.0;
+  for (std::size_t layer = 0; layer < 3; ++layer) {
+    double total = 0.0;
+    double total_probability = 0.0;
+    for (std::size_t e = 0; e < 7; ++e) {
+      total += uses[layer][e];
+      total_probability += probabilities[layer][e];
+    }
+    double variance = 0.0;
+    double largest = 0.0;
+    for (std::size_t e = 0; e < 7; ++e) {
+      const double share = uses[layer][e] / total;
+      entropy -= share * std::log(share) / std::log(7.0) / 3.0;
+      variance += (share - 1.0 / 7.0) * (share - 1.0 / 7.0) / 7.0;
+      largest = std::max(largest, share);
+      const double mean = probabilities[layer][e] / total_probability;
+      mean_entropy -= mean * std::log(mean) / std::log(7.0) / 3.0;
+    }
+    variation += std::sqrt(variance) * 7.0 / 3.0;
+    max_share += largest * 7.0 / 3.0;
+  }
+  const UsageStatistics usage = metrics.usage();
+  CHECK(usage.normalised_entropy == Approx(entropy).epsilon(1e-12));
+  CHECK(usage.coefficient_of_variation == Approx(variation).epsilon(1e-12));
+  CHECK(usage.max_share == Approx(max_share).epsilon(1e-12));
+  CHECK(usage.unused_experts == 0);
+  CHECK(metrics.mean_probability_entropy() == Approx(mean_entropy).epsilon(1e-12));
+}
+
+TEST_CASE("usage of balanced and collapsed routing") {
+  SequenceRouting balanced;
+  balanced.num_tokens = 4;
+  balanced.num_layers = 1;
+  balanced.num_experts = 4;
+  balanced.top_k = 2;
+  balanced.selected = {0, 1, 2, 3, 1, 0, 3, 2};
+  RoutingMetrics even(1, 4, 2, {0}, 0);
+  even.add(balanced);
+  CHECK(even.usage().normalised_entropy == Approx(1.0));
+  CHECK(even.usage().coefficient_of_variation == Approx(0.0).margin(1e-15));
+  CHECK(even.usage().max_share == Approx(1.0));
+  CHECK(even.usage().unused_experts == 0);
+  CHECK(std::isnan(even.mean_probability_entropy()));
+
+  SequenceRouting collapsed = balanced;
+  collapsed.selected = {2, 1, 2, 1, 1, 2, 2, 1};
+  RoutingMetrics uneven(1, 4, 2, {0}, 0);
+  uneven.add(collapsed);
+  CHECK(uneven.usage().normalised_entropy == Approx(0.5));
+  CHECK(uneven.usage().coefficient_of_variation == Approx(1.0));
+  CHECK(uneven.usage().max_share == Approx(2.0));
+  CHECK(uneven.usage().unused_experts == 2);
+
+  // Only prompt: nothing is counted.
+  SequenceRouting prompt = balanced;
+  prompt.num_prompt_tokens = 4;
+  RoutingMetrics nothing(1, 4, 2, {0}, 0);
+  nothing.add(prompt);
+  CHECK(nothing.num_counted() == 0);
+  CHECK(nothing.usage().normalised_entropy == 0.0);
+  CHECK(nothing.usage().unused_experts == 4);
+  CHECK(nothing.expert_overlap_ratio() == 0.0);
+}
+
+TEST_CASE("a mean probability that covers some sequences uses those") {
+  SplitMix64 random(73);
+  const SequenceRouting with = random_sequence(random, 0, 9, 0);
+  SequenceRouting without = random_sequence(random, 1, 30, 0);
+  without.probabilities.clear();
+  RoutingMetrics both(3, 7, 2, {0, 1, 2}, 0);
+  both.add(with);
+  both.add(without);
+  RoutingMetrics alone(3, 7, 2, {0, 1, 2}, 0);
+  alone.add(with);
+  CHECK(both.mean_probability_entropy() == Approx(alone.mean_probability_entropy()).epsilon(1e-14));
+}
+
+TEST_CASE("sequences of another shape are refused") {
+  SplitMix64 random(74);
+  RoutingMetrics metrics(3, 7, 2, {0, 1, 2}, 0);
+  CHECK_THROWS_WITH(metrics.add(random_sequence(random, 0, 4, 0, 2)), Catch::Contains("2 layers, 7 experts"));
+  CHECK_THROWS_AS(metrics.add(random_sequence(random, 0, 4, 0, 3, 8)), std::invalid_argument);
+  SequenceRouting short_probabilities = random_sequence(random, 0, 4, 0);
+  short_probabilities.probabilities.pop_back();
+  CHECK_THROWS_WITH(metrics.add(short_probabilities), Catch::Contains("83 probabilities, expected 3 x 4 x 7"));
+  SequenceRouting long_prompt = random_sequence(random, 0, 4, 5);
+  CHECK_THROWS_WITH(metrics.add(long_prompt), Catch::Contains("5 prompt tokens of 4"));
+  SequenceRouting strange = random_sequence(random, 0, 4, 0);
+  strange.selected[3] = 7;
+  CHECK_THROWS_WITH(metrics.add(strange), Catch::Contains("expert 7 is not below 7"));
+  SequenceRouting repeated = random_sequence(random, 0, 4, 0);
+  repeated.selected[3] = repeated.selected[2];
+  CHECK_THROWS_WITH(metrics.add(repeated), Catch::Contains("twice"));
+  // Nothing of a refused sequence stays behind.
+  CHECK(metrics.num_sequences() == 0);
+  CHECK(metrics.trace().entries.empty());
+  metrics.add(random_sequence(random, 5, 4, 0));
+  CHECK_THROWS_WITH(metrics.add(random_sequence(random, 5, 4, 0)), Catch::Contains("same id"));
+  CHECK_THROWS_AS(RoutingMetrics(2, 7, 2, {0}, 0), std::invalid_argument);
+  CHECK_THROWS_AS(RoutingMetrics(0, 7, 2, {}, 0), std::invalid_argument);
+  CHECK_THROWS_AS(RoutingMetrics(1, 7, 8, {0}, 0), std::invalid_argument);
+}
+
+}  // namespace
+}  // namespace hestia

@@ -1,0 +1,114 @@
+#include "hestia/kernels/rank_hinge.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include <catch2/catch.hpp>
+
+using namespace hestia;
+
+namespace {
+
+std::vector<double> random_probabilities(std::mt19937& random, std::size_t num_experts) {
+  std::normal_distribution<double> normal(0.0, 1.2);
+  std::vector<double> p(num_experts);
+  double sum = 0.0;
+  for (double& x : p) {
+    x = std::exp(normal(random));
+    sum += x;
+  }
+  for (double& x : p) {
+    x /= sum;
+  }
+  return p;
+}
+
+struct Token {
+  double value = 0.0;
+  std::vector<double> gradient;
+};
+
+/// Straight from the formula: all pairs, then the Jacobian of softmax entry by entry.
+Token by_definition(const std::vector<double>& p, const std::vector<double>& base, double margin, bool normalise) {
+  const std::size_t num_experts = p.size();
+  Token token;
+  std::vector<double> slope(num_experts, 0.0);
+  int pairs = 0;
+  for (std::size_t i = 0; i < num_experts; ++i) {
+    for (std::size_t j = 0; j < num_experts; ++j) {
+      if (base[i] > base[j]) {
+        ++pairs;
+        const double hinge = margin - (p[i] - p[j]);
+        if (hinge > 0.0) {
+          token.value += hinge;
+          slope[i] -= 1.0;
+          slope[j] += 1.0;
+        }
+      }
+    }
+  }
+  const double divisor = normalise && pairs > 0 ? pairs : 1.0;
+  token.value /= divisor;
+  for (std::size_t k = 0; k < num_experts; ++k) {
+    double sum = 0.0;
+    for (std::size_t i = 0; i < num_experts; ++i) {
+      sum += slope[i] * p[i] * ((i == k ? 1.0 : 0.0) - p[k]);
+    }
+    token.gradient.push_back(sum / divisor);
+  }
+  return token;
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("the vectorised hinge equals its definition", "", float, double) {
+  const double tolerance = std::is_same_v<TestType, float> ? 2e-5 : 1e-12;
+  std::mt19937 random(71);
+  for (const std::size_t num_experts : {1U, 2U, 3U, 8U, 31U, 64U, 130U}) {
+    for (const bool normalise : {false, true}) {
+      for (const double margin : {0.0, 0.1, 1.5}) {
+        CAPTURE(num_experts, normalise, margin);
+        std::vector<TestType> p;
+        std::vector<TestType> base;
+        std::vector<Token> expected;
+        const std::size_t num_tokens = 5;
+        for (std::size_t token = 0; token < num_tokens; ++token) {
+          const std::vector<double> row = random_probabilities(random, num_experts);
+          std::vector<double> base_row = random_probabilities(random, num_experts);
+          if (token == 3) {
+            std::fill(base_row.begin(), base_row.end(), base_row[0]);  // no pair at all
+          } else if (num_experts > 4) {
+            base_row[4] = base_row[1];
+            base_row[2] = base_row[1];
+          }
+          expected.push_back(by_definition(row, base_row, margin, normalise));
+          std::transform(row.begin(), row.end(), std::back_inserter(p), [](double x) { return TestType(x); });
+          std::transform(base_row.begin(), base_row.end(), std::back_inserter(base),
+                         [](double x) { return TestType(x); });
+        }
+        std::vector<double> value(num_tokens, -1.0);
+        std::vector<double> value_alone(num_tokens, -1.0);
+        std::vector<TestType> gradient(num_tokens * num_experts, TestType(-1));
+        rank_hinge_cpu(p.data(), base.data(), 5, static_cast<std::int64_t>(num_experts), margin, normalise,
+                       value.data(), gradient.data());
+        rank_hinge_cpu<TestType>(p.data(), base.data(), 5, static_cast<std::int64_t>(num_experts), margin, normalise,
+                                 value_alone.data(), nullptr);
+        CHECK(value == value_alone);
+        double worst = 0.0;
+        for (std::size_t token = 0; token < num_tokens; ++token) {
+          const double size = std::max(1.0, expected[token].value);
+          CHECK(value[token] == Approx(expected[token].value).epsilon(tolerance).margin(tolerance));
+          for (std::size_t k = 0; k < num_experts; ++k) {
+            worst = std::max(
+                worst,
+                std::abs(static_cast<double>(gradient[token * num_experts + k]) - expected[token].gradient[k]) / size);
+          }
+        }
+        CHECK(worst < tolerance);
+        CHECK(value[3] == 0.0);
+      }
+    }
+  }
+}

@@ -1,0 +1,347 @@
+#include "hestia/trainer/trainer.hpp"
+
+#include <cmath>
+#include <limits>
+
+#include <torch/cuda.h>
+#include <catch2/catch.hpp>
+
+#include "hestia/core/error.hpp"
+#include "hestia/core/files.hpp"
+#include "hestia/trainer/measure.hpp"
+#include "temporary_folder.hpp"
+#include "tiny_model.hpp"
+
+using namespace hestia;
+using hestia::testing::tiny_data;
+using hestia::testing::tiny_model;
+
+namespace {
+
+TrainOptions short_run(std::int64_t steps) {
+  TrainOptions options;
+  options.steps = steps;
+  options.rows_per_batch = 2;
+  options.learning_rate = 1e-2;
+  options.log_every = 1;
+  return options;
+}
+
+RoutingLossOptions all_losses() {
+  RoutingLossOptions losses;
+  losses.cache_simulation.weight = 0.1;
+  losses.rank_matching.weight = 0.01;
+  losses.reuse.weight = 0.3;
+  losses.trust.weight = 0.1;
+  losses.load_balance.weight = 0.01;
+  return losses;
+}
+
+TrainingJob make_job(MoeModel& model, const PackedData& data, const TrainOptions& options,
+                     const std::filesystem::path& run_dir) {
+  model->keep_reference_routers();
+  TrainingJob job;
+  job.model = model;
+  job.options = options;
+  job.losses = make_routing_losses(all_losses(), 8, 2);
+  job.train_data = &data;
+  job.sequence_length = 24;
+  job.seed = 11;
+  job.run_dir = run_dir;
+  job.resolved_recipe = "recipe_version: 1\n";
+  job.quiet = true;
+  return job;
+}
+
+bool same_routers(MoeModel& a, MoeModel& b) {
+  const auto routers_a = a->routers();
+  const auto routers_b = b->routers();
+  for (std::size_t i = 0; i < routers_a.size(); ++i) {
+    if (!torch::equal(routers_a[i], routers_b[i])) {
+      return false;
+    }
+  }
+  return routers_a.size() == routers_b.size();
+}
+
+}  // namespace
+
+TEST_CASE("the learning rate warms up and falls as the schedule says") {
+  TrainOptions options = short_run(10);
+  options.warmup_steps = 2;
+  CHECK(learning_rate_at(options, 1) == Approx(0.5));
+  CHECK(learning_rate_at(options, 2) == Approx(1.0));
+  CHECK(learning_rate_at(options, 3) == Approx(1.0));
+  CHECK(learning_rate_at(options, 7) == Approx(0.5));
+  CHECK(learning_rate_at(options, 10) == Approx(0.125));
+  options.schedule = "cosine";
+  CHECK(learning_rate_at(options, 7) == Approx(0.5));
+  options.final_learning_rate = 0.2;
+  CHECK(learning_rate_at(options, 7) == Approx(0.6));
+  options.schedule = "constant";
+  CHECK(learning_rate_at(options, 10) == Approx(1.0));
+}
+
+TEST_CASE("only the routers move when only the routers train, and the loss falls") {
+  const TemporaryFolder folder;
+  MoeModel model = tiny_model();
+  const PackedData data = tiny_data(1, 64, 24);
+  std::vector<torch::Tensor> before;
+  for (const auto& [name, tensor] : model->named_tensors()) {
+    before.push_back(tensor.detach().clone());
+  }
+  TrainingJob job = make_job(model, data, short_run(30), folder.path() / "run");
+  std::vector<double> reuse;
+  job.on_step = [&](const Json& event) { reuse.push_back(event.at("reuse").get<double>()); };
+  train(job);
+  std::size_t i = 0;
+  for (const auto& [name, tensor] : model->named_tensors()) {
+    INFO(name);
+    const bool router = name.find("mlp.gate.weight") != std::string::npos;
+    CHECK(torch::equal(tensor, before[i++]) == !router);
+  }
+  REQUIRE(reuse.size() == 30);
+  CHECK(reuse[27] + reuse[28] + reuse[29] < reuse[0] + reuse[1] + reuse[2]);
+}
+
+TEST_CASE("pretraining moves every parameter and learns the pattern") {
+  const TemporaryFolder folder;
+  MoeModel model = tiny_model();
+  const PackedData data = tiny_data(2, 64, 24);
+  std::vector<torch::Tensor> before;
+  for (torch::Tensor& parameter : model->all_parameters()) {
+    before.push_back(parameter.detach().clone());
+  }
+  TrainOptions options = short_run(40);
+  options.trainable = "all";
+  options.weight_decay = 0.01;
+  TrainingJob job = make_job(model, data, options, folder.path() / "run");
+  std::vector<double> nll;
+  job.on_step = [&](const Json& event) { nll.push_back(event.at("nll").get<double>()); };
+  train(job);
+  const auto after = model->all_parameters();
+  for (std::size_t i = 0; i < after.size(); ++i) {
+    CHECK_FALSE(torch::equal(after[i], before[i]));
+  }
+  CHECK(nll.back() < 0.9 * nll.front());
+}
+
+TEST_CASE("a resumed run is bit-identical to one that never stopped") {
+  const TemporaryFolder folder;
+  const std::string trainable = GENERATE(std::string("router"), std::string("all"));
+  const PackedData data = tiny_data(5, 40, 24);
+  TrainOptions options = short_run(7);
+  options.trainable = trainable;
+  options.warmup_steps = 2;
+  options.accumulate = 2;
+
+  MoeModel whole = tiny_model();
+  train(make_job(whole, data, options, folder.path() / "whole"));
+
+  std::atomic<bool> stop{false};
+  MoeModel interrupted = tiny_model();
+  TrainingJob first = make_job(interrupted, data, options, folder.path() / "halves");
+  first.stop = &stop;
+  first.on_step = [&](const Json& event) { stop = event.at("step").get<std::int64_t>() == 3; };
+  CHECK_THROWS_AS(train(first), InterruptedError);
+
+  MoeModel resumed = tiny_model();
+  TrainingJob second = make_job(resumed, data, options, folder.path() / "halves");
+  second.resume = true;
+  const TrainingResult result = train(second);
+  CHECK(result.steps == 7);
+  CHECK(same_routers(whole, resumed));
+  const auto a = whole->all_parameters();
+  const auto b = resumed->all_parameters();
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    CHECK(torch::equal(a[i], b[i]));
+  }
+  // The log reads as one run.
+  std::vector<std::int64_t> steps;
+  read_json_lines(folder.path() / "halves" / "metrics.jsonl",
+                  [&](std::int64_t, const Json& event) { steps.push_back(event.at("step").get<std::int64_t>()); });
+  CHECK(steps == std::vector<std::int64_t>{1, 2, 3, 4, 5, 6, 7});
+}
+
+TEST_CASE("accumulating micro-batches equals one large batch") {
+  const TemporaryFolder folder;
+  // One sequence per row, so that both runs see the same rows in the same order.
+  PackedData data = tiny_data(9, 16, 24);
+  for (TokenSequence& sequence : data.sequences) {
+    sequence.tokens.resize(24, 7);
+    sequence.domain = 0;
+  }
+  data.domains = {"alpha"};
+  TrainOptions large = short_run(2);
+  large.rows_per_batch = 4;
+  TrainOptions small = large;
+  small.rows_per_batch = 1;
+  small.accumulate = 4;
+  MoeModel a = tiny_model();
+  MoeModel b = tiny_model();
+  std::vector<Json> events_a;
+  std::vector<Json> events_b;
+  TrainingJob job_a = make_job(a, data, large, folder.path() / "large");
+  TrainingJob job_b = make_job(b, data, small, folder.path() / "small");
+  // Load balance is per micro-batch by definition; every other term must agree.
+  RoutingLossOptions losses = all_losses();
+  losses.load_balance.weight = 0.0;
+  job_a.losses = make_routing_losses(losses, 8, 2);
+  job_b.losses = make_routing_losses(losses, 8, 2);
+  job_a.on_step = [&](const Json& event) { events_a.push_back(event); };
+  job_b.on_step = [&](const Json& event) { events_b.push_back(event); };
+  train(job_a);
+  train(job_b);
+  REQUIRE(events_a.size() == events_b.size());
+  for (const char* name : {"loss", "nll", "cache_simulation", "rank_matching", "reuse", "trust", "gradient_norm"}) {
+    INFO(name);
+    CHECK(events_a[0].at(name).get<double>() == Approx(events_b[0].at(name).get<double>()).epsilon(1e-4));
+  }
+  const auto routers_a = a->routers();
+  const auto routers_b = b->routers();
+  for (std::size_t i = 0; i < routers_a.size(); ++i) {
+    CHECK(torch::allclose(routers_a[i], routers_b[i], 1e-3, 1e-4));
+  }
+}
+
+TEST_CASE("a non-finite loss stops the run before the update") {
+  const TemporaryFolder folder;
+  MoeModel model = tiny_model();
+  const PackedData data = tiny_data(4, 16, 24);
+  {
+    const torch::NoGradGuard no_grad;
+    model->routers()[1].index_put_({0, 0}, std::numeric_limits<float>::quiet_NaN());
+  }
+  const torch::Tensor before = model->routers()[0].detach().clone();
+  TrainingJob job = make_job(model, data, short_run(3), folder.path() / "run");
+  CHECK_THROWS_WITH(
+      train(job), Catch::Contains("step 1") && Catch::Contains("not finite") && Catch::Contains("nothing was updated"));
+  CHECK(torch::equal(model->routers()[0], before));
+}
+
+TEST_CASE("a run directory is never overwritten silently") {
+  const TemporaryFolder folder;
+  const PackedData data = tiny_data(4, 16, 24);
+  MoeModel model = tiny_model();
+  const TrainingJob job = make_job(model, data, short_run(2), folder.path() / "run");
+  train(job);
+  CHECK_THROWS_WITH(train(job), Catch::Contains("holds a run already") && Catch::Contains("--resume"));
+  TrainingJob again = job;
+  again.overwrite = true;
+  CHECK_NOTHROW(train(again));
+  TrainingJob other = job;
+  other.resume = true;
+  other.resolved_recipe = "recipe_version: 1\nseed: 2\n";
+  CHECK_THROWS_WITH(train(other), Catch::Contains("the recipe changed") && Catch::Contains("seed: 2"));
+  TrainingJob nothing = job;
+  nothing.resume = true;
+  nothing.run_dir = folder.path() / "elsewhere";
+  CHECK_THROWS_WITH(train(nothing), Catch::Contains("no checkpoint to resume from"));
+}
+
+TEST_CASE("a checkpoint counts only when it is complete, and old ones are removed") {
+  const TemporaryFolder folder;
+  const PackedData data = tiny_data(4, 16, 24);
+  MoeModel model = tiny_model();
+  TrainOptions options = short_run(6);
+  options.checkpoint_every = 1;
+  options.keep_checkpoints = 2;
+  train(make_job(model, data, options, folder.path() / "run"));
+  const auto checkpoints = folder.path() / "run" / "checkpoints";
+  CHECK(std::filesystem::exists(checkpoints / "step_6" / "DONE"));
+  CHECK(std::filesystem::exists(checkpoints / "step_5"));
+  CHECK_FALSE(std::filesystem::exists(checkpoints / "step_4"));
+  std::filesystem::remove(checkpoints / "step_6" / "DONE");
+  REQUIRE(latest_checkpoint(folder.path() / "run"));
+  CHECK(latest_checkpoint(folder.path() / "run")->first == 5);
+}
+
+TEST_CASE("the chunked loss equals cross-entropy in value and gradient") {
+  MoeModel model = tiny_model();
+  torch::manual_seed(5);
+  torch::Tensor hidden = torch::randn({2, 9, 32}).set_requires_grad(true);
+  torch::Tensor labels = torch::randint(0, 48, {2, 9});
+  labels.index_put_({0, 3}, -100);
+  labels.index_put_({1, 8}, -100);
+  for (torch::Tensor& parameter : model->all_parameters()) {
+    parameter.set_requires_grad(true);
+  }
+  const torch::Tensor value = nll_sum(model, hidden, labels);
+  (value * 0.5).backward();
+  const torch::Tensor gradient = hidden.grad().clone();
+  torch::Tensor weight;
+  for (const torch::Tensor& parameter : model->all_parameters()) {
+    if (parameter.grad().defined()) {
+      weight = parameter;
+    }
+  }
+  REQUIRE(weight.defined());
+  const torch::Tensor weight_gradient = weight.grad().clone();
+  hidden.mutable_grad() = torch::Tensor();
+  weight.mutable_grad() = torch::Tensor();
+  const torch::Tensor expected = torch::nll_loss(torch::log_softmax(model->head(hidden).reshape({-1, 48}), -1),
+                                                 labels.reshape({-1}), {}, at::Reduction::Sum, -100);
+  (expected * 0.5).backward();
+  CHECK(value.item<double>() == Approx(expected.item<double>()).epsilon(1e-5));
+  CHECK(torch::allclose(gradient, hidden.grad(), 1e-4, 1e-6));
+  CHECK(torch::allclose(weight_gradient, weight.grad(), 1e-4, 1e-6));
+}
+
+TEST_CASE("measure reports the same loss as a plain forward and hands out every sequence once") {
+  MoeModel model = tiny_model();
+  const PackedData data = tiny_data(8, 21, 24);
+  const auto batches = pack_for_evaluation(data, -1, 2, 24);
+  std::int64_t tokens = 0;
+  std::int64_t sequences = 0;
+  std::vector<std::int64_t> ids;
+  const QualityResult quality = measure(model, data, batches, true, [&](SequenceRouting&& routing) {
+    ++sequences;
+    tokens += routing.num_tokens;
+    ids.push_back(routing.id);
+    CHECK(routing.selected.size() == static_cast<std::size_t>(2 * routing.num_tokens * 2));
+    CHECK(routing.probabilities.size() == static_cast<std::size_t>(2 * routing.num_tokens * 8));
+    CHECK((routing.task == "alpha" || routing.task == "beta"));
+  });
+  CHECK(sequences == 21);
+  CHECK(tokens == data.num_tokens());
+  std::sort(ids.begin(), ids.end());
+  CHECK(std::adjacent_find(ids.begin(), ids.end()) == ids.end());
+  CHECK(quality.labels == data.num_tokens() - 21);
+  CHECK(quality.bytes == 3 * quality.labels);
+  double expected = 0.0;
+  const torch::NoGradGuard no_grad;
+  for (const TokenSequence& sequence : data.sequences) {
+    const auto length = static_cast<std::int64_t>(sequence.tokens.size());
+    const torch::Tensor ids_1S =
+        torch::tensor(std::vector<std::int64_t>(sequence.tokens.begin(), sequence.tokens.end())).unsqueeze(0);
+    const TokenBatch batch{ids_1S, torch::arange(length).unsqueeze(0), torch::zeros({1, length}, torch::kInt64)};
+    const torch::Tensor logits = model->head(model->forward(batch).hidden_BSD)[0];
+    expected += torch::nll_loss(torch::log_softmax(logits.slice(0, 0, length - 1), -1), ids_1S[0].slice(0, 1), {},
+                                at::Reduction::Sum)
+                    .item<double>();
+  }
+  CHECK(quality.nll_sum == Approx(expected).epsilon(1e-4));
+}
+
+TEST_CASE("twenty steps on the GPU follow the CPU", "[gpu]") {
+  if (!torch::cuda::is_available()) {
+    WARN("SKIPPED: no GPU on this machine");
+    return;
+  }
+  const TemporaryFolder folder;
+  const PackedData data = tiny_data(12, 64, 24);
+  std::vector<double> cpu;
+  std::vector<double> gpu;
+  MoeModel on_cpu = tiny_model();
+  MoeModel on_gpu = tiny_model(3, torch::kFloat32, torch::kCUDA);
+  TrainingJob job_cpu = make_job(on_cpu, data, short_run(20), folder.path() / "cpu");
+  TrainingJob job_gpu = make_job(on_gpu, data, short_run(20), folder.path() / "gpu");
+  job_cpu.on_step = [&](const Json& event) { cpu.push_back(event.at("loss").get<double>()); };
+  job_gpu.on_step = [&](const Json& event) { gpu.push_back(event.at("loss").get<double>()); };
+  train(job_cpu);
+  train(job_gpu);
+  for (std::size_t i = 0; i < cpu.size(); ++i) {
+    INFO("step " << i + 1);
+    CHECK(gpu[i] == Approx(cpu[i]).epsilon(1e-4));
+  }
+}

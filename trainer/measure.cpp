@@ -1,0 +1,191 @@
+#include "hestia/trainer/measure.hpp"
+
+#include <cmath>
+#include <limits>
+
+#include <torch/autograd.h>
+
+#include "hestia/core/error.hpp"
+
+namespace hestia {
+
+namespace {
+
+// Logits are made for at most this many elements at a time.
+constexpr std::int64_t kChunkElementsCpu = std::int64_t{1} << 24;
+constexpr std::int64_t kChunkElementsCuda = std::int64_t{1} << 27;
+
+torch::Tensor head_weight(MoeModel& model) {
+  torch::Tensor weight;
+  for (const auto& [name, tensor] : model->named_tensors()) {
+    if (name == "lm_head.weight") {
+      return tensor;
+    }
+    if (name == "model.embed_tokens.weight") {
+      weight = tensor;
+    }
+  }
+  return weight;
+}
+
+// Linear head and cross-entropy in chunks. The gradient of hidden (and of the head when it trains) is made together
+// with the value, so that the [N, V] logits are never kept.
+class ChunkedNll : public torch::autograd::Function<ChunkedNll> {
+ public:
+  static torch::Tensor forward(torch::autograd::AutogradContext* context, const torch::Tensor& hidden_ND,
+                               const torch::Tensor& weight_VD, const torch::Tensor& labels_N, bool with_gradient) {
+    const std::int64_t num_rows = hidden_ND.size(0);
+    const std::int64_t vocabulary = weight_VD.size(0);
+    const std::int64_t budget = hidden_ND.is_cuda() ? kChunkElementsCuda : kChunkElementsCpu;
+    const std::int64_t chunk = std::max<std::int64_t>(1, budget / vocabulary);
+    const bool weight_gradient = with_gradient && weight_VD.requires_grad();
+    torch::Tensor total = torch::zeros({}, hidden_ND.options().dtype(torch::kFloat32));
+    torch::Tensor grad_hidden = with_gradient ? torch::empty_like(hidden_ND) : torch::Tensor();
+    torch::Tensor grad_weight =
+        weight_gradient ? torch::zeros(weight_VD.sizes(), weight_VD.options().dtype(torch::kFloat32)) : torch::Tensor();
+    for (std::int64_t begin = 0; begin < num_rows; begin += chunk) {
+      const std::int64_t length = std::min(chunk, num_rows - begin);
+      const torch::Tensor hidden = hidden_ND.narrow(0, begin, length);
+      const torch::Tensor labels = labels_N.narrow(0, begin, length).unsqueeze(1);
+      torch::Tensor log_probabilities =
+          torch::log_softmax(torch::matmul(hidden, weight_VD.t()).to(torch::kFloat32), -1);
+      total.sub_(log_probabilities.gather(1, labels).sum());
+      if (with_gradient) {
+        torch::Tensor grad_logits = log_probabilities.exp_();
+        grad_logits.scatter_add_(1, labels, torch::full({length, 1}, -1.0F, grad_logits.options()));
+        grad_logits = grad_logits.to(hidden_ND.scalar_type());
+        grad_hidden.narrow(0, begin, length).copy_(torch::matmul(grad_logits, weight_VD));
+        if (weight_gradient) {
+          grad_weight.add_(torch::matmul(grad_logits.t(), hidden).to(torch::kFloat32));
+        }
+      }
+    }
+    if (with_gradient) {
+      context->saved_data["weight_gradient"] = weight_gradient;
+      context->save_for_backward(weight_gradient ? torch::autograd::variable_list{grad_hidden, grad_weight}
+                                                 : torch::autograd::variable_list{grad_hidden});
+      context->saved_data["dtype"] = static_cast<std::int64_t>(weight_VD.scalar_type());
+    }
+    return total;
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 const torch::autograd::variable_list& grad_output) {
+    const auto saved = context->get_saved_variables();
+    const torch::Tensor& scale = grad_output[0];
+    torch::Tensor grad_weight;
+    if (context->saved_data["weight_gradient"].toBool()) {
+      grad_weight = (saved[1] * scale).to(static_cast<torch::Dtype>(context->saved_data["dtype"].toInt()));
+    }
+    return {saved[0] * scale.to(saved[0].scalar_type()), grad_weight, torch::Tensor(), torch::Tensor()};
+  }
+};
+
+torch::Tensor from_vector(const std::vector<std::int64_t>& values, std::int64_t rows, std::int64_t columns,
+                          torch::Device device) {
+  return torch::from_blob(const_cast<std::int64_t*>(values.data()), {rows, columns}, torch::kInt64)  // NOLINT
+      .clone()
+      .to(device);
+}
+
+}  // namespace
+
+double QualityResult::nll() const {
+  return labels == 0 ? std::numeric_limits<double>::quiet_NaN() : nll_sum / static_cast<double>(labels);
+}
+
+double QualityResult::perplexity() const {
+  return std::exp(nll());
+}
+
+double QualityResult::bits_per_byte() const {
+  return bytes == 0 ? std::numeric_limits<double>::quiet_NaN() : nll_sum / std::log(2.0) / static_cast<double>(bytes);
+}
+
+TokenBatch to_device(const PackedBatch& batch, torch::Device device) {
+  return {from_vector(batch.tokens, batch.num_rows, batch.row_length, device),
+          from_vector(batch.positions, batch.num_rows, batch.row_length, device),
+          from_vector(batch.sequence_ids, batch.num_rows, batch.row_length, device)};
+}
+
+SequenceLayout layout_of(const PackedBatch& batch) {
+  return {batch.sequence_ids, batch.counted};
+}
+
+torch::Tensor nll_sum(MoeModel& model, const torch::Tensor& hidden_BSD, const torch::Tensor& labels_BS) {
+  const torch::Tensor labels_T = labels_BS.reshape({-1});
+  const torch::Tensor rows = labels_T.ge(0).nonzero().squeeze(1);
+  const torch::Tensor hidden_ND = hidden_BSD.reshape({-1, hidden_BSD.size(-1)}).index_select(0, rows);
+  const torch::Tensor labels_N = labels_T.index_select(0, rows);
+  const torch::Tensor weight_VD = head_weight(model);
+  const bool with_gradient = torch::GradMode::is_enabled() && (hidden_ND.requires_grad() || weight_VD.requires_grad());
+  return ChunkedNll::apply(hidden_ND, weight_VD, labels_N, with_gradient);
+}
+
+QualityResult measure(MoeModel& model, const PackedData& data, const std::vector<PackedBatch>& batches,
+                      bool with_probabilities, const std::function<void(SequenceRouting&&)>& visit,
+                      const std::function<void(std::int64_t tokens)>& progress) {
+  const torch::NoGradGuard no_grad;
+  const Architecture& architecture = model->architecture();
+  QualityResult result;
+  std::int64_t next_id = 0;
+  for (const PackedBatch& batch : batches) {
+    const ModelOutput output = model->forward(to_device(batch, model->device()));
+    const torch::Tensor labels = from_vector(batch.labels, batch.num_rows, batch.row_length, model->device());
+    result.nll_sum += nll_sum(model, output.hidden_BSD, labels).to(torch::kFloat64).item<double>();
+    result.labels += batch.num_labels();
+    result.bytes += batch.num_bytes;
+    const std::vector<SequenceRun> runs = sequence_runs(layout_of(batch));
+    if (visit) {
+      std::vector<torch::Tensor> selected;
+      std::vector<torch::Tensor> weights;
+      std::vector<torch::Tensor> probabilities;
+      for (const RoutingRecord& record : output.routing) {
+        selected.push_back(record.selected_TK.to(torch::kCPU).contiguous());
+        weights.push_back(record.weights_TK.to(torch::kCPU, torch::kFloat32).contiguous());
+        if (with_probabilities) {
+          probabilities.push_back(record.probabilities_TE.to(torch::kCPU, torch::kFloat32).contiguous());
+        }
+      }
+      const std::int64_t top_k = selected.empty() ? 0 : selected.front().size(1);
+      for (const SequenceRun& run : runs) {
+        SequenceRouting routing;
+        routing.id = next_id + run.id;
+        routing.task = data.domains.at(static_cast<std::size_t>(batch.domains.at(static_cast<std::size_t>(run.id))));
+        routing.num_tokens = run.length();
+        while (routing.num_prompt_tokens < run.length() &&
+               batch.counted[static_cast<std::size_t>(run.begin + routing.num_prompt_tokens)] == 0) {
+          ++routing.num_prompt_tokens;
+        }
+        routing.num_layers = static_cast<std::int64_t>(selected.size());
+        routing.num_experts = architecture.num_experts;
+        routing.top_k = top_k;
+        for (std::size_t layer = 0; layer < selected.size(); ++layer) {
+          const std::int64_t* experts = selected[layer].data_ptr<std::int64_t>();
+          const float* mixing = weights[layer].data_ptr<float>();
+          for (std::int64_t i = run.begin * top_k; i < run.end * top_k; ++i) {
+            routing.selected.push_back(static_cast<std::uint16_t>(experts[i]));
+            routing.weights.push_back(mixing[i]);
+          }
+          if (with_probabilities) {
+            const float* values = probabilities[layer].data_ptr<float>();
+            routing.probabilities.insert(routing.probabilities.end(), values + run.begin * architecture.num_experts,
+                                         values + run.end * architecture.num_experts);
+          }
+        }
+        visit(std::move(routing));
+      }
+    }
+    next_id += static_cast<std::int64_t>(batch.domains.size());
+    if (progress) {
+      std::int64_t tokens = 0;
+      for (const SequenceRun& run : runs) {
+        tokens += run.length();
+      }
+      progress(tokens);
+    }
+  }
+  return result;
+}
+
+}  // namespace hestia

@@ -1,0 +1,295 @@
+#include "hestia/trainer/recipes.hpp"
+
+#include <algorithm>
+#include <set>
+
+#include <fmt/format.h>
+
+namespace hestia {
+
+namespace {
+
+constexpr double kMaxRate = 10.0;
+
+}  // namespace
+
+FieldList ModelOptions::fields() {
+  FieldList list;
+  list.add("path", path, "Hugging Face model directory: config.json, safetensors, tokenizer.model");
+  list.add("dtype", dtype, "of all frozen weights; routers are float32 always", {"float32", "bfloat16"});
+  list.add("device", device, "auto, cpu, cuda or cuda:N; auto takes a GPU when there is one");
+  list.add("threads", threads, "CPU threads; 0: all cores", {.low = 0, .high = 1024});
+  list.add("activation_checkpointing", activation_checkpointing,
+           "recompute layers in backward instead of keeping them");
+  return list;
+}
+
+FieldList DataOptions::fields() {
+  FieldList list;
+  list.add("sequence_length", sequence_length, "tokens of a row; longer documents are cut",
+           {.low = 2, .high = 1 << 20});
+  list.add("held_out_fraction", held_out_fraction, "share of documents never trained on",
+           {.low = 0.0, .high = 0.9, .exclusive_low = true});
+  list.add("split_seed", split_seed, "of the split into training and held-out documents", {.low = 0});
+  list.add("max_tokens_per_domain", max_tokens_per_domain, "training tokens read per domain; 0: all", {.low = 0});
+  list.add("train", train, "domains to train on").required();
+  list.add("train_mix", train_mix, "weights of the training domains, in their order; empty: as they come",
+           {.low = 0.0, .exclusive_low = true});
+  list.add("evaluate", evaluate, "domains of every evaluation (held-out documents)");
+  list.add_list("corpora", corpora, "where the text of each domain comes from").required();
+  return list;
+}
+
+FieldList TrainOptions::fields() {
+  FieldList list;
+  list.add("trainable", trainable, "which parameters train", {"router", "all"});
+  list.add("steps", steps, "optimiser steps", {.low = 1});
+  list.add("rows_per_batch", rows_per_batch, "rows of sequence_length tokens in a micro-batch", {.low = 1});
+  list.add("accumulate", accumulate, "micro-batches per optimiser step", {.low = 1});
+  list.add("learning_rate", learning_rate, "peak of AdamW's learning rate",
+           {.low = 0.0, .high = kMaxRate, .exclusive_low = true});
+  list.add("warmup_steps", warmup_steps, "linear warm-up", {.low = 0});
+  list.add("schedule", schedule, "after the warm-up", {"linear", "cosine", "constant"});
+  list.add("final_learning_rate", final_learning_rate, "share of the peak reached at the last step",
+           {.low = 0.0, .high = 1.0});
+  list.add("weight_decay", weight_decay, "decoupled, matrices only", {.low = 0.0, .high = 1.0});
+  list.add("beta1", beta1, "AdamW", {.low = 0.0, .high = 0.99999});
+  list.add("beta2", beta2, "AdamW", {.low = 0.0, .high = 0.9999999});
+  list.add("epsilon", epsilon, "AdamW", {.low = 0.0, .high = 1.0, .exclusive_low = true});
+  list.add("clip_norm", clip_norm, "largest global gradient norm; 0: no clipping", {.low = 0.0});
+  list.add("log_every", log_every, "steps between step lines", {.low = 1});
+  list.add("evaluate_every", evaluate_every, "steps between held-out evaluations; 0: at the end only", {.low = 0});
+  list.add("evaluate_tokens", evaluate_tokens, "held-out tokens per domain in those evaluations", {.low = 1});
+  list.add("checkpoint_every", checkpoint_every, "steps between checkpoints; 0: at the end only", {.low = 0});
+  list.add("keep_checkpoints", keep_checkpoints, "older ones are removed", {.low = 1});
+  return list;
+}
+
+FieldList ControlOptions::fields() {
+  FieldList list;
+  list.add("enabled", enabled, "also run plain NLL tuning: same trainable set, data, steps");
+  list.add("learning_rate", learning_rate, "its own peak learning rate",
+           {.low = 0.0, .high = kMaxRate, .exclusive_low = true});
+  return list;
+}
+
+FieldList ExportOptions::fields() {
+  FieldList list;
+  list.add("tokens", tokens, "held-out tokens per tuned domain behind the preference statistics", {.low = 1});
+  list.add("max_sequences", max_sequences, "bound of the per-sequence statistics (reservoir sample)", {.low = 0});
+  return list;
+}
+
+FieldList EvaluateOptions::fields() {
+  FieldList list;
+  list.add("tokens_per_domain", tokens_per_domain, "held-out tokens per domain", {.low = 1});
+  list.add("slots", slots, "slots per layer to simulate; empty: E/8, E/4, E/2", {.low = 1});
+  list.add("policies", policies, "slot-cache policies to simulate", policy_names());
+  list.add("gamma", gamma, "discount of the gamma policy", {.low = 0.0, .high = 1.0});
+  return list;
+}
+
+FieldList FinetuneRecipe::fields() {
+  FieldList list;
+  list.add("task", task, "what the recipe does", {"finetune"});
+  list.add("run_dir", run_dir, "folder of the run: checkpoints, metrics, bundle, results").required();
+  list.add("seed", seed, "of everything random; each purpose derives its own", {.low = 0});
+  list.add_section("model", model.fields(), "the checkpoint and how to hold it");
+  list.add_section("data", data.fields(), "corpora, training and evaluation domains");
+  list.add_section("losses", losses.fields(), "routing objectives beside the language-model loss");
+  list.add_section("train", train.fields(), "optimiser and loop");
+  list.add_section("control", control.fields(), "plain NLL tuning to compare with");
+  list.add_section("export", export_options.fields(), "router bundle");
+  list.add_section("evaluate", evaluate.fields(), "comparison of baseline, control and tuned router");
+  return list;
+}
+
+FieldList ArchitectureOptions::fields() {
+  FieldList list;
+  list.add("family", family, "layout of the checkpoint", known_families());
+  list.add("hidden_size", hidden_size, "model dimension", {.low = 8});
+  list.add("expert_intermediate_size", expert_intermediate_size, "hidden dimension of one expert", {.low = 8});
+  list.add("num_layers", num_layers, "layers", {.low = 1});
+  list.add("num_attention_heads", num_attention_heads, "query heads", {.low = 1});
+  list.add("num_key_value_heads", num_key_value_heads, "key and value heads", {.low = 1});
+  list.add("num_experts", num_experts, "routed experts per layer", {.low = 1, .high = 65535});
+  list.add("top_k", top_k, "experts per token", {.low = 1});
+  list.add("normalise_top_k", normalise_top_k, "divide the chosen weights by their sum");
+  list.add("tie_word_embeddings", tie_word_embeddings, "the head reuses the embedding");
+  list.add("rope_theta", rope_theta, "base of the rotary embedding", {.low = 0.0, .exclusive_low = true});
+  list.add("max_position_embeddings", max_position_embeddings, "longest sequence", {.low = 2});
+  list.add("initializer_range", initializer_range, "standard deviation of initial weights",
+           {.low = 0.0, .exclusive_low = true});
+  return list;
+}
+
+FieldList TokenizerOptions::fields() {
+  FieldList list;
+  list.add("path", path, "an existing tokenizer.model; empty: train one on the training split");
+  list.add("vocab_size", vocab_size, "tokens of a trained vocabulary", {.low = 300, .high = 1 << 20});
+  list.add("sample_bytes", sample_bytes, "text to train it on, shared equally among the domains", {.low = 1000});
+  return list;
+}
+
+FieldList SaveOptions::fields() {
+  FieldList list;
+  list.add("dtype", dtype, "of the saved weights", {"float32", "bfloat16"});
+  list.add("max_shard_bytes", max_shard_bytes, "larger models are written in shards", {.low = 1024});
+  return list;
+}
+
+FieldList PretrainRecipe::fields() {
+  FieldList list;
+  list.add("task", task, "what the recipe does", {"pretrain"});
+  list.add("run_dir", run_dir, "folder of the run; the model lands in its model/").required();
+  list.add("seed", seed, "of everything random; each purpose derives its own", {.low = 0});
+  list.add_section("model", model.fields(), "dtype and device (path is unused)");
+  list.add_section("architecture", architecture.fields(), "the model to make");
+  list.add_section("tokenizer", tokenizer.fields(), "its vocabulary");
+  list.add_section("data", data.fields(), "corpora, training and evaluation domains");
+  list.add_section("losses", losses.fields(), "routing objectives beside the language-model loss");
+  list.add_section("train", train.fields(), "optimiser and loop");
+  list.add_section("save", save.fields(), "the finished model");
+  return list;
+}
+
+std::string recipe_task(const std::filesystem::path& path) {
+  std::string task = "finetune";
+  FieldList list;
+  list.add("task", task, "", {"finetune", "pretrain"});
+  Problems ignored;
+  const RecipeSource source = read_recipe(path, {}, list, ignored);
+  for (const std::string& message : ignored.messages()) {
+    if (message.find(": task ") != std::string::npos) {
+      throw UsageError(message);
+    }
+  }
+  return task;
+}
+
+namespace {
+
+void check_data(const DataOptions& data, const RecipeSource& source, Problems& problems) {
+  std::vector<std::string> known;
+  for (std::size_t i = 0; i < data.corpora.size(); ++i) {
+    const std::string key = fmt::format("data.corpora.{}.domain", i);
+    const std::string& domain = data.corpora[i].domain;
+    if (std::find(known.begin(), known.end(), domain) != known.end()) {
+      problems.add(fmt::format("{}: {} repeats the domain \"{}\"; give each corpus its own name", source.location(key),
+                               key, domain));
+    }
+    known.push_back(domain);
+  }
+  const auto check_domains = [&](const std::vector<std::string>& domains, const std::string& key) {
+    std::set<std::string> seen;
+    for (std::size_t i = 0; i < domains.size(); ++i) {
+      const std::string& domain = domains[i];
+      if (std::find(known.begin(), known.end(), domain) == known.end()) {
+        const std::string near = nearest_name(domain, known);
+        problems.add(fmt::format("{}: {} names the domain \"{}\", which data.corpora does not define{}",
+                                 source.location(key), key, domain,
+                                 near.empty() ? "" : fmt::format("; did you mean \"{}\"?", near)));
+      }
+      if (!seen.insert(domain).second) {
+        problems.add(
+            fmt::format("{}: {} names the domain \"{}\" twice; remove one", source.location(key), key, domain));
+      }
+    }
+  };
+  check_domains(data.train, "data.train");
+  check_domains(data.evaluate, "data.evaluate");
+  if (data.train.empty()) {
+    problems.add(fmt::format("{}: data.train must name at least one domain, got none", source.location("data.train")));
+  }
+  if (!data.train_mix.empty() && data.train_mix.size() != data.train.size()) {
+    problems.add(fmt::format("{}: data.train_mix must have one weight per domain of data.train ({}), got {}",
+                             source.location("data.train_mix"), data.train.size(), data.train_mix.size()));
+  }
+}
+
+void check_train(const TrainOptions& train, const RecipeSource& source, Problems& problems) {
+  if (train.warmup_steps > train.steps) {
+    problems.add(fmt::format("{}: train.warmup_steps must be at most train.steps ({}), got {}",
+                             source.location("train.warmup_steps"), train.steps, train.warmup_steps));
+  }
+}
+
+}  // namespace
+
+LoadedRecipe<FinetuneRecipe> load_finetune_recipe(const std::filesystem::path& path,
+                                                  const std::vector<std::string>& overrides) {
+  LoadedRecipe<FinetuneRecipe> loaded;
+  Problems problems;
+  loaded.source = read_recipe(path, overrides, loaded.recipe.fields(), problems);
+  const FinetuneRecipe& recipe = loaded.recipe;
+  check_data(recipe.data, loaded.source, problems);
+  check_train(recipe.train, loaded.source, problems);
+  if (recipe.model.path.empty()) {
+    problems.add(fmt::format("{}: model.path is missing; give the directory of the checkpoint to tune",
+                             loaded.source.location("model.path")));
+  }
+  if (recipe.data.evaluate.empty()) {
+    problems.add(fmt::format("{}: data.evaluate must name at least one domain, got none",
+                             loaded.source.location("data.evaluate")));
+  }
+  problems.throw_usage_if_any();
+  return loaded;
+}
+
+LoadedRecipe<PretrainRecipe> load_pretrain_recipe(const std::filesystem::path& path,
+                                                  const std::vector<std::string>& overrides) {
+  LoadedRecipe<PretrainRecipe> loaded;
+  Problems problems;
+  loaded.source = read_recipe(path, overrides, loaded.recipe.fields(), problems);
+  const PretrainRecipe& recipe = loaded.recipe;
+  check_data(recipe.data, loaded.source, problems);
+  check_train(recipe.train, loaded.source, problems);
+  const ArchitectureOptions& architecture = recipe.architecture;
+  if (architecture.top_k > architecture.num_experts) {
+    problems.add(fmt::format("{}: architecture.top_k must be between 1 and num_experts ({}), got {}",
+                             loaded.source.location("architecture.top_k"), architecture.num_experts,
+                             architecture.top_k));
+  }
+  if (architecture.hidden_size % (2 * architecture.num_attention_heads) != 0) {
+    problems.add(
+        fmt::format("{}: architecture.hidden_size must be a multiple of twice num_attention_heads ({}), got {}",
+                    loaded.source.location("architecture.hidden_size"), architecture.num_attention_heads,
+                    architecture.hidden_size));
+  }
+  if (architecture.num_attention_heads % architecture.num_key_value_heads != 0) {
+    problems.add(fmt::format("{}: architecture.num_key_value_heads must divide num_attention_heads ({}), got {}",
+                             loaded.source.location("architecture.num_key_value_heads"),
+                             architecture.num_attention_heads, architecture.num_key_value_heads));
+  }
+  if (recipe.data.sequence_length > architecture.max_position_embeddings) {
+    problems.add(
+        fmt::format("{}: data.sequence_length must be at most architecture.max_position_embeddings ({}), got {}",
+                    loaded.source.location("data.sequence_length"), architecture.max_position_embeddings,
+                    recipe.data.sequence_length));
+  }
+  if (recipe.train.trainable != "all") {
+    problems.add(fmt::format("{}: train.trainable must be \"all\" in a pretraining recipe, got \"{}\"",
+                             loaded.source.location("train.trainable"), recipe.train.trainable));
+  }
+  for (const auto& [name, weight] : {std::pair{"trust", recipe.losses.trust.weight},
+                                     std::pair{"rank_matching", recipe.losses.rank_matching.weight}}) {
+    if (weight != 0.0) {
+      const std::string key = fmt::format("losses.{}.weight", name);
+      problems.add(fmt::format("{}: {} must be 0 in a pretraining recipe (there is no base router), got {}",
+                               loaded.source.location(key), key, weight));
+    }
+  }
+  problems.throw_usage_if_any();
+  return loaded;
+}
+
+std::pair<const CorpusOptions*, std::string> find_corpus(const DataOptions& data, const std::string& domain) {
+  for (std::size_t i = 0; i < data.corpora.size(); ++i) {
+    if (data.corpora[i].domain == domain) {
+      return {&data.corpora[i], fmt::format("data.corpora.{}", i)};
+    }
+  }
+  throw std::invalid_argument("find_corpus: unknown domain " + domain);
+}
+
+}  // namespace hestia
