@@ -11,6 +11,7 @@ if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
 Usage: scripts/quickstart.sh [KEY=VALUE...]
 
 Each KEY=VALUE overrides one key of recipes/quickstart.yaml. Paths are relative to the repository.
+Running it again starts afresh in runs/quickstart; another run_dir=... is never overwritten.
 TEXT
   exit 0
 fi
@@ -19,10 +20,16 @@ recipe=recipes/quickstart.yaml
 
 scripts/setup.sh
 build hestia_cli
+overwrite=(--overwrite)
+for argument in "$@"; do
+  [[ $argument != run_dir=* ]] || overwrite=()
+done
 for verb in finetune export evaluate; do
+  flags=()
+  [ "$verb" != finetune ] || flags=("${overwrite[@]+"${overwrite[@]}"}")
   say "hestia $verb $recipe $*"
   code=0
-  build/bin/hestia "$verb" "$recipe" "$@" || code=$?
+  build/bin/hestia "$verb" "$recipe" "$@" "${flags[@]+"${flags[@]}"}" || code=$?
   [ $code -eq 0 ] || die $code "hestia $verb exited with $code, see above"
 done
 say "done: the table above compares the tuned router with the baseline"
