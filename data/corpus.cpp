@@ -68,7 +68,7 @@ std::filesystem::path fixed_folder(const std::string& pattern) {
   return expanded.empty() ? folder : expanded.front();
 }
 
-// The files that one entry of `paths` names, sorted.
+// The files that one entry of `paths` names, with an id each.
 std::vector<SourceFile> match_files(const std::string& pattern, const std::vector<std::string>& suffixes) {
   std::vector<SourceFile> files;
   const bool has_wildcard = pattern.find_first_of(kWildcards) != std::string::npos && !std::filesystem::exists(pattern);
@@ -91,7 +91,6 @@ std::vector<SourceFile> match_files(const std::string& pattern, const std::vecto
       add(path);
     }
   }
-  std::sort(files.begin(), files.end(), [](const SourceFile& a, const SourceFile& b) { return a.path < b.path; });
   return files;
 }
 
