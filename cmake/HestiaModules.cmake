@@ -94,6 +94,8 @@ function(hestia_test name)
   endif()
   set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/tests")
   # A [gpu] test without a GPU warns and returns: ctest then lists it as skipped, not among the passed.
+  # ctest runs tests side by side: a second thread in each would only wait for a core (a test that is about threads sets
+  # their number itself).
   catch_discover_tests(${name} TEST_PREFIX "${name}: "
-    PROPERTIES TIMEOUT 600 LABELS ${label} SKIP_REGULAR_EXPRESSION "no GPU: skipped|SKIPPED: (no|needs a) GPU")
+    PROPERTIES TIMEOUT 600 LABELS ${label} ENVIRONMENT OMP_NUM_THREADS=1 SKIP_REGULAR_EXPRESSION "no GPU: skipped|SKIPPED: (no|needs a) GPU")
 endfunction()

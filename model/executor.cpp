@@ -99,7 +99,7 @@ Tensor times_transposed(const Dispatch& dispatch, const Tensor& x, const Tensor&
 }
 
 /// out[rows of e] = x[rows of e] * w[e] (+ out); x [N, B], w [E, B, A] -> [N, A].
-Tensor times(const Dispatch& dispatch, const Tensor& x, const Tensor& w, Tensor accumulate = {}) {
+Tensor times(const Dispatch& dispatch, const Tensor& x, const Tensor& w, const Tensor& accumulate = {}) {
   if (dispatch.grouped) {
     const Tensor product = at::_grouped_mm(x, w, dispatch.offsets_E);
     return accumulate.defined() ? accumulate.add_(product) : product;
@@ -167,7 +167,7 @@ class GroupedProduct : public Function<GroupedProduct> {
     const Tensor weight_N1 = weights_TK.reshape({-1}).index_select(0, dispatch.order_N).unsqueeze(1);
     const Tensor hidden_NF = at::silu(gate_NF).mul_(up_NF).mul_(weight_N1);
     const Tensor y_ND = times_transposed(dispatch, hidden_NF, down_EDF);
-    const Tensor out_TD = sum_of_token(dispatch, y_ND, x_TD.size(0), selected_TK.size(1));
+    Tensor out_TD = sum_of_token(dispatch, y_ND, x_TD.size(0), selected_TK.size(1));
     ctx->save_for_backward({gate_EFD, up_EFD, down_EDF, x_TD, weight_N1, gate_NF, up_NF, dispatch.token_N,
                             dispatch.order_N, dispatch.inverse_N, dispatch.offsets_E});
     ctx->saved_data["begin"] = dispatch.begin;

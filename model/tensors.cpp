@@ -115,7 +115,7 @@ torch::Tensor to_torch(const TensorView& view) {
   return tensor;
 }
 
-void copy_into(const TensorView& view, torch::Tensor destination) {
+void copy_into(const TensorView& view, const torch::Tensor& destination) {
   if (at::IntArrayRef(view.shape) != destination.sizes()) {
     throw InputError(fmt::format("tensor \"{}\": shape must be {}, got {}; is this file of another model?", view.name,
                                  shape_text(destination.sizes()), shape_text(view.shape)));

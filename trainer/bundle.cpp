@@ -10,35 +10,30 @@ namespace hestia {
 namespace {
 
 constexpr std::int64_t kBundleFormat = 1;
-constexpr const char *kBundleKind = "hestia router bundle";
+constexpr const char* kBundleKind = "hestia router bundle";
 
-std::filesystem::path manifest_path(const std::filesystem::path &directory) {
+std::filesystem::path manifest_path(const std::filesystem::path& directory) {
   return directory / "manifest.json";
 }
 
-// Reads one key of the manifest, noting what is wrong instead of stopping at
-// it.
+// Reads one key of the manifest, noting what is wrong instead of stopping at it.
 template <class Value>
-void take(const Json &object, const char *key, const std::string &subject,
-          Value &value, Problems &problems) {
+void take(const Json& object, const char* key, const std::string& subject, Value& value, Problems& problems) {
   if (!object.contains(key)) {
-    problems.add(fmt::format(
-        "{}: key \"{}\" is missing; export the bundle again", subject, key));
+    problems.add(fmt::format("{}: key \"{}\" is missing; export the bundle again", subject, key));
     return;
   }
   try {
     value = object.at(key).get<Value>();
-  } catch (const nlohmann::json::exception &) {
-    problems.add(fmt::format(
-        "{}: key \"{}\" has the wrong type, got {}; export the bundle again",
-        subject, key, object.at(key).dump()));
+  } catch (const nlohmann::json::exception&) {
+    problems.add(fmt::format("{}: key \"{}\" has the wrong type, got {}; export the bundle again", subject, key,
+                             object.at(key).dump()));
   }
 }
 
-} // namespace
+}  // namespace
 
-void write_bundle(const std::filesystem::path &directory, MoeModel &tuned,
-                  const BundleManifest &manifest) {
+void write_bundle(const std::filesystem::path& directory, MoeModel& tuned, const BundleManifest& manifest) {
   std::filesystem::create_directories(directory);
   save_routers(tuned, directory / "router.safetensors");
   Json json;
@@ -60,21 +55,17 @@ void write_bundle(const std::filesystem::path &directory, MoeModel &tuned,
   write_text_atomically(manifest_path(directory), json.dump(2) + "\n");
 }
 
-BundleManifest read_manifest(const std::filesystem::path &directory) {
+BundleManifest read_manifest(const std::filesystem::path& directory) {
   const std::filesystem::path path = manifest_path(directory);
   if (!std::filesystem::exists(path)) {
-    throw InputError(
-        fmt::format("{}: not a router bundle, manifest.json is missing; make "
-                    "one with `hestia export RECIPE`",
-                    directory.string()));
+    throw InputError(fmt::format(
+        "{}: not a router bundle, manifest.json is missing; make one with `hestia export RECIPE`", directory.string()));
   }
   const Json json = read_json_file(path);
   const std::string subject = path.string();
-  if (!json.is_object() || !json.contains("kind") ||
-      json["kind"] != kBundleKind) {
-    throw InputError(fmt::format("{}: not the manifest of a router bundle; "
-                                 "make one with `hestia export RECIPE`",
-                                 subject));
+  if (!json.is_object() || !json.contains("kind") || json["kind"] != kBundleKind) {
+    throw InputError(
+        fmt::format("{}: not the manifest of a router bundle; make one with `hestia export RECIPE`", subject));
   }
   Problems problems;
   std::int64_t version = 0;
@@ -82,8 +73,7 @@ BundleManifest read_manifest(const std::filesystem::path &directory) {
   problems.throw_input_if_any();
   if (version > kBundleFormat || version < 1) {
     throw InputError(
-        fmt::format("{}: format version {} is not one this program supports "
-                    "({}); export it again or update "
+        fmt::format("{}: format version {} is not one this program supports ({}); export it again or update "
                     "the program",
                     subject, version, kBundleFormat));
   }
@@ -98,48 +88,38 @@ BundleManifest read_manifest(const std::filesystem::path &directory) {
   Json residency;
   take(json, "residency", subject, residency, problems);
   if (residency.is_object()) {
-    take(residency, "lambda", subject + ": residency",
-         manifest.residency.lambda, problems);
-    take(residency, "always_keep", subject + ": residency",
-         manifest.residency.always_keep, problems);
-    take(residency, "slots", subject + ": residency", manifest.residency.slots,
-         problems);
-    take(residency, "policy", subject + ": residency",
-         manifest.residency.policy, problems);
-    take(residency, "logit_range", subject + ": residency",
-         manifest.residency.logit_range, problems);
+    take(residency, "lambda", subject + ": residency", manifest.residency.lambda, problems);
+    take(residency, "always_keep", subject + ": residency", manifest.residency.always_keep, problems);
+    take(residency, "slots", subject + ": residency", manifest.residency.slots, problems);
+    take(residency, "policy", subject + ": residency", manifest.residency.policy, problems);
+    take(residency, "logit_range", subject + ": residency", manifest.residency.logit_range, problems);
   } else if (!residency.is_null()) {
-    problems.add(fmt::format("{}: key \"residency\" must be an object, got {}; "
-                             "export the bundle again",
-                             subject, residency.dump()));
+    problems.add(fmt::format("{}: key \"residency\" must be an object, got {}; export the bundle again", subject,
+                             residency.dump()));
   }
   problems.throw_input_if_any();
   return manifest;
 }
 
-BundleManifest load_bundle(MoeModel &model,
-                           const std::filesystem::path &directory) {
+BundleManifest load_bundle(MoeModel& model, const std::filesystem::path& directory) {
   BundleManifest manifest = read_manifest(directory);
   const std::string base = router_hash(model);
   if (base != manifest.base_router_hash) {
     throw InputError(
-        fmt::format("{}: this bundle was made from another base model ({}, "
-                    "routers {:.12}), got a model with routers "
+        fmt::format("{}: this bundle was made from another base model ({}, routers {:.12}), got a model with routers "
                     "{:.12}; load it onto the "
                     "checkpoint it was tuned from",
-                    directory.string(), manifest.model_path,
-                    manifest.base_router_hash, base));
+                    directory.string(), manifest.model_path, manifest.base_router_hash, base));
   }
   load_routers(model, directory / "router.safetensors");
   const std::string tuned = router_hash(model);
   if (tuned != manifest.router_hash) {
     throw InputError(
-        fmt::format("{}: router.safetensors does not match manifest.json "
-                    "(expected {:.12}), got {:.12}; export "
+        fmt::format("{}: router.safetensors does not match manifest.json (expected {:.12}), got {:.12}; export "
                     "the bundle again",
                     directory.string(), manifest.router_hash, tuned));
   }
   return manifest;
 }
 
-} // namespace hestia
+}  // namespace hestia

@@ -27,89 +27,67 @@ namespace {
 
 std::int64_t use_threads(std::int64_t requested) {
   const std::int64_t threads =
-      requested > 0
-          ? requested
-          : std::max<std::int64_t>(1, static_cast<std::int64_t>(
-                                          std::thread::hardware_concurrency()));
+      requested > 0 ? requested
+                    : std::max<std::int64_t>(1, static_cast<std::int64_t>(std::thread::hardware_concurrency()));
   at::set_num_threads(static_cast<int>(threads));
   return threads;
 }
 
 std::string device_text(torch::Device device) {
-  return device.is_cuda()
-             ? device.str()
-             : fmt::format("cpu, {} threads", at::get_num_threads());
+  return device.is_cuda() ? device.str() : fmt::format("cpu, {} threads", at::get_num_threads());
 }
 
-std::int64_t count_elements(const std::vector<torch::Tensor> &tensors) {
+std::int64_t count_elements(const std::vector<torch::Tensor>& tensors) {
   std::int64_t total = 0;
-  for (const torch::Tensor &tensor : tensors) {
+  for (const torch::Tensor& tensor : tensors) {
     total += tensor.numel();
   }
   return total;
 }
 
-void log_recipe(const RecipeSource &source, const std::string &run_dir,
-                std::int64_t seed) {
+void log_recipe(const RecipeSource& source, const std::string& run_dir, std::int64_t seed) {
   log_block("Recipe",
             {{"file", source.path().string()},
              {"sha256", source.hash().substr(0, 12)},
-             {"overrides",
-              source.overrides().empty()
-                  ? "none"
-                  : fmt::format("{}", fmt::join(source.overrides(), " "))},
+             {"overrides", source.overrides().empty() ? "none" : fmt::format("{}", fmt::join(source.overrides(), " "))},
              {"run directory", run_dir},
              {"seed", std::to_string(seed)}});
 }
 
-void log_model(MoeModel &model, const std::vector<torch::Tensor> &trainable) {
-  const Architecture &architecture = model->architecture();
-  log_block(
-      "Model",
-      {{"family", architecture.family},
-       {"layers", std::to_string(architecture.num_layers)},
-       {"experts", fmt::format("{} per layer, {} per token",
-                               architecture.num_experts, architecture.top_k)},
-       {"parameters",
-        format_count(static_cast<double>(architecture.total_parameters()))},
-       {"trainable",
-        format_count(static_cast<double>(count_elements(trainable)))},
-       {"dtype", std::string(torch::toString(model->dtype()))},
-       {"device", device_text(model->device())}});
+void log_model(MoeModel& model, const std::vector<torch::Tensor>& trainable) {
+  const Architecture& architecture = model->architecture();
+  log_block("Model",
+            {{"family", architecture.family},
+             {"layers", std::to_string(architecture.num_layers)},
+             {"experts", fmt::format("{} per layer, {} per token", architecture.num_experts, architecture.top_k)},
+             {"parameters", format_count(static_cast<double>(architecture.total_parameters()))},
+             {"trainable", format_count(static_cast<double>(count_elements(trainable)))},
+             {"dtype", std::string(torch::toString(model->dtype()))},
+             {"device", device_text(model->device())}});
 }
 
-void log_data(const PackedData &train, const PackedData &held_out) {
-  log_block(
-      "Data",
-      {{"training",
-        fmt::format("{} tokens in {} sequences of {}",
-                    format_count(static_cast<double>(train.num_tokens())),
-                    train.sequences.size(), fmt::join(train.domains, ", "))},
-       {"held out",
-        fmt::format("{} tokens in {} sequences of {}",
-                    format_count(static_cast<double>(held_out.num_tokens())),
-                    held_out.sequences.size(),
-                    fmt::join(held_out.domains, ", "))}});
+void log_data(const PackedData& train, const PackedData& held_out) {
+  log_block("Data", {{"training", fmt::format("{} tokens in {} sequences of {}",
+                                              format_count(static_cast<double>(train.num_tokens())),
+                                              train.sequences.size(), fmt::join(train.domains, ", "))},
+                     {"held out", fmt::format("{} tokens in {} sequences of {}",
+                                              format_count(static_cast<double>(held_out.num_tokens())),
+                                              held_out.sequences.size(), fmt::join(held_out.domains, ", "))}});
 }
 
-void log_plan(const TrainOptions &options, std::int64_t sequence_length) {
-  log_block("Plan",
-            {{"steps", std::to_string(options.steps)},
-             {"tokens per step", format_count(static_cast<double>(
-                                     options.rows_per_batch *
-                                     options.accumulate * sequence_length))},
-             {"learning rate",
-              fmt::format("{:g}, {} warm-up steps, {}", options.learning_rate,
-                          options.warmup_steps, options.schedule)},
-             {"trainable", options.trainable}});
+void log_plan(const TrainOptions& options, std::int64_t sequence_length) {
+  log_block("Plan", {{"steps", std::to_string(options.steps)},
+                     {"tokens per step",
+                      format_count(static_cast<double>(options.rows_per_batch * options.accumulate * sequence_length))},
+                     {"learning rate", fmt::format("{:g}, {} warm-up steps, {}", options.learning_rate,
+                                                   options.warmup_steps, options.schedule)},
+                     {"trainable", options.trainable}});
 }
 
-// The recipe of the plain NLL control: the same run without routing objectives,
-// at its own learning rate.
-FinetuneRecipe control_recipe(const FinetuneRecipe &recipe) {
+// The recipe of the plain NLL control: the same run without routing objectives, at its own learning rate.
+FinetuneRecipe control_recipe(const FinetuneRecipe& recipe) {
   FinetuneRecipe control = recipe;
-  control.run_dir =
-      (std::filesystem::path(recipe.run_dir) / "control").string();
+  control.run_dir = (std::filesystem::path(recipe.run_dir) / "control").string();
   control.train.learning_rate = recipe.control.learning_rate;
   control.control.enabled = false;
   control.losses.cache_simulation.weight = 0.0;
@@ -121,26 +99,21 @@ FinetuneRecipe control_recipe(const FinetuneRecipe &recipe) {
 }
 
 // A later run of the same recipe may find one of its two halves finished.
-bool is_finished(const std::filesystem::path &run_dir, std::int64_t steps) {
+bool is_finished(const std::filesystem::path& run_dir, std::int64_t steps) {
   const auto latest = latest_checkpoint(run_dir);
   return latest && latest->first == steps;
 }
 
-void finetune_once(const FinetuneRecipe &recipe, const std::string &resolved,
-                   const std::string &label, const PackedData &train_data,
-                   const PackedData &held_out, const RunFlags &flags,
-                   bool resume) {
+void finetune_once(const FinetuneRecipe& recipe, const std::string& resolved, const std::string& label,
+                   const PackedData& train_data, const PackedData& held_out, const RunFlags& flags, bool resume) {
   const torch::Device device = device_from_recipe(recipe.model.device);
-  MoeModel model = load_model(recipe.model.path,
-                              dtype_from_recipe(recipe.model.dtype), device);
+  MoeModel model = load_model(recipe.model.path, dtype_from_recipe(recipe.model.dtype), device);
   model->keep_reference_routers();
   model->set_activation_checkpointing(recipe.model.activation_checkpointing);
   TrainingJob job;
   job.model = model;
   job.options = recipe.train;
-  job.losses =
-      make_routing_losses(recipe.losses, model->architecture().num_experts,
-                          model->architecture().top_k);
+  job.losses = make_routing_losses(recipe.losses, model->architecture().num_experts, model->architecture().top_k);
   job.train_data = &train_data;
   job.train_mix = recipe.data.train_mix;
   job.sequence_length = recipe.data.sequence_length;
@@ -150,8 +123,7 @@ void finetune_once(const FinetuneRecipe &recipe, const std::string &resolved,
   job.resolved_recipe = resolved;
   job.label = label;
   job.resume = resume;
-  // A control run that died before its first checkpoint has nothing to resume
-  // from, and nothing to lose.
+  // A control run that died before its first checkpoint has nothing to resume from, and nothing to lose.
   job.overwrite = flags.overwrite || (flags.resume && !resume);
   job.quiet = flags.quiet;
   job.stop = flags.stop;
@@ -159,15 +131,13 @@ void finetune_once(const FinetuneRecipe &recipe, const std::string &resolved,
   log_plan(recipe.train, recipe.data.sequence_length);
   const TrainingResult result = train(job);
   if (result.seconds > 0.0) {
-    log_info(fmt::format(
-        "{}: {} steps in {}, {} tok/s", label, result.steps,
-        format_seconds(result.seconds),
-        format_count(static_cast<double>(result.tokens) / result.seconds)));
+    log_info(fmt::format("{}: {} steps in {}, {} tok/s", label, result.steps, format_seconds(result.seconds),
+                         format_count(static_cast<double>(result.tokens) / result.seconds)));
   }
 }
 
-Json figures_of(const QualityResult &quality, const RoutingMetrics &metrics,
-                std::int64_t slots, std::int64_t num_layers) {
+Json figures_of(const QualityResult& quality, const RoutingMetrics& metrics, std::int64_t slots,
+                std::int64_t num_layers) {
   SimulationOptions simulation;
   simulation.slots = slots;
   const SimulationCounts counts = metrics.simulate(simulation);
@@ -178,41 +148,31 @@ Json figures_of(const QualityResult &quality, const RoutingMetrics &metrics,
           {"distinct_experts", metrics.distinct_experts()},
           {"usage_entropy", metrics.usage().normalised_entropy},
           {"lru_slots", slots},
-          {"lru_loads_per_token_layer",
-           steps > 0.0 ? static_cast<double>(counts.loads) / steps : 0.0},
+          {"lru_loads_per_token_layer", steps > 0.0 ? static_cast<double>(counts.loads) / steps : 0.0},
           {"lru_hit_rate", counts.hit_rate()}};
 }
 
-// Adds max z - min z of every token to `sum` per layer; softmax keeps the
-// difference: log p_max - log p_min.
-void add_logit_range(const SequenceRouting &routing, std::vector<double> &sum,
-                     std::int64_t &tokens) {
+// Adds max z - min z of every token to `sum` per layer; softmax keeps the difference: log p_max - log p_min.
+void add_logit_range(const SequenceRouting& routing, std::vector<double>& sum, std::int64_t& tokens) {
   const auto num_experts = static_cast<std::size_t>(routing.num_experts);
   for (std::int64_t layer = 0; layer < routing.num_layers; ++layer) {
     for (std::int64_t token = 0; token < routing.num_tokens; ++token) {
       const auto begin =
           routing.probabilities.begin() +
-          static_cast<std::ptrdiff_t>(
-              static_cast<std::size_t>(layer * routing.num_tokens + token) *
-              num_experts);
-      const auto [low, high] = std::minmax_element(
-          begin, begin + static_cast<std::ptrdiff_t>(num_experts));
+          static_cast<std::ptrdiff_t>(static_cast<std::size_t>(layer * routing.num_tokens + token) * num_experts);
+      const auto [low, high] = std::minmax_element(begin, begin + static_cast<std::ptrdiff_t>(num_experts));
       const double floor = std::max(static_cast<double>(*low), 1e-38);
-      sum[static_cast<std::size_t>(layer)] +=
-          std::log(static_cast<double>(*high)) - std::log(floor);
+      sum[static_cast<std::size_t>(layer)] += std::log(static_cast<double>(*high)) - std::log(floor);
     }
   }
   tokens += routing.num_tokens;
 }
 
-std::vector<PackedBatch> all_batches(const PackedData &data,
-                                     const TrainOptions &train,
-                                     std::int64_t sequence_length) {
+std::vector<PackedBatch> all_batches(const PackedData& data, const TrainOptions& train, std::int64_t sequence_length) {
   return pack_for_evaluation(data, -1, train.rows_per_batch, sequence_length);
 }
 
-Architecture architecture_from(const ArchitectureOptions &options,
-                               const Tokenizer &tokenizer) {
+Architecture architecture_from(const ArchitectureOptions& options, const Tokenizer& tokenizer) {
   Architecture architecture;
   architecture.family = options.family;
   architecture.model_type = options.family;
@@ -237,23 +197,17 @@ Architecture architecture_from(const ArchitectureOptions &options,
   return architecture;
 }
 
-// Trains the tokeniser on the training split, the same share of text from every
-// domain.
-void make_tokenizer(const PretrainRecipe &recipe,
-                    const std::filesystem::path &path, std::int64_t threads) {
-  const std::int64_t share = std::max<std::int64_t>(
-      1, recipe.tokenizer.sample_bytes /
-             static_cast<std::int64_t>(recipe.data.train.size()));
+// Trains the tokeniser on the training split, the same share of text from every domain.
+void make_tokenizer(const PretrainRecipe& recipe, const std::filesystem::path& path, std::int64_t threads) {
+  const std::int64_t share =
+      std::max<std::int64_t>(1, recipe.tokenizer.sample_bytes / static_cast<std::int64_t>(recipe.data.train.size()));
   std::vector<std::string> lines;
-  for (const std::string &domain : recipe.data.train) {
+  for (const std::string& domain : recipe.data.train) {
     const auto [corpus, key] = find_corpus(recipe.data, domain);
     CorpusOptions bounded = *corpus;
-    bounded.max_bytes =
-        bounded.max_bytes == 0 ? share : std::min(bounded.max_bytes, share);
-    const SplitOptions split{
-        recipe.data.held_out_fraction,
-        static_cast<std::uint64_t>(recipe.data.split_seed)};
-    for (Document &document : read_corpus(bounded, split, Split::kTrain, key)) {
+    bounded.max_bytes = bounded.max_bytes == 0 ? share : std::min(bounded.max_bytes, share);
+    const SplitOptions split{recipe.data.held_out_fraction, static_cast<std::uint64_t>(recipe.data.split_seed)};
+    for (Document& document : read_corpus(bounded, split, Split::kTrain, key)) {
       lines.push_back(document.prompt + document.completion);
     }
   }
@@ -261,10 +215,9 @@ void make_tokenizer(const PretrainRecipe &recipe,
   training.vocab_size = recipe.tokenizer.vocab_size;
   training.num_threads = threads;
   std::size_t next = 0;
-  log_info(fmt::format("training a tokenizer of {} tokens on {} documents",
-                       training.vocab_size, lines.size()));
+  log_info(fmt::format("training a tokenizer of {} tokens on {} documents", training.vocab_size, lines.size()));
   train_tokenizer(
-      [&](std::string &sentence) {
+      [&](std::string& sentence) {
         if (next == lines.size()) {
           return false;
         }
@@ -274,58 +227,49 @@ void make_tokenizer(const PretrainRecipe &recipe,
       training, path);
 }
 
-// Bits per byte and expert usage of the finished model on every held-out
-// domain.
-Json pretraining_report(MoeModel &model, const PackedData &held_out,
-                        const PretrainRecipe &recipe) {
-  const Architecture &architecture = model->architecture();
+// Bits per byte and expert usage of the finished model on every held-out domain.
+Json pretraining_report(MoeModel& model, const PackedData& held_out, const PretrainRecipe& recipe) {
+  const Architecture& architecture = model->architecture();
   Json report = Json::object();
   for (std::size_t domain = 0; domain < held_out.domains.size(); ++domain) {
-    RoutingMetrics metrics(
-        static_cast<std::int64_t>(architecture.moe_layers().size()),
-        architecture.num_experts, architecture.top_k, architecture.moe_layers(),
-        0);
-    const auto batches = pack_for_evaluation(
-        held_out, static_cast<std::int64_t>(domain),
-        recipe.train.rows_per_batch, recipe.data.sequence_length);
+    RoutingMetrics metrics(static_cast<std::int64_t>(architecture.moe_layers().size()), architecture.num_experts,
+                           architecture.top_k, architecture.moe_layers(), 0);
+    const auto batches = pack_for_evaluation(held_out, static_cast<std::int64_t>(domain), recipe.train.rows_per_batch,
+                                             recipe.data.sequence_length);
     const QualityResult quality =
-        measure(model, held_out, batches, false,
-                [&](SequenceRouting &&routing) { metrics.add(routing); });
+        measure(model, held_out, batches, false, [&](SequenceRouting&& routing) { metrics.add(routing); });
     const UsageStatistics usage = metrics.usage();
-    report[held_out.domains[domain]] = {
-        {"nll", quality.nll()},
-        {"perplexity", quality.perplexity()},
-        {"bits_per_byte", quality.bits_per_byte()},
-        {"tokens", quality.labels},
-        {"usage_entropy", usage.normalised_entropy},
-        {"usage_cv", usage.coefficient_of_variation},
-        {"max_share", usage.max_share},
-        {"unused_experts", usage.unused_experts},
-        {"expert_overlap_ratio", metrics.expert_overlap_ratio()},
-        {"distinct_experts", metrics.distinct_experts()}};
+    report[held_out.domains[domain]] = {{"nll", quality.nll()},
+                                        {"perplexity", quality.perplexity()},
+                                        {"bits_per_byte", quality.bits_per_byte()},
+                                        {"tokens", quality.labels},
+                                        {"usage_entropy", usage.normalised_entropy},
+                                        {"usage_cv", usage.coefficient_of_variation},
+                                        {"max_share", usage.max_share},
+                                        {"unused_experts", usage.unused_experts},
+                                        {"expert_overlap_ratio", metrics.expert_overlap_ratio()},
+                                        {"distinct_experts", metrics.distinct_experts()}};
   }
   return report;
 }
 
-// By how much the mean held-out loss fell between the evaluation nearest to 80
-// % of the steps and the last one.
-Json flattening(const std::filesystem::path &metrics_path, std::int64_t steps) {
+// By how much the mean held-out loss fell between the evaluation nearest to 80 % of the steps and the last one.
+Json flattening(const std::filesystem::path& metrics_path, std::int64_t steps) {
   std::vector<std::pair<std::int64_t, double>> losses;
-  read_json_lines(metrics_path, [&](std::int64_t, const Json &event) {
+  read_json_lines(metrics_path, [&](std::int64_t, const Json& event) {
     if (event.value("event", "") != "evaluate") {
       return;
     }
     double sum = 0.0;
-    for (const auto &[domain, figures] : event.at("held_out").items()) {
+    for (const auto& [domain, figures] : event.at("held_out").items()) {
       sum += figures.at("nll").get<double>();
     }
-    losses.emplace_back(event.at("step").get<std::int64_t>(),
-                        sum / static_cast<double>(event.at("held_out").size()));
+    losses.emplace_back(event.at("step").get<std::int64_t>(), sum / static_cast<double>(event.at("held_out").size()));
   });
   Json json = Json::object();
   const double target = 0.8 * static_cast<double>(steps);
-  const std::pair<std::int64_t, double> *from = nullptr;
-  for (const auto &entry : losses) {
+  const std::pair<std::int64_t, double>* from = nullptr;
+  for (const auto& entry : losses) {
     if (static_cast<double>(entry.first) <= target) {
       from = &entry;
     }
@@ -334,58 +278,48 @@ Json flattening(const std::filesystem::path &metrics_path, std::int64_t steps) {
     json["from_step"] = from->first;
     json["held_out_nll_then"] = from->second;
     json["held_out_nll_last"] = losses.back().second;
-    json["relative_fall"] =
-        (from->second - losses.back().second) / from->second;
+    json["relative_fall"] = (from->second - losses.back().second) / from->second;
   }
   return json;
 }
 
-} // namespace
+}  // namespace
 
-void run_finetune(const LoadedRecipe<FinetuneRecipe> &loaded,
-                  const RunFlags &flags) {
+void run_finetune(const LoadedRecipe<FinetuneRecipe>& loaded, const RunFlags& flags) {
   FinetuneRecipe recipe = loaded.recipe;
   const std::int64_t threads = use_threads(recipe.model.threads);
   log_recipe(loaded.source, recipe.run_dir, recipe.seed);
-  const std::unique_ptr<Tokenizer> tokenizer =
-      open_tokenizer(recipe.model.path);
-  const PackedData train_data =
-      load_training_data(recipe.data, *tokenizer, threads);
+  const std::unique_ptr<Tokenizer> tokenizer = open_tokenizer(recipe.model.path);
+  const PackedData train_data = load_training_data(recipe.data, *tokenizer, threads);
   const PackedData held_out =
-      load_held_out_data(recipe.data, recipe.data.evaluate, *tokenizer,
-                         recipe.train.evaluate_tokens, threads);
+      load_held_out_data(recipe.data, recipe.data.evaluate, *tokenizer, recipe.train.evaluate_tokens, threads);
   log_data(train_data, held_out);
   if (flags.overwrite) {
     // What belongs to the earlier run: evaluate would take it for this one's.
-    for (const char *name : {"control", "bundle", "results.json"}) {
+    for (const char* name : {"control", "bundle", "results.json"}) {
       std::filesystem::remove_all(std::filesystem::path(recipe.run_dir) / name);
     }
   }
   const bool resume_main = flags.resume;
   if (resume_main && is_finished(recipe.run_dir, recipe.train.steps)) {
-    log_info(fmt::format("{}: all {} steps are done already", recipe.run_dir,
-                         recipe.train.steps));
+    log_info(fmt::format("{}: all {} steps are done already", recipe.run_dir, recipe.train.steps));
   } else {
-    finetune_once(recipe, save_recipe(recipe.fields()), "tune", train_data,
-                  held_out, flags, resume_main);
+    finetune_once(recipe, save_recipe(recipe.fields()), "tune", train_data, held_out, flags, resume_main);
   }
   if (recipe.control.enabled) {
     FinetuneRecipe control = control_recipe(recipe);
     const bool started = latest_checkpoint(control.run_dir).has_value();
     if (flags.resume && is_finished(control.run_dir, control.train.steps)) {
-      log_info(fmt::format("{}: all {} steps are done already", control.run_dir,
-                           control.train.steps));
+      log_info(fmt::format("{}: all {} steps are done already", control.run_dir, control.train.steps));
     } else {
-      log_info("control: plain NLL tuning with the same trainable set, data "
-               "and steps");
-      finetune_once(control, save_recipe(control.fields()), "control",
-                    train_data, held_out, flags, flags.resume && started);
+      log_info("control: plain NLL tuning with the same trainable set, data and steps");
+      finetune_once(control, save_recipe(control.fields()), "control", train_data, held_out, flags,
+                    flags.resume && started);
     }
   }
 }
 
-void run_pretrain(const LoadedRecipe<PretrainRecipe> &loaded,
-                  const RunFlags &flags) {
+void run_pretrain(const LoadedRecipe<PretrainRecipe>& loaded, const RunFlags& flags) {
   PretrainRecipe recipe = loaded.recipe;
   const std::int64_t threads = use_threads(recipe.model.threads);
   log_recipe(loaded.source, recipe.run_dir, recipe.seed);
@@ -394,11 +328,9 @@ void run_pretrain(const LoadedRecipe<PretrainRecipe> &loaded,
   if (tokenizer_path.empty()) {
     tokenizer_path = run_dir / "tokenizer.model";
     if (!flags.resume || !std::filesystem::exists(tokenizer_path)) {
-      if (!flags.overwrite &&
-          std::filesystem::exists(run_dir / "recipe.yaml")) {
+      if (!flags.overwrite && std::filesystem::exists(run_dir / "recipe.yaml")) {
         throw UsageError(
-            fmt::format("{}: holds a run already; go on with --resume, start "
-                        "afresh with --overwrite, or "
+            fmt::format("{}: holds a run already; go on with --resume, start afresh with --overwrite, or "
                         "choose another run_dir",
                         run_dir.string()));
       }
@@ -407,24 +339,20 @@ void run_pretrain(const LoadedRecipe<PretrainRecipe> &loaded,
     }
   }
   const std::unique_ptr<Tokenizer> tokenizer = open_tokenizer(tokenizer_path);
-  const PackedData train_data =
-      load_training_data(recipe.data, *tokenizer, threads);
+  const PackedData train_data = load_training_data(recipe.data, *tokenizer, threads);
   const PackedData held_out =
-      load_held_out_data(recipe.data, recipe.data.evaluate, *tokenizer,
-                         recipe.train.evaluate_tokens, threads);
+      load_held_out_data(recipe.data, recipe.data.evaluate, *tokenizer, recipe.train.evaluate_tokens, threads);
   log_data(train_data, held_out);
   const torch::Device device = device_from_recipe(recipe.model.device);
-  MoeModel model = create_model(
-      architecture_from(recipe.architecture, *tokenizer),
-      dtype_from_recipe(recipe.model.dtype), device,
-      derive_seed(static_cast<std::uint64_t>(recipe.seed), "weights"));
+  MoeModel model =
+      create_model(architecture_from(recipe.architecture, *tokenizer), dtype_from_recipe(recipe.model.dtype), device,
+                   derive_seed(static_cast<std::uint64_t>(recipe.seed), "weights"));
   model->set_activation_checkpointing(recipe.model.activation_checkpointing);
   TrainingJob job;
   job.model = model;
   job.options = recipe.train;
-  for (WeightedLoss &loss :
-       make_routing_losses(recipe.losses, model->architecture().num_experts,
-                           model->architecture().top_k)) {
+  for (WeightedLoss& loss :
+       make_routing_losses(recipe.losses, model->architecture().num_experts, model->architecture().top_k)) {
     if (!loss.loss->needs_reference()) {
       job.losses.push_back(std::move(loss));
     }
@@ -449,8 +377,7 @@ void run_pretrain(const LoadedRecipe<PretrainRecipe> &loaded,
   std::filesystem::create_directories(output);
   save_model(model, output, dtype_from_recipe(recipe.save.dtype),
              static_cast<std::size_t>(recipe.save.max_shard_bytes));
-  write_text_atomically(output / "tokenizer.model",
-                        read_text_file(tokenizer_path));
+  write_text_atomically(output / "tokenizer.model", read_text_file(tokenizer_path));
   Json report;
   report["format_version"] = 1;
   report["steps"] = recipe.train.steps;
@@ -459,113 +386,94 @@ void run_pretrain(const LoadedRecipe<PretrainRecipe> &loaded,
   report["training_tokens_available"] = train_data.num_tokens();
   report["parameters"] = model->architecture().total_parameters();
   report["device"] = device_text(device);
-  report["flattening"] =
-      flattening(run_dir / "metrics.jsonl", recipe.train.steps);
+  report["flattening"] = flattening(run_dir / "metrics.jsonl", recipe.train.steps);
   if (!held_out.domains.empty()) {
     // Of the model as saved: what a reader of the directory gets.
-    MoeModel saved =
-        load_model(output, dtype_from_recipe(recipe.model.dtype), device);
+    MoeModel saved = load_model(output, dtype_from_recipe(recipe.model.dtype), device);
     report["held_out"] = pretraining_report(saved, held_out, recipe);
   }
   report["degradations"] = degradations();
   write_text_atomically(run_dir / "report.json", report.dump(2) + "\n");
-  log_info(fmt::format("model in {}, report in {}", output.string(),
-                       (run_dir / "report.json").string()));
+  log_info(fmt::format("model in {}, report in {}", output.string(), (run_dir / "report.json").string()));
 }
 
-std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe> &loaded,
-                                 const std::filesystem::path &output,
+std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, const std::filesystem::path& output,
                                  bool quiet) {
   FinetuneRecipe recipe = loaded.recipe;
   const std::int64_t threads = use_threads(recipe.model.threads);
   const auto latest = latest_checkpoint(recipe.run_dir);
   if (!latest || latest->first < recipe.train.steps) {
-    throw UsageError(fmt::format(
-        "{}: the run is not finished ({} of {} steps); finish it with `hestia "
-        "finetune {}{}{}{}`",
-        recipe.run_dir, latest ? latest->first : 0, recipe.train.steps,
-        loaded.source.path().string(),
-        loaded.source.overrides().empty() ? "" : " ",
-        fmt::join(loaded.source.overrides(), " "), latest ? " --resume" : ""));
+    std::string command = "hestia finetune " + loaded.source.path().string();
+    for (const std::string& override_text : loaded.source.overrides()) {
+      command += " " + override_text;
+    }
+    throw UsageError(fmt::format("{}: the run is not finished ({} of {} steps); finish it with `{}{}`", recipe.run_dir,
+                                 latest ? latest->first : 0, recipe.train.steps, command, latest ? " --resume" : ""));
   }
   if (recipe.train.trainable != "router") {
-    throw UsageError(fmt::format("{}: a router bundle holds routers only, got "
-                                 "train.trainable \"{}\"; tune with "
-                                 "train.trainable=router to export one",
-                                 loaded.source.location("train.trainable"),
-                                 recipe.train.trainable));
+    throw UsageError(
+        fmt::format("{}: a router bundle holds routers only, got train.trainable \"{}\"; tune with "
+                    "train.trainable=router to export one",
+                    loaded.source.location("train.trainable"), recipe.train.trainable));
   }
-  const std::filesystem::path directory =
-      output.empty() ? std::filesystem::path(recipe.run_dir) / "bundle"
-                     : output;
-  const std::unique_ptr<Tokenizer> tokenizer =
-      open_tokenizer(recipe.model.path);
+  std::filesystem::path directory = output.empty() ? std::filesystem::path(recipe.run_dir) / "bundle" : output;
+  const std::unique_ptr<Tokenizer> tokenizer = open_tokenizer(recipe.model.path);
   const PackedData data =
-      load_held_out_data(recipe.data, recipe.data.train, *tokenizer,
-                         recipe.export_options.tokens, threads);
-  const std::vector<PackedBatch> batches =
-      all_batches(data, recipe.train, recipe.data.sequence_length);
+      load_held_out_data(recipe.data, recipe.data.train, *tokenizer, recipe.export_options.tokens, threads);
+  const std::vector<PackedBatch> batches = all_batches(data, recipe.train, recipe.data.sequence_length);
   MoeModel model =
-      load_model(recipe.model.path, dtype_from_recipe(recipe.model.dtype),
-                 device_from_recipe(recipe.model.device));
-  const Architecture &architecture = model->architecture();
+      load_model(recipe.model.path, dtype_from_recipe(recipe.model.dtype), device_from_recipe(recipe.model.device));
+  const Architecture& architecture = model->architecture();
   const std::vector<std::int64_t> layers = architecture.moe_layers();
   const auto num_layers = static_cast<std::int64_t>(layers.size());
   std::int64_t slots = recipe.losses.cache_simulation.slots;
-  slots = slots > 0 ? slots
-                    : std::max<std::int64_t>(1, architecture.num_experts / 4);
+  slots = slots > 0 ? slots : std::max<std::int64_t>(1, architecture.num_experts / 4);
 
   BundleManifest manifest;
   manifest.model_family = architecture.family;
   manifest.model_path = recipe.model.path;
   manifest.architecture = architecture_config(architecture);
   manifest.base_router_hash = router_hash(model);
-  manifest.recipe = read_text_file(std::filesystem::path(recipe.run_dir) /
-                                   "recipe.yaml"); // of the run, not of now
+  // Of the run: overrides that are missing now were part of it.
+  manifest.recipe = read_text_file(std::filesystem::path(recipe.run_dir) / "recipe.yaml");
   manifest.residency.slots = slots;
 
   Progress progress("export", 2 * data.num_tokens(), "tok", quiet);
   const auto advance = [&](std::int64_t tokens) { progress.advance(tokens); };
   std::vector<SequenceRouting> baseline;
-  RoutingMetrics baseline_metrics(num_layers, architecture.num_experts,
-                                  architecture.top_k, layers, 0);
+  RoutingMetrics baseline_metrics(num_layers, architecture.num_experts, architecture.top_k, layers, 0);
   std::vector<double> range(static_cast<std::size_t>(num_layers), 0.0);
   std::int64_t range_tokens = 0;
   const QualityResult baseline_quality = measure(
       model, data, batches, true,
-      [&](SequenceRouting &&routing) {
+      [&](SequenceRouting&& routing) {
         baseline_metrics.add(routing);
         add_logit_range(routing, range, range_tokens);
         baseline.push_back(std::move(routing));
       },
       advance);
   for (const double sum : range) {
-    manifest.residency.logit_range.push_back(static_cast<float>(
-        sum / static_cast<double>(std::max<std::int64_t>(1, range_tokens))));
+    manifest.residency.logit_range.push_back(
+        static_cast<float>(sum / static_cast<double>(std::max<std::int64_t>(1, range_tokens))));
   }
 
   load_routers(model, latest->second / "router.safetensors");
   manifest.router_hash = router_hash(model);
-  PreferenceRecorder recorder(
-      num_layers, architecture.num_experts, layers,
-      recipe.export_options.max_sequences,
-      derive_seed(static_cast<std::uint64_t>(recipe.seed), "preferences"));
-  RoutingMetrics tuned_metrics(num_layers, architecture.num_experts,
-                               architecture.top_k, layers, 0);
+  PreferenceRecorder recorder(num_layers, architecture.num_experts, layers, recipe.export_options.max_sequences,
+                              derive_seed(static_cast<std::uint64_t>(recipe.seed), "preferences"));
+  RoutingMetrics tuned_metrics(num_layers, architecture.num_experts, architecture.top_k, layers, 0);
   std::size_t next = 0;
   const QualityResult tuned_quality = measure(
       model, data, batches, true,
-      [&](SequenceRouting &&routing) {
+      [&](SequenceRouting&& routing) {
         tuned_metrics.add(routing);
         recorder.add(baseline.at(next++), routing);
       },
       advance);
   progress.finish();
-  manifest.metrics = {
-      {"domains", recipe.data.train},
-      {"baseline",
-       figures_of(baseline_quality, baseline_metrics, slots, num_layers)},
-      {"tuned", figures_of(tuned_quality, tuned_metrics, slots, num_layers)}};
+  manifest.metrics = {{"domains", recipe.data.train},
+                      {"baseline", figures_of(baseline_quality, baseline_metrics, slots, num_layers)},
+                      {"tuned", figures_of(tuned_quality, tuned_metrics, slots, num_layers)}};
   std::filesystem::create_directories(directory);
   recorder.write(directory / "preferences.h5");
   write_bundle(directory, model, manifest);
@@ -573,4 +481,4 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe> &loaded,
   return directory;
 }
 
-} // namespace hestia
+}  // namespace hestia

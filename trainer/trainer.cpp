@@ -23,39 +23,34 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr const char *kDoneMarker = "DONE";
+constexpr const char* kDoneMarker = "DONE";
 
 double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-std::filesystem::path checkpoint_folder(const std::filesystem::path &run_dir,
-                                        std::int64_t step) {
+std::filesystem::path checkpoint_folder(const std::filesystem::path& run_dir, std::int64_t step) {
   return run_dir / "checkpoints" / fmt::format("step_{}", step);
 }
 
-void fsync_folder(const std::filesystem::path &folder) {
-  const int descriptor =
-      ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+void fsync_folder(const std::filesystem::path& folder) {
+  const int descriptor = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (descriptor >= 0) {
     ::fsync(descriptor);
     ::close(descriptor);
   }
 }
 
-std::vector<std::pair<std::int64_t, std::filesystem::path>>
-complete_checkpoints(const std::filesystem::path &run_dir) {
+std::vector<std::pair<std::int64_t, std::filesystem::path>> complete_checkpoints(const std::filesystem::path& run_dir) {
   std::vector<std::pair<std::int64_t, std::filesystem::path>> found;
   const std::filesystem::path folder = run_dir / "checkpoints";
   if (!std::filesystem::is_directory(folder)) {
     return found;
   }
-  for (const auto &entry : std::filesystem::directory_iterator(folder)) {
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
     const std::string name = entry.path().filename().string();
-    if (name.rfind("step_", 0) == 0 &&
-        name.find_first_not_of("0123456789", 5) == std::string::npos &&
-        name.size() > 5 &&
-        std::filesystem::exists(entry.path() / kDoneMarker)) {
+    if (name.rfind("step_", 0) == 0 && name.find_first_not_of("0123456789", 5) == std::string::npos &&
+        name.size() > 5 && std::filesystem::exists(entry.path() / kDoneMarker)) {
       found.emplace_back(std::stoll(name.substr(5)), entry.path());
     }
   }
@@ -63,15 +58,13 @@ complete_checkpoints(const std::filesystem::path &run_dir) {
   return found;
 }
 
-// AdamW over float32 master copies: a parameter of a narrower type gets one, a
-// float32 parameter is its own master.
+// AdamW over float32 master copies: a parameter of a narrower type gets one, a float32 parameter is its own master.
 class Optimizer {
-public:
-  Optimizer(std::vector<torch::Tensor> parameters, const TrainOptions &options)
-      : parameters_(std::move(parameters)) {
+ public:
+  Optimizer(std::vector<torch::Tensor> parameters, const TrainOptions& options) : parameters_(std::move(parameters)) {
     std::vector<torch::Tensor> decayed;
     std::vector<torch::Tensor> plain;
-    for (const torch::Tensor &parameter : parameters_) {
+    for (const torch::Tensor& parameter : parameters_) {
       torch::Tensor master = parameter;
       if (parameter.scalar_type() != torch::kFloat32) {
         master = parameter.detach().to(torch::kFloat32).set_requires_grad(true);
@@ -80,16 +73,12 @@ public:
       (parameter.dim() >= 2 ? decayed : plain).push_back(master);
     }
     torch::optim::AdamWOptions adam(options.learning_rate);
-    adam.betas({options.beta1, options.beta2})
-        .eps(options.epsilon)
-        .weight_decay(options.weight_decay);
+    adam.betas({options.beta1, options.beta2}).eps(options.epsilon).weight_decay(options.weight_decay);
     std::vector<torch::optim::OptimizerParamGroup> groups;
-    groups.emplace_back(decayed,
-                        std::make_unique<torch::optim::AdamWOptions>(adam));
+    groups.emplace_back(decayed, std::make_unique<torch::optim::AdamWOptions>(adam));
     if (!plain.empty()) {
       adam.weight_decay(0.0);
-      groups.emplace_back(plain,
-                          std::make_unique<torch::optim::AdamWOptions>(adam));
+      groups.emplace_back(plain, std::make_unique<torch::optim::AdamWOptions>(adam));
     }
     adamw_ = std::make_unique<torch::optim::AdamW>(groups, adam);
   }
@@ -108,21 +97,19 @@ public:
       }
       squares.push_back(masters_[i].grad().to(torch::kFloat32).square().sum());
     }
-    return squares.empty()
-               ? 0.0
-               : std::sqrt(torch::stack(squares).sum().item<double>());
+    return squares.empty() ? 0.0 : std::sqrt(torch::stack(squares).sum().item<double>());
   }
 
   void step(double learning_rate, double gradient_scale) {
     const torch::NoGradGuard no_grad;
     if (gradient_scale != 1.0) {
-      for (torch::Tensor &master : masters_) {
+      for (torch::Tensor& master : masters_) {
         if (master.grad().defined()) {
           master.mutable_grad().mul_(gradient_scale);
         }
       }
     }
-    for (auto &group : adamw_->param_groups()) {
+    for (auto& group : adamw_->param_groups()) {
       group.options().set_lr(learning_rate);
     }
     adamw_->step();
@@ -134,35 +121,30 @@ public:
     }
   }
 
-  void save(const std::filesystem::path &folder) {
+  void save(const std::filesystem::path& folder) {
     std::vector<std::pair<std::string, torch::Tensor>> tensors;
     std::int64_t steps = 0;
     for (std::size_t i = 0; i < masters_.size(); ++i) {
       tensors.emplace_back(fmt::format("master.{}", i), masters_[i].detach());
-      const auto entry =
-          adamw_->state().find(masters_[i].unsafeGetTensorImpl());
+      const auto entry = adamw_->state().find(masters_[i].unsafeGetTensorImpl());
       if (entry != adamw_->state().end()) {
-        const auto &state =
-            static_cast<const torch::optim::AdamWParamState &>(*entry->second);
+        const auto& state = static_cast<const torch::optim::AdamWParamState&>(*entry->second);
         tensors.emplace_back(fmt::format("exp_avg.{}", i), state.exp_avg());
-        tensors.emplace_back(fmt::format("exp_avg_sq.{}", i),
-                             state.exp_avg_sq());
+        tensors.emplace_back(fmt::format("exp_avg_sq.{}", i), state.exp_avg_sq());
         steps = state.step();
       }
     }
-    write_tensors(
-        folder / "optimizer.safetensors", tensors,
-        {{"format", "hestia optimizer 1"}, {"step", std::to_string(steps)}});
+    write_tensors(folder / "optimizer.safetensors", tensors,
+                  {{"format", "hestia optimizer 1"}, {"step", std::to_string(steps)}});
   }
 
-  void load(const std::filesystem::path &folder) {
+  void load(const std::filesystem::path& folder) {
     const torch::NoGradGuard no_grad;
     const SafetensorsFile file(folder / "optimizer.safetensors");
     const auto step_text = file.metadata().find("step");
     if (step_text == file.metadata().end()) {
       throw InputError(
-          fmt::format("{}: the optimiser's step is missing; remove this "
-                      "checkpoint and resume from an older one",
+          fmt::format("{}: the optimiser's step is missing; remove this checkpoint and resume from an older one",
                       file.path().string()));
     }
     for (std::size_t i = 0; i < masters_.size(); ++i) {
@@ -185,19 +167,17 @@ public:
     }
   }
 
-private:
+ private:
   std::vector<torch::Tensor> parameters_;
   std::vector<torch::Tensor> masters_;
   std::unique_ptr<torch::optim::AdamW> adamw_;
 };
 
-void save_checkpoint(const TrainingJob &job, MoeModel &model,
-                     Optimizer &optimizer, std::int64_t step,
+void save_checkpoint(const TrainingJob& job, MoeModel& model, Optimizer& optimizer, std::int64_t step,
                      std::int64_t position) {
-  const std::filesystem::path final_folder =
-      checkpoint_folder(job.run_dir, step);
+  const std::filesystem::path final_folder = checkpoint_folder(job.run_dir, step);
   if (std::filesystem::exists(final_folder / kDoneMarker)) {
-    return; // This very step is saved already.
+    return;  // This very step is saved already.
   }
   std::filesystem::path folder = final_folder;
   folder += ".tmp";
@@ -206,25 +186,20 @@ void save_checkpoint(const TrainingJob &job, MoeModel &model,
   std::filesystem::create_directories(folder);
   save_routers(model, folder / "router.safetensors");
   optimizer.save(folder);
-  const Json state = {{"format_version", 1},
-                      {"step", step},
-                      {"data_position", position},
-                      {"seed", job.seed}};
+  const Json state = {{"format_version", 1}, {"step", step}, {"data_position", position}, {"seed", job.seed}};
   write_text_atomically(folder / "state.json", state.dump(2) + "\n");
   write_text_atomically(folder / kDoneMarker, "");
   fsync_folder(folder);
   std::filesystem::rename(folder, final_folder);
   fsync_folder(final_folder.parent_path());
   const auto all = complete_checkpoints(job.run_dir);
-  for (std::size_t i = 0;
-       i + static_cast<std::size_t>(job.options.keep_checkpoints) < all.size();
-       ++i) {
+  for (std::size_t i = 0; i + static_cast<std::size_t>(job.options.keep_checkpoints) < all.size(); ++i) {
     std::filesystem::remove_all(all[i].second);
   }
 }
 
 // Names the first lines in which two resolved recipes differ.
-std::string first_difference(const std::string &saved, const std::string &now) {
+std::string first_difference(const std::string& saved, const std::string& now) {
   std::istringstream a(saved);
   std::istringstream b(now);
   std::string line_a;
@@ -236,22 +211,19 @@ std::string first_difference(const std::string &saved, const std::string &now) {
       return "";
     }
     if (!more_a || !more_b || line_a != line_b) {
-      return fmt::format("was \"{}\", is \"{}\"", more_a ? line_a : "",
-                         more_b ? line_b : "");
+      return fmt::format("was \"{}\", is \"{}\"", more_a ? line_a : "", more_b ? line_b : "");
     }
   }
 }
 
-// Drops the metrics of steps after `step`: they were logged by a run that did
-// not live to save them.
-void trim_metrics(const std::filesystem::path &path, std::int64_t step) {
+// Drops the metrics of steps after `step`: they were logged by a run that did not live to save them.
+void trim_metrics(const std::filesystem::path& path, std::int64_t step) {
   if (!std::filesystem::exists(path)) {
     return;
   }
   std::string kept;
-  read_json_lines(path, [&](std::int64_t, const Json &object) {
-    if (!object.contains("step") ||
-        object.at("step").get<std::int64_t>() <= step) {
+  read_json_lines(path, [&](std::int64_t, const Json& object) {
+    if (!object.contains("step") || object.at("step").get<std::int64_t>() <= step) {
       kept += object.dump() + "\n";
     }
   });
@@ -262,24 +234,22 @@ void trim_metrics(const std::filesystem::path &path, std::int64_t step) {
 struct StepValues {
   double loss = 0.0;
   double nll = 0.0;
-  std::vector<double> terms; // NaN: not computed at this step
+  std::vector<double> terms;  // NaN: not computed at this step
 };
 
 class Loop {
-public:
-  explicit Loop(const TrainingJob &job)
-      : job_(job), model_(job.model),
+ public:
+  explicit Loop(const TrainingJob& job)
+      : job_(job),
+        model_(job.model),
         parameters_(select_trainable(model_, job.options.trainable)),
         optimizer_(parameters_, job.options),
-        sampler_(*job.train_data, job.options.rows_per_batch,
-                 job.sequence_length, derive_seed(job.seed, "data order"),
+        sampler_(*job.train_data, job.options.rows_per_batch, job.sequence_length, derive_seed(job.seed, "data order"),
                  job.train_mix) {
     if (job.held_out != nullptr) {
-      for (std::size_t domain = 0; domain < job.held_out->domains.size();
-           ++domain) {
-        held_out_batches_.push_back(pack_for_evaluation(
-            *job.held_out, static_cast<std::int64_t>(domain),
-            job.options.rows_per_batch, job.sequence_length));
+      for (std::size_t domain = 0; domain < job.held_out->domains.size(); ++domain) {
+        held_out_batches_.push_back(pack_for_evaluation(*job.held_out, static_cast<std::int64_t>(domain),
+                                                        job.options.rows_per_batch, job.sequence_length));
       }
     }
   }
@@ -288,41 +258,33 @@ public:
     const std::int64_t first = open_run();
     JsonLinesWriter metrics(job_.run_dir / "metrics.jsonl");
     TrainingResult result;
-    Progress progress(job_.label, job_.options.steps - first, "step",
-                      job_.quiet);
+    Progress progress(job_.label, job_.options.steps - first, "step", job_.quiet);
     for (std::int64_t step = first + 1; step <= job_.options.steps; ++step) {
       const Clock::time_point start = Clock::now();
-      const bool logged = step == 1 || step == job_.options.steps ||
-                          step % job_.options.log_every == 0;
+      const bool logged = step == 1 || step == job_.options.steps || step % job_.options.log_every == 0;
       std::int64_t tokens = 0;
       const StepValues values = forward_backward(step, logged, tokens);
       const double norm = optimizer_.collect_gradients();
       if (!std::isfinite(values.loss) || !std::isfinite(norm)) {
-        throw RunError(
-            fmt::format("step {}: the {} is not finite, got loss {} and "
-                        "gradient norm {}; nothing was updated; lower "
-                        "train.learning_rate or the "
-                        "weights under losses (last checkpoint: {})",
-                        step, std::isfinite(values.loss) ? "gradient" : "loss",
-                        values.loss, norm, last_checkpoint_text()));
+        throw RunError(fmt::format(
+            "step {}: the {} is not finite, got loss {} and gradient norm {}; nothing was updated; lower "
+            "train.learning_rate or the "
+            "weights under losses (last checkpoint: {})",
+            step, std::isfinite(values.loss) ? "gradient" : "loss", values.loss, norm, last_checkpoint_text()));
       }
       const double clip = job_.options.clip_norm;
-      const double rate =
-          job_.options.learning_rate * learning_rate_at(job_.options, step);
-      optimizer_.step(rate,
-                      clip > 0.0 && norm > clip ? clip / (norm + 1e-6) : 1.0);
+      const double rate = job_.options.learning_rate * learning_rate_at(job_.options, step);
+      optimizer_.step(rate, clip > 0.0 && norm > clip ? clip / (norm + 1e-6) : 1.0);
       const double seconds = seconds_since(start);
       result.seconds += seconds;
       result.tokens += tokens;
       result.steps = step;
       result.last_loss = values.loss;
       if (logged || job_.on_step) {
-        const Json event =
-            step_event(step, values, norm, rate, seconds, tokens);
+        const Json event = step_event(step, values, norm, rate, seconds, tokens);
         if (logged) {
           metrics.write(event);
-          progress.print_line(
-              step_line(step, values, norm, rate, seconds, tokens));
+          progress.print_line(step_line(step, values, norm, rate, seconds, tokens));
         }
         if (job_.on_step) {
           job_.on_step(event);
@@ -332,102 +294,83 @@ public:
       const bool last = step == job_.options.steps;
       const bool stopping = job_.stop != nullptr && job_.stop->load();
       if (!held_out_batches_.empty() && !stopping &&
-          (last || (job_.options.evaluate_every > 0 &&
-                    step % job_.options.evaluate_every == 0))) {
-        result.held_out = evaluate();
-        metrics.write({{"event", "evaluate"},
-                       {"step", step},
-                       {"held_out", result.held_out}});
-        progress.print_line(evaluate_line(step, result.held_out));
+          (last || (job_.options.evaluate_every > 0 && step % job_.options.evaluate_every == 0))) {
+        const Json held_out = evaluate();
+        metrics.write({{"event", "evaluate"}, {"step", step}, {"held_out", held_out}});
+        progress.print_line(evaluate_line(step, held_out));
       }
-      if (last || stopping ||
-          (job_.options.checkpoint_every > 0 &&
-           step % job_.options.checkpoint_every == 0)) {
+      if (last || stopping || (job_.options.checkpoint_every > 0 && step % job_.options.checkpoint_every == 0)) {
         save_checkpoint(job_, model_, optimizer_, step, sampler_.position());
       }
       if (stopping && !last) {
         progress.finish();
-        throw InterruptedError(fmt::format(
-            "interrupted after step {}; saved in {}, go on with --resume", step,
-            checkpoint_folder(job_.run_dir, step).string()));
+        throw InterruptedError(fmt::format("interrupted after step {}; saved in {}, go on with --resume", step,
+                                           checkpoint_folder(job_.run_dir, step).string()));
       }
     }
     progress.finish();
     return result;
   }
 
-private:
+ private:
   // Prepares the run directory; returns the step to go on from.
   std::int64_t open_run() {
     const std::filesystem::path recipe_path = job_.run_dir / "recipe.yaml";
     if (job_.overwrite) {
-      for (const char *name : {"checkpoints", "metrics.jsonl", "recipe.yaml"}) {
+      for (const char* name : {"checkpoints", "metrics.jsonl", "recipe.yaml"}) {
         std::filesystem::remove_all(job_.run_dir / name);
       }
     }
     const auto latest = latest_checkpoint(job_.run_dir);
     if (job_.resume) {
       if (!latest) {
-        throw UsageError(fmt::format(
-            "{}: there is no checkpoint to resume from; start {}",
-            job_.run_dir.string(),
-            std::filesystem::exists(recipe_path) ? "afresh with --overwrite"
-                                                 : "without --resume"));
+        throw UsageError(
+            fmt::format("{}: there is no checkpoint to resume from; start {}", job_.run_dir.string(),
+                        std::filesystem::exists(recipe_path) ? "afresh with --overwrite" : "without --resume"));
       }
-      const std::string difference =
-          first_difference(read_text_file(recipe_path), job_.resolved_recipe);
+      const std::string difference = first_difference(read_text_file(recipe_path), job_.resolved_recipe);
       if (!difference.empty()) {
         throw UsageError(
-            fmt::format("{}: the recipe changed since this run began ({}); "
-                        "resume with the recipe it was "
+            fmt::format("{}: the recipe changed since this run began ({}); resume with the recipe it was "
                         "started with, or start afresh with --overwrite",
                         job_.run_dir.string(), difference));
       }
-      const auto &[step, folder] = *latest;
+      const auto& [step, folder] = *latest;
       optimizer_.load(folder);
       const Json state = read_json_file(folder / "state.json");
       sampler_.seek(state.at("data_position").get<std::int64_t>());
       trim_metrics(job_.run_dir / "metrics.jsonl", step);
-      log_info(
-          fmt::format("resuming {} at step {}", job_.run_dir.string(), step));
+      log_info(fmt::format("resuming {} at step {}", job_.run_dir.string(), step));
       return step;
     }
     if (std::filesystem::exists(recipe_path)) {
-      throw UsageError(
-          latest ? fmt::format("{}: holds a run already (step {} of it is "
-                               "saved); go on with --resume, start afresh "
-                               "with --overwrite, or choose another run_dir",
-                               job_.run_dir.string(), latest->first)
-                 : fmt::format("{}: holds a run already, which saved no "
-                               "checkpoint; start afresh with --overwrite, or "
-                               "choose another run_dir",
-                               job_.run_dir.string()));
+      throw UsageError(fmt::format(
+          "{}: holds a run already{}start afresh with --overwrite, or choose another run_dir", job_.run_dir.string(),
+          latest ? fmt::format(" (step {} of it is saved); go on with --resume, ", latest->first)
+                 : ", which saved no checkpoint; "));
     }
     std::filesystem::create_directories(job_.run_dir);
     write_text_atomically(recipe_path, job_.resolved_recipe);
     return 0;
   }
 
-  StepValues forward_backward(std::int64_t step, bool logged,
-                              std::int64_t &tokens) {
+  StepValues forward_backward(std::int64_t step, bool logged, std::int64_t& tokens) {
     struct MicroBatch {
       PackedBatch batch;
       std::unique_ptr<LayoutTensors> layout;
     };
-    // Divisors first: they depend on the layout alone, so micro-batches can be
-    // scaled before any forward.
+    // Divisors first: they depend on the layout alone, so micro-batches can be scaled before any forward.
     std::vector<MicroBatch> micro_batches;
     double labels = 0.0;
     std::vector<double> counts(job_.losses.size(), 0.0);
     for (std::int64_t i = 0; i < job_.options.accumulate; ++i) {
       MicroBatch micro{sampler_.next(), nullptr};
-      micro.layout = std::make_unique<LayoutTensors>(layout_of(micro.batch),
-                                                     model_->device());
+      micro.layout = std::make_unique<LayoutTensors>(layout_of(micro.batch), model_->device());
       labels += static_cast<double>(micro.batch.num_labels());
       for (std::size_t term = 0; term < counts.size(); ++term) {
         counts[term] += job_.losses[term].loss->count(*micro.layout);
       }
-      for (const SequenceRun &run : micro.layout->runs()) {
+      for (const SequenceRun& run : micro.layout->runs()) {
         tokens += run.length();
       }
       micro_batches.push_back(std::move(micro));
@@ -435,19 +378,16 @@ private:
     std::vector<torch::Tensor> term_values(counts.size());
     torch::Tensor nll_value;
     torch::Tensor loss_value;
-    for (const MicroBatch &micro : micro_batches) {
-      const ModelOutput output =
-          model_->forward(to_device(micro.batch, model_->device()));
+    for (const MicroBatch& micro : micro_batches) {
+      const ModelOutput output = model_->forward(to_device(micro.batch, model_->device()));
       const torch::Tensor label_tensor =
-          torch::tensor(micro.batch.labels, torch::kInt64)
-              .reshape({micro.batch.num_rows, micro.batch.row_length});
-      torch::Tensor loss = nll_sum(model_, output.hidden_BSD,
-                                   label_tensor.to(model_->device())) /
-                           std::max(labels, 1.0);
+          torch::tensor(micro.batch.labels, torch::kInt64).reshape({micro.batch.num_rows, micro.batch.row_length});
+      torch::Tensor loss =
+          nll_sum(model_, output.hidden_BSD, label_tensor.to(model_->device())) / std::max(labels, 1.0);
       accumulate(nll_value, loss);
       const RoutingTensors routing = stack(output.routing);
       for (std::size_t term = 0; term < counts.size(); ++term) {
-        const WeightedLoss &weighted = job_.losses[term];
+        const WeightedLoss& weighted = job_.losses[term];
         const double weight = weighted.weight_at(step);
         if (weighted.weight == 0.0 && !logged) {
           continue;
@@ -455,12 +395,9 @@ private:
         const double divisor = counts[term] > 0.0 ? counts[term] : 1.0;
         if (weighted.weight == 0.0) {
           const torch::NoGradGuard no_grad;
-          accumulate(term_values[term],
-                     weighted.loss->sum(routing, *micro.layout).mean() /
-                         divisor);
+          accumulate(term_values[term], weighted.loss->sum(routing, *micro.layout).mean() / divisor);
         } else {
-          const torch::Tensor value =
-              weighted.loss->sum(routing, *micro.layout).mean() / divisor;
+          const torch::Tensor value = weighted.loss->sum(routing, *micro.layout).mean() / divisor;
           accumulate(term_values[term], value);
           loss = loss + weight * value;
         }
@@ -471,23 +408,21 @@ private:
     StepValues values;
     values.loss = loss_value.item<double>();
     values.nll = nll_value.item<double>();
-    for (const torch::Tensor &value : term_values) {
-      values.terms.push_back(value.defined()
-                                 ? value.item<double>()
-                                 : std::numeric_limits<double>::quiet_NaN());
+    for (const torch::Tensor& value : term_values) {
+      values.terms.push_back(value.defined() ? value.item<double>() : std::numeric_limits<double>::quiet_NaN());
     }
     return values;
   }
 
-  static void accumulate(torch::Tensor &total, const torch::Tensor &value) {
+  static void accumulate(torch::Tensor& total, const torch::Tensor& value) {
     total = total.defined() ? total + value.detach() : value.detach();
   }
 
-  static RoutingTensors stack(const std::vector<RoutingRecord> &records) {
+  static RoutingTensors stack(const std::vector<RoutingRecord>& records) {
     std::vector<torch::Tensor> logits;
     std::vector<torch::Tensor> selected;
     std::vector<torch::Tensor> reference;
-    for (const RoutingRecord &record : records) {
+    for (const RoutingRecord& record : records) {
       logits.push_back(record.logits_TE);
       selected.push_back(record.selected_TK);
       if (record.reference_logits_TE.defined()) {
@@ -501,22 +436,16 @@ private:
   Json evaluate() {
     Json json = Json::object();
     for (std::size_t domain = 0; domain < held_out_batches_.size(); ++domain) {
-      const QualityResult quality =
-          measure(model_, *job_.held_out, held_out_batches_[domain], false, {});
+      const QualityResult quality = measure(model_, *job_.held_out, held_out_batches_[domain], false, {});
       json[job_.held_out->domains[domain]] = {
-          {"nll", quality.nll()},
-          {"perplexity", quality.perplexity()},
-          {"bits_per_byte", quality.bits_per_byte()}};
+          {"nll", quality.nll()}, {"perplexity", quality.perplexity()}, {"bits_per_byte", quality.bits_per_byte()}};
     }
     return json;
   }
 
-  Json step_event(std::int64_t step, const StepValues &values, double norm,
-                  double rate, double seconds, std::int64_t tokens) const {
-    Json event = {{"event", "step"},
-                  {"step", step},
-                  {"loss", values.loss},
-                  {"nll", values.nll}};
+  Json step_event(std::int64_t step, const StepValues& values, double norm, double rate, double seconds,
+                  std::int64_t tokens) const {
+    Json event = {{"event", "step"}, {"step", step}, {"loss", values.loss}, {"nll", values.nll}};
     for (std::size_t term = 0; term < values.terms.size(); ++term) {
       if (std::isfinite(values.terms[term])) {
         event[std::string(job_.losses[term].loss->name())] = values.terms[term];
@@ -529,31 +458,26 @@ private:
     return event;
   }
 
-  std::string step_line(std::int64_t step, const StepValues &values,
-                        double norm, double rate, double seconds,
+  std::string step_line(std::int64_t step, const StepValues& values, double norm, double rate, double seconds,
                         std::int64_t tokens) const {
     const std::string total = std::to_string(job_.options.steps);
     std::string line =
-        fmt::format("step {:>{}}/{} | loss {:.4f} | nll {:.4f}", step,
-                    total.size(), total, values.loss, values.nll);
+        fmt::format("step {:>{}}/{} | loss {:.4f} | nll {:.4f}", step, total.size(), total, values.loss, values.nll);
     for (std::size_t term = 0; term < values.terms.size(); ++term) {
       if (std::isfinite(values.terms[term])) {
-        line += fmt::format(" | {} {:.4g}", job_.losses[term].loss->name(),
-                            values.terms[term]);
+        line += fmt::format(" | {} {:.4g}", job_.losses[term].loss->name(), values.terms[term]);
       }
     }
-    line += fmt::format(" | lr {:.2e} | norm {:.3f} | {:.0f} ms | {} tok/s",
-                        rate, norm, seconds * 1e3,
+    line += fmt::format(" | lr {:.2e} | norm {:.3f} | {:.0f} ms | {} tok/s", rate, norm, seconds * 1e3,
                         format_count(static_cast<double>(tokens) / seconds));
     return line;
   }
 
-  std::string evaluate_line(std::int64_t step, const Json &held_out) const {
+  std::string evaluate_line(std::int64_t step, const Json& held_out) const {
     const std::string total = std::to_string(job_.options.steps);
     std::string line = fmt::format("eval {:>{}}/{}", step, total.size(), total);
-    for (const auto &[domain, figures] : held_out.items()) {
-      line += fmt::format(" | {} ppl {:.3f}", domain,
-                          figures.at("perplexity").get<double>());
+    for (const auto& [domain, figures] : held_out.items()) {
+      line += fmt::format(" | {} ppl {:.3f}", domain, figures.at("perplexity").get<double>());
     }
     return line;
   }
@@ -563,54 +487,46 @@ private:
     return latest ? latest->second.string() : "none";
   }
 
-  const TrainingJob &job_;
+  const TrainingJob& job_;
   MoeModel model_;
   std::vector<torch::Tensor> parameters_;
   Optimizer optimizer_;
   PackedSampler sampler_;
-  std::vector<std::vector<PackedBatch>> held_out_batches_; // per domain
+  std::vector<std::vector<PackedBatch>> held_out_batches_;  // per domain
 };
 
-} // namespace
+}  // namespace
 
-double learning_rate_at(const TrainOptions &options, std::int64_t step) {
+double learning_rate_at(const TrainOptions& options, std::int64_t step) {
   if (step <= options.warmup_steps) {
-    return static_cast<double>(step) /
-           static_cast<double>(options.warmup_steps);
+    return static_cast<double>(step) / static_cast<double>(options.warmup_steps);
   }
   if (options.schedule == "constant" || options.steps == options.warmup_steps) {
     return 1.0;
   }
-  // The last step runs at the final rate's neighbour, never at exactly 0:
-  // progress counts steps begun.
+  // The last step runs at the final rate's neighbour, never at exactly 0: progress counts steps begun.
   const double progress =
-      static_cast<double>(step - 1 - options.warmup_steps) /
-      static_cast<double>(options.steps - options.warmup_steps);
+      static_cast<double>(step - 1 - options.warmup_steps) / static_cast<double>(options.steps - options.warmup_steps);
   const double falling =
-      options.schedule == "cosine"
-          ? 0.5 * (1.0 + std::cos(std::numbers::pi * progress))
-          : 1.0 - progress;
-  return options.final_learning_rate +
-         (1.0 - options.final_learning_rate) * falling;
+      options.schedule == "cosine" ? 0.5 * (1.0 + std::cos(std::numbers::pi * progress)) : 1.0 - progress;
+  return options.final_learning_rate + (1.0 - options.final_learning_rate) * falling;
 }
 
-std::vector<torch::Tensor> select_trainable(MoeModel &model,
-                                            const std::string &trainable) {
-  for (torch::Tensor &parameter : model->all_parameters()) {
+std::vector<torch::Tensor> select_trainable(MoeModel& model, const std::string& trainable) {
+  for (torch::Tensor& parameter : model->all_parameters()) {
     parameter.set_requires_grad(trainable == "all");
   }
   if (trainable == "all") {
     return model->all_parameters();
   }
   std::vector<torch::Tensor> routers = model->routers();
-  for (torch::Tensor &router : routers) {
+  for (torch::Tensor& router : routers) {
     router.set_requires_grad(true);
   }
   return routers;
 }
 
-std::optional<std::pair<std::int64_t, std::filesystem::path>>
-latest_checkpoint(const std::filesystem::path &run_dir) {
+std::optional<std::pair<std::int64_t, std::filesystem::path>> latest_checkpoint(const std::filesystem::path& run_dir) {
   const auto all = complete_checkpoints(run_dir);
   if (all.empty()) {
     return std::nullopt;
@@ -618,6 +534,8 @@ latest_checkpoint(const std::filesystem::path &run_dir) {
   return all.back();
 }
 
-TrainingResult train(const TrainingJob &job) { return Loop(job).run(); }
+TrainingResult train(const TrainingJob& job) {
+  return Loop(job).run();
+}
 
-} // namespace hestia
+}  // namespace hestia

@@ -24,7 +24,7 @@ namespace hestia {
 /// A copy of a mapped tensor, on the CPU, in its own dtype.
 [[nodiscard]] torch::Tensor to_torch(const TensorView& view);
 /// Copies a mapped tensor into `destination` (any device and float dtype, same shape), converting on the way.
-void copy_into(const TensorView& view, torch::Tensor destination);
+void copy_into(const TensorView& view, const torch::Tensor& destination);
 
 /// Writes tensors (any device; copied to the CPU) as one safetensors file, whole or not at all.
 void write_tensors(const std::filesystem::path& path, const std::vector<std::pair<std::string, torch::Tensor>>& tensors,

@@ -47,7 +47,6 @@ struct TrainingResult {
   double last_loss = 0.0;
   double seconds = 0.0;     ///< Of the steps run by this process, evaluation left out.
   std::int64_t tokens = 0;  ///< Tokens trained on by this process (padding left out).
-  Json held_out;            ///< Last evaluation: domain -> {nll, perplexity, bits_per_byte}.
 };
 
 /// Trains `job.model` in place and leaves a run directory: recipe.yaml, metrics.jsonl, checkpoints/step_N.
