@@ -24,6 +24,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr const char* kDoneMarker = "DONE";
+constexpr std::int64_t kStateFormat = 1;
 
 double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
@@ -186,7 +187,8 @@ void save_checkpoint(const TrainingJob& job, MoeModel& model, Optimizer& optimiz
   std::filesystem::create_directories(folder);
   save_routers(model, folder / "router.safetensors");
   optimizer.save(folder);
-  const Json state = {{"format_version", 1}, {"step", step}, {"data_position", position}, {"seed", job.seed}};
+  const Json state = {
+      {"format_version", kStateFormat}, {"step", step}, {"data_position", position}, {"seed", job.seed}};
   write_text_atomically(folder / "state.json", state.dump(2) + "\n");
   write_text_atomically(folder / kDoneMarker, "");
   fsync_folder(folder);
@@ -196,6 +198,26 @@ void save_checkpoint(const TrainingJob& job, MoeModel& model, Optimizer& optimiz
   for (std::size_t i = 0; i + static_cast<std::size_t>(job.options.keep_checkpoints) < all.size(); ++i) {
     std::filesystem::remove_all(all[i].second);
   }
+}
+
+// Batches drawn before the checkpoint that `path`, its state.json, belongs to.
+std::int64_t data_position(const std::filesystem::path& path) {
+  const Json state = read_json_file(path);
+  const auto number = [&](const char* key) {
+    if (!state.is_object() || !state.contains(key) || !state[key].is_number_integer()) {
+      throw InputError(fmt::format(
+          "{}: key \"{}\" must be a whole number, got {}; remove this checkpoint to resume from an older one",
+          path.string(), key, state.is_object() && state.contains(key) ? state[key].dump() : "nothing"));
+    }
+    return state[key].get<std::int64_t>();
+  };
+  if (const std::int64_t version = number("format_version"); version != kStateFormat) {
+    throw InputError(
+        fmt::format("{}: format version {} is not one this program supports ({}); resume with the program that wrote "
+                    "it, or start afresh with --overwrite",
+                    path.string(), version, kStateFormat));
+  }
+  return number("data_position");
 }
 
 // Names the first lines in which two resolved recipes differ.
@@ -336,9 +358,9 @@ class Loop {
                         job_.run_dir.string(), difference));
       }
       const auto& [step, folder] = *latest;
+      const std::int64_t position = data_position(folder / "state.json");
       optimizer_.load(folder);
-      const Json state = read_json_file(folder / "state.json");
-      sampler_.seek(state.at("data_position").get<std::int64_t>());
+      sampler_.seek(position);
       trim_metrics(job_.run_dir / "metrics.jsonl", step);
       log_info(fmt::format("resuming {} at step {}", job_.run_dir.string(), step));
       return step;

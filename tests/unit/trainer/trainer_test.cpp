@@ -256,6 +256,39 @@ TEST_CASE("a checkpoint counts only when it is complete, and old ones are remove
   CHECK(latest_checkpoint(folder.path() / "run")->first == 5);
 }
 
+TEST_CASE("a checkpoint of another format or with a damaged state is refused before anything changes") {
+  const TemporaryFolder folder;
+  const PackedData data = tiny_data(4, 16, 24);
+  MoeModel model = tiny_model();
+  TrainOptions options = short_run(4);
+  options.checkpoint_every = 2;
+  std::atomic<bool> stop{false};
+  TrainingJob job = make_job(model, data, options, folder.path() / "run");
+  job.stop = &stop;
+  job.on_step = [&](const Json& event) { stop = event.at("step").get<std::int64_t>() == 2; };
+  CHECK_THROWS_AS(train(job), InterruptedError);
+  const auto state_path = folder.path() / "run" / "checkpoints" / "step_2" / "state.json";
+  const Json state = read_json_file(state_path);
+
+  const auto [key, value, message] = GENERATE(table<std::string, std::string, std::string>(
+      {{"format_version", "2", "state.json: format version 2 is not one this program supports (1); resume with"},
+       {"format_version", "\"1\"", "state.json: key \"format_version\" must be a whole number, got \"1\"; remove"},
+       {"data_position", "", "state.json: key \"data_position\" must be a whole number, got nothing; remove"}}));
+  Json changed = state;
+  if (value.empty()) {
+    changed.erase(key);
+  } else {
+    changed[key] = Json::parse(value);
+  }
+  write_text_atomically(state_path, changed.dump());
+  MoeModel resumed = tiny_model();
+  MoeModel untouched = tiny_model();
+  TrainingJob second = make_job(resumed, data, options, folder.path() / "run");
+  second.resume = true;
+  CHECK_THROWS_WITH(train(second), Catch::Contains(message));
+  CHECK(torch::equal(resumed->routers()[0], untouched->routers()[0]));
+}
+
 TEST_CASE("the chunked loss equals cross-entropy in value and gradient") {
   MoeModel model = tiny_model();
   torch::manual_seed(5);
