@@ -19,33 +19,25 @@ struct EvaluateArguments {
   bool quiet = false;
 };
 
-} // namespace
+}  // namespace
 
-void add_evaluate(CLI::App &app) {
+void add_evaluate(CLI::App& app) {
   auto arguments = std::make_shared<EvaluateArguments>();
-  CLI::App *verb = app.add_subcommand(
-      "evaluate",
-      "compare baseline, control and tuned router on held-out text");
-  add_recipe_arguments(*verb, arguments->recipe,
-                       "fine-tuning recipe, or the run directory it left");
-  verb->add_option(
-      "--bundle", arguments->bundle,
-      "router bundle to compare (default: bundle/ in the run directory)");
-  verb->add_flag("--json", arguments->json,
-                 "print results.json instead of the table");
+  CLI::App* verb = app.add_subcommand("evaluate", "compare baseline, control and tuned router on held-out text");
+  add_recipe_arguments(*verb, arguments->recipe, "fine-tuning recipe, or the run directory it left");
+  verb->add_option("--bundle", arguments->bundle, "router bundle to compare (default: bundle/ in the run directory)");
+  verb->add_flag("--json", arguments->json, "print results.json instead of the table");
   verb->add_flag("--quiet", arguments->quiet, "no progress bar");
-  verb->footer(
-      "Example: hestia evaluate recipes/quickstart.yaml evaluate.slots=[4,8]");
+  verb->footer("Example: hestia evaluate recipes/quickstart.yaml evaluate.slots=[4,8]");
   verb->callback([arguments] {
     const auto loaded = load_recipe_or_run(arguments->recipe);
-    const Comparison comparison =
-        run_evaluate(loaded, arguments->bundle, arguments->quiet);
+    const Comparison comparison = run_evaluate(loaded, arguments->bundle, arguments->quiet);
     if (arguments->json) {
       std::cout << comparison_json(comparison).dump(2) << "\n";
     } else {
       std::cout << comparison_table(comparison) << std::flush;
     }
-    const std::string &run_dir = loaded.recipe.run_dir;
+    const std::string& run_dir = loaded.recipe.run_dir;
     log_block("Files", {{"results", run_dir + "/results.json"},
                         {"router bundle", comparison.bundle},
                         {"training log", run_dir + "/metrics.jsonl"},
@@ -53,4 +45,4 @@ void add_evaluate(CLI::App &app) {
   });
 }
 
-} // namespace hestia
+}  // namespace hestia

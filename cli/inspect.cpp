@@ -27,48 +27,41 @@ namespace {
 
 using Rows = std::vector<std::pair<std::string, std::string>>;
 
-void print(const std::string &title, const Rows &rows) {
+void print(const std::string& title, const Rows& rows) {
   std::size_t width = 0;
-  for (const auto &[key, value] : rows) {
+  for (const auto& [key, value] : rows) {
     width = std::max(width, key.size());
   }
   std::cout << title << "\n";
-  for (const auto &[key, value] : rows) {
+  for (const auto& [key, value] : rows) {
     std::cout << fmt::format("  {:<{}}  {}\n", key, width, value);
   }
 }
 
-std::string shape_text(const std::vector<std::int64_t> &shape) {
+std::string shape_text(const std::vector<std::int64_t>& shape) {
   return fmt::format("[{}]", fmt::join(shape, ", "));
 }
 
 // "6GiB", "512MiB", "8000000": bytes.
-double parse_memory(const std::string &text) {
-  const std::map<std::string, double> units = {{"", 1.0},
-                                               {"B", 1.0},
-                                               {"KiB", 1024.0},
-                                               {"MiB", 1048576.0},
-                                               {"GiB", 1073741824.0},
-                                               {"KB", 1e3},
-                                               {"MB", 1e6},
-                                               {"GB", 1e9}};
+double parse_memory(const std::string& text) {
+  const std::map<std::string, double> units = {
+      {"", 1.0},   {"B", 1.0},  {"KiB", 1024.0}, {"MiB", 1048576.0}, {"GiB", 1073741824.0},
+      {"KB", 1e3}, {"MB", 1e6}, {"GB", 1e9}};
   std::size_t used = 0;
   double value = -1.0;
   try {
     value = std::stod(text, &used);
-  } catch (const std::exception &) {
+  } catch (const std::exception&) {
     used = 0;
   }
   const auto unit = units.find(text.substr(used));
   if (!(value > 0.0) || !std::isfinite(value) || unit == units.end()) {
-    throw UsageError(fmt::format(
-        "--memory must be a size such as 6GiB or 512MiB, got \"{}\"", text));
+    throw UsageError(fmt::format("--memory must be a size such as 6GiB or 512MiB, got \"{}\"", text));
   }
   return value * unit->second;
 }
 
-void inspect_model(const std::filesystem::path &directory,
-                   const std::string &memory) {
+void inspect_model(const std::filesystem::path& directory, const std::string& memory) {
   const Architecture architecture = read_architecture(directory);
   const SafetensorsCheckpoint checkpoint(directory);
   std::map<std::string, std::int64_t> dtypes;
@@ -76,161 +69,125 @@ void inspect_model(const std::filesystem::path &directory,
   std::int64_t expert_stored = 0;
   std::int64_t other_stored = 0;
   Problems problems;
-  for (const TensorSpec &spec : tensor_specs(architecture)) {
+  for (const TensorSpec& spec : tensor_specs(architecture)) {
     if (!checkpoint.contains(spec.name)) {
-      problems.add(fmt::format("{}: tensor \"{}\" is missing",
-                               directory.string(), spec.name));
+      problems.add(fmt::format("{}: tensor \"{}\" is missing", directory.string(), spec.name));
       continue;
     }
-    const TensorView &view = checkpoint.tensor(spec.name);
+    const TensorView& view = checkpoint.tensor(spec.name);
     const auto bytes = static_cast<std::int64_t>(view.bytes.size());
     stored += bytes;
     dtypes[std::string(dtype_name(view.dtype))] += bytes;
     (spec.role == TensorRole::kExpert ? expert_stored : other_stored) += bytes;
   }
   problems.throw_input_if_any();
-  const auto layers =
-      static_cast<std::int64_t>(architecture.moe_layers().size());
-  const std::int64_t expert_bytes =
-      expert_stored /
-      std::max<std::int64_t>(1, layers * architecture.num_experts);
+  const auto layers = static_cast<std::int64_t>(architecture.moe_layers().size());
+  const std::int64_t expert_bytes = expert_stored / std::max<std::int64_t>(1, layers * architecture.num_experts);
   std::vector<std::string> kinds;
   kinds.reserve(dtypes.size());
-  for (const auto &[name, bytes] : dtypes) {
-    kinds.push_back(
-        fmt::format("{} {}", name, format_bytes(static_cast<double>(bytes))));
+  for (const auto& [name, bytes] : dtypes) {
+    kinds.push_back(fmt::format("{} {}", name, format_bytes(static_cast<double>(bytes))));
   }
   Rows rows = {
       {"family", architecture.family},
-      {"layers",
-       fmt::format("{} ({} with experts)", architecture.num_layers, layers)},
-      {"experts", fmt::format("{} per layer, {} per token",
-                              architecture.num_experts, architecture.top_k)},
+      {"layers", fmt::format("{} ({} with experts)", architecture.num_layers, layers)},
+      {"experts", fmt::format("{} per layer, {} per token", architecture.num_experts, architecture.top_k)},
       {"hidden size", std::to_string(architecture.hidden_size)},
-      {"expert hidden size",
-       std::to_string(architecture.expert_intermediate_size)},
+      {"expert hidden size", std::to_string(architecture.expert_intermediate_size)},
       {"vocabulary", std::to_string(architecture.vocab_size)},
-      {"parameters",
-       format_count(static_cast<double>(architecture.total_parameters()))},
-      {"stored",
-       fmt::format("{} in {} files ({})",
-                   format_bytes(static_cast<double>(stored)),
-                   checkpoint.files().size(), fmt::join(kinds, ", "))},
+      {"parameters", format_count(static_cast<double>(architecture.total_parameters()))},
+      {"stored", fmt::format("{} in {} files ({})", format_bytes(static_cast<double>(stored)),
+                             checkpoint.files().size(), fmt::join(kinds, ", "))},
       {"bytes per expert", format_bytes(static_cast<double>(expert_bytes))},
-      {"expert bytes a token uses",
-       format_bytes(
-           static_cast<double>(expert_bytes * architecture.top_k * layers))},
+      {"expert bytes a token uses", format_bytes(static_cast<double>(expert_bytes * architecture.top_k * layers))},
       {"dense bytes", format_bytes(static_cast<double>(other_stored))},
-      {"routers",
-       fmt::format(
-           "{} ... {} {}",
-           router_name(architecture, architecture.moe_layers().front()),
-           router_name(architecture, architecture.moe_layers().back()),
-           shape_text({architecture.num_experts, architecture.hidden_size}))}};
+      {"routers", fmt::format("{} ... {} {}", router_name(architecture, architecture.moe_layers().front()),
+                              router_name(architecture, architecture.moe_layers().back()),
+                              shape_text({architecture.num_experts, architecture.hidden_size}))}};
   if (!memory.empty()) {
-    const double left =
-        parse_memory(memory) - static_cast<double>(other_stored);
-    const auto slots = static_cast<std::int64_t>(
-        left / static_cast<double>(expert_bytes * layers));
+    const double left = parse_memory(memory) - static_cast<double>(other_stored);
+    const auto slots = static_cast<std::int64_t>(left / static_cast<double>(expert_bytes * layers));
     rows.emplace_back(
         fmt::format("slots in {}", memory),
         left < static_cast<double>(expert_bytes * layers)
             ? "none: the dense part and one slot per layer do not fit"
-            : fmt::format("{} of {} per layer, beside the dense weights "
-                          "(key-value cache and activations not counted)",
-                          std::min(slots, architecture.num_experts),
-                          architecture.num_experts));
+            : fmt::format("{} of {} per layer, beside the dense weights (key-value cache and activations not counted)",
+                          std::min(slots, architecture.num_experts), architecture.num_experts));
   }
   print(directory.string() + ": model directory", rows);
 }
 
-void inspect_bundle(const std::filesystem::path &directory) {
+void inspect_bundle(const std::filesystem::path& directory) {
   const BundleManifest manifest = read_manifest(directory);
-  Rows rows = {
-      {"family", manifest.model_family},
-      {"base model", fmt::format("{} (routers {:.12})", manifest.model_path,
-                                 manifest.base_router_hash)},
-      {"tuned routers", fmt::format("{:.12}", manifest.router_hash)},
-      {"serve with",
-       fmt::format("{} slots, {}, residency lambda {}",
-                   manifest.residency.slots, manifest.residency.policy,
-                   manifest.residency.lambda)}};
-  for (const auto &[name, figures] : manifest.metrics.items()) {
+  Rows rows = {{"family", manifest.model_family},
+               {"base model", fmt::format("{} (routers {:.12})", manifest.model_path, manifest.base_router_hash)},
+               {"tuned routers", fmt::format("{:.12}", manifest.router_hash)},
+               {"serve with", fmt::format("{} slots, {}, residency lambda {}", manifest.residency.slots,
+                                          manifest.residency.policy, manifest.residency.lambda)}};
+  for (const auto& [name, figures] : manifest.metrics.items()) {
     rows.emplace_back(name, figures.dump());
   }
   const SafetensorsFile routers(directory / "router.safetensors");
-  rows.emplace_back("router.safetensors",
-                    fmt::format("{} routers", routers.names().size()));
+  rows.emplace_back("router.safetensors", fmt::format("{} routers", routers.names().size()));
   if (std::filesystem::exists(directory / "preferences.h5")) {
-    const Preferences preferences =
-        read_preferences(directory / "preferences.h5");
-    rows.emplace_back(
-        "preferences.h5",
-        fmt::format("{} sequences in the aggregate, {} kept one by one",
-                    preferences.num_sequences_total, preferences.ids.size()));
+    const Preferences preferences = read_preferences(directory / "preferences.h5");
+    rows.emplace_back("preferences.h5", fmt::format("{} sequences in the aggregate, {} kept one by one",
+                                                    preferences.num_sequences_total, preferences.ids.size()));
   }
   print(directory.string() + ": router bundle", rows);
 }
 
-void inspect_run(const std::filesystem::path &directory) {
+void inspect_run(const std::filesystem::path& directory) {
   const auto latest = latest_checkpoint(directory);
-  Rows rows = {
-      {"task", recipe_task(directory / "recipe.yaml")},
-      {"newest checkpoint", latest ? latest->second.string() : "none"}};
+  Rows rows = {{"task", recipe_task(directory / "recipe.yaml")},
+               {"newest checkpoint", latest ? latest->second.string() : "none"}};
   const std::filesystem::path metrics = directory / "metrics.jsonl";
   if (std::filesystem::exists(metrics)) {
     std::map<std::string, std::string> last;
-    read_json_lines(metrics, [&](std::int64_t, const Json &line) {
+    read_json_lines(metrics, [&](std::int64_t, const Json& line) {
       const auto event = line.find("event");
-      last[event != line.end() && event->is_string() ? event->get<std::string>()
-                                                     : "line"] = line.dump();
+      last[event != line.end() && event->is_string() ? event->get<std::string>() : "line"] = line.dump();
     });
-    for (const auto &[event, text] : last) {
+    for (const auto& [event, text] : last) {
       rows.emplace_back("last " + event, text);
     }
   }
   print(directory.string() + ": run directory", rows);
 }
 
-void inspect_safetensors(const std::filesystem::path &file) {
+void inspect_safetensors(const std::filesystem::path& file) {
   const SafetensorsFile tensors(file);
   Rows rows;
-  for (const auto &[key, value] : tensors.metadata()) {
+  for (const auto& [key, value] : tensors.metadata()) {
     rows.emplace_back("metadata " + key, value);
   }
-  for (const std::string &name : tensors.names()) {
-    const TensorView &view = tensors.tensor(name);
-    rows.emplace_back(name, fmt::format("{} {}", dtype_name(view.dtype),
-                                        shape_text(view.shape)));
+  for (const std::string& name : tensors.names()) {
+    const TensorView& view = tensors.tensor(name);
+    rows.emplace_back(name, fmt::format("{} {}", dtype_name(view.dtype), shape_text(view.shape)));
   }
-  print(fmt::format("{}: {} tensors", file.string(), tensors.names().size()),
-        rows);
+  print(fmt::format("{}: {} tensors", file.string(), tensors.names().size()), rows);
 }
 
-void inspect_trace(const std::filesystem::path &file) {
+void inspect_trace(const std::filesystem::path& file) {
   const RoutingTrace trace = read_trace(file);
   print(file.string() + ": routing trace",
         {{"model", trace.model.empty() ? "unknown" : trace.model},
          {"layers", std::to_string(trace.num_layers)},
-         {"experts", fmt::format("{} per layer, {} per token",
-                                 trace.num_experts, trace.top_k)},
+         {"experts", fmt::format("{} per layer, {} per token", trace.num_experts, trace.top_k)},
          {"entries", std::to_string(trace.entries.size())},
-         {"expert overlap ratio (decode)",
-          fmt::format("{:.6f}", expert_overlap_ratio(trace))},
-         {"distinct experts (decode)",
-          fmt::format("{:.2f}", distinct_experts(trace))}});
+         {"expert overlap ratio (decode)", fmt::format("{:.6f}", expert_overlap_ratio(trace))},
+         {"distinct experts (decode)", fmt::format("{:.2f}", distinct_experts(trace))}});
 }
 
-void inspect_preferences(const std::filesystem::path &file) {
+void inspect_preferences(const std::filesystem::path& file) {
   const Preferences preferences = read_preferences(file);
-  print(file.string() + ": expert preferences",
-        {{"sequences", std::to_string(preferences.num_sequences_total)},
-         {"kept one by one", std::to_string(preferences.ids.size())},
-         {"layers", std::to_string(preferences.baseline.num_layers)},
-         {"experts", std::to_string(preferences.baseline.num_experts)}});
+  print(file.string() + ": expert preferences", {{"sequences", std::to_string(preferences.num_sequences_total)},
+                                                 {"kept one by one", std::to_string(preferences.ids.size())},
+                                                 {"layers", std::to_string(preferences.baseline.num_layers)},
+                                                 {"experts", std::to_string(preferences.baseline.num_experts)}});
 }
 
-void inspect_recipe(const std::filesystem::path &file) {
+void inspect_recipe(const std::filesystem::path& file) {
   if (recipe_task(file) == "pretrain") {
     auto loaded = load_pretrain_recipe(file, {});
     std::cout << save_recipe(loaded.recipe.fields());
@@ -240,32 +197,28 @@ void inspect_recipe(const std::filesystem::path &file) {
   }
 }
 
-void inspect(const std::filesystem::path &path, const std::string &memory) {
+void inspect(const std::filesystem::path& path, const std::string& memory) {
   if (!std::filesystem::exists(path)) {
-    throw InputError(fmt::format(
-        "{}: no such file or directory; check the path", path.string()));
+    throw InputError(fmt::format("{}: no such file or directory; check the path", path.string()));
   }
-  const bool is_model = std::filesystem::exists(path / "config.json") &&
-                        !std::filesystem::exists(path / "manifest.json");
+  const bool is_bundle = std::filesystem::exists(path / "manifest.json");
+  const bool is_model = !is_bundle && std::filesystem::exists(path / "config.json");
   if (!memory.empty() && !is_model) {
-    throw UsageError(
-        fmt::format("--memory is for model directories, got {}; leave it out",
-                    path.string()));
+    throw UsageError(fmt::format("--memory is for model directories, got {}; leave it out", path.string()));
   }
   const std::string extension = path.extension().string();
   if (std::filesystem::is_directory(path)) {
-    if (std::filesystem::exists(path / "manifest.json")) {
+    if (is_bundle) {
       return inspect_bundle(path);
     }
-    if (std::filesystem::exists(path / "config.json")) {
+    if (is_model) {
       return inspect_model(path, memory);
     }
     if (std::filesystem::exists(path / "recipe.yaml")) {
       return inspect_run(path);
     }
     throw InputError(
-        fmt::format("{}: neither a model directory (config.json), a router "
-                    "bundle (manifest.json) nor a run directory "
+        fmt::format("{}: neither a model directory (config.json), a router bundle (manifest.json) nor a run directory "
                     "(recipe.yaml); give one of these",
                     path.string()));
   }
@@ -281,25 +234,22 @@ void inspect(const std::filesystem::path &path, const std::string &memory) {
   return inspect_trace(path);
 }
 
-} // namespace
+}  // namespace
 
-void add_inspect(CLI::App &app) {
+void add_inspect(CLI::App& app) {
   struct Arguments {
     std::string path;
     std::string memory;
   };
   auto arguments = std::make_shared<Arguments>();
-  CLI::App *verb =
-      app.add_subcommand("inspect", "say what a file or directory holds");
+  CLI::App* verb = app.add_subcommand("inspect", "say what a file or directory holds");
   verb->add_option("path", arguments->path,
-                   "model directory, router bundle, run directory, safetensors "
-                   "file, trace, preferences.h5 or recipe")
+                   "model directory, router bundle, run directory, safetensors file, trace, preferences.h5 or recipe")
       ->required();
   verb->add_option("--memory", arguments->memory,
-                   "model directories: how many expert slots fit this much "
-                   "memory, for example 6GiB");
+                   "model directories: how many expert slots fit this much memory, for example 6GiB");
   verb->footer("Example: hestia inspect checkpoints/tiny --memory 16MiB");
   verb->callback([arguments] { inspect(arguments->path, arguments->memory); });
 }
 
-} // namespace hestia
+}  // namespace hestia

@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include <CLI/CLI.hpp>
 #include <fmt/format.h>
+#include <CLI/CLI.hpp>
 
 #include <torch/types.h>
 
@@ -28,22 +28,18 @@ struct LogitsOptions {
   std::filesystem::path output;
 };
 
-// Parsed here and not by the command-line library, so that an empty list and a
-// stray letter get a message of their own.
-std::vector<std::int64_t> parse_tokens(const std::string &text) {
+// Parsed here and not by the command-line library, so that an empty list and a stray letter get a message of their own.
+std::vector<std::int64_t> parse_tokens(const std::string& text) {
   std::vector<std::int64_t> tokens;
   std::size_t begin = 0;
   while (begin <= text.size()) {
     const std::size_t comma = std::min(text.find(',', begin), text.size());
     std::int64_t token = 0;
-    const char *last = text.data() + comma;
-    const auto [end, failure] =
-        std::from_chars(text.data() + begin, last, token);
+    const char* last = text.data() + comma;
+    const auto [end, failure] = std::from_chars(text.data() + begin, last, token);
     if (failure != std::errc() || end != last) {
       throw UsageError(
-          fmt::format("--tokens: must be whole numbers with commas between, "
-                      "got \"{}\"; write --tokens 1,2,3",
-                      text));
+          fmt::format("--tokens: must be whole numbers with commas between, got \"{}\"; write --tokens 1,2,3", text));
     }
     tokens.push_back(token);
     begin = comma + 1;
@@ -51,7 +47,7 @@ std::vector<std::int64_t> parse_tokens(const std::string &text) {
   return tokens;
 }
 
-void run_logits(const LogitsOptions &options) {
+void run_logits(const LogitsOptions& options) {
   const torch::NoGradGuard no_grad;
   const std::vector<std::int64_t> tokens = parse_tokens(options.tokens);
   const torch::Device device = device_from_recipe(options.device);
@@ -59,66 +55,50 @@ void run_logits(const LogitsOptions &options) {
   const std::int64_t vocab_size = read_architecture(options.model).vocab_size;
   for (const std::int64_t token : tokens) {
     if (token < 0 || token >= vocab_size) {
-      throw UsageError(fmt::format("--tokens: a token must be between 0 and {} "
-                                   "for {}, got {}; correct the list",
-                                   vocab_size - 1, options.model.string(),
-                                   token));
+      throw UsageError(fmt::format("--tokens: a token must be between 0 and {} for {}, got {}; correct the list",
+                                   vocab_size - 1, options.model.string(), token));
     }
   }
   MoeModel model = load_model(options.model, dtype, device);
   const auto length = static_cast<std::int64_t>(tokens.size());
-  const auto integers =
-      torch::TensorOptions().dtype(torch::kInt64).device(device);
+  const auto integers = torch::TensorOptions().dtype(torch::kInt64).device(device);
   TokenBatch batch;
-  batch.tokens_BS =
-      torch::tensor(tokens, torch::kInt64).to(device).unsqueeze(0);
+  batch.tokens_BS = torch::tensor(tokens, torch::kInt64).to(device).unsqueeze(0);
   batch.positions_BS = torch::arange(length, integers).unsqueeze(0);
   batch.sequence_ids_BS = torch::zeros({1, length}, integers);
   const ModelOutput output = model->forward(batch);
   std::vector<torch::Tensor> router_logits;
   std::vector<torch::Tensor> selected;
-  for (const RoutingRecord &record : output.routing) {
+  for (const RoutingRecord& record : output.routing) {
     router_logits.push_back(record.logits_TE.to(torch::kFloat32));
     selected.push_back(record.selected_TK);
   }
-  const torch::Tensor logits =
-      model->head(output.hidden_BSD)[0].to(torch::kFloat32);
+  const torch::Tensor logits = model->head(output.hidden_BSD)[0].to(torch::kFloat32);
   write_tensors(options.output,
                 {{"tokens", batch.tokens_BS[0]},
                  {"logits", logits},
                  {"router_logits", torch::stack(router_logits)},
                  {"selected", torch::stack(selected)}},
                 {{"hestia_format", "logits 1"}, {"dtype", options.dtype}});
-  log_info(fmt::format("wrote {}: logits [{}, {}], router_logits [{}, {}, {}]",
-                       options.output.string(), length, vocab_size,
-                       output.routing.size(), length,
-                       model->architecture().num_experts));
+  log_info(fmt::format("wrote {}: logits [{}, {}], router_logits [{}, {}, {}]", options.output.string(), length,
+                       vocab_size, output.routing.size(), length, model->architecture().num_experts));
 }
 
-} // namespace
+}  // namespace
 
-void add_logits(CLI::App &app) {
+void add_logits(CLI::App& app) {
   auto options = std::make_shared<LogitsOptions>();
-  CLI::App *verb =
-      app.add_subcommand("logits", "run one token sequence and write its "
-                                   "logits and routing (parity checks)");
-  verb->add_option("model", options->model,
-                   "model directory with config.json and safetensors")
-      ->required();
-  verb->add_option("--tokens", options->tokens,
-                   "token ids of one sequence, for example 1,2,3")
-      ->required();
-  verb->add_option("--dtype", options->dtype, "float32 or bfloat16")
-      ->capture_default_str();
-  verb->add_option("--device", options->device, "cpu, cuda, cuda:N or auto")
-      ->capture_default_str();
+  CLI::App* verb =
+      app.add_subcommand("logits", "run one token sequence and write its logits and routing (parity checks)");
+  verb->add_option("model", options->model, "model directory with config.json and safetensors")->required();
+  verb->add_option("--tokens", options->tokens, "token ids of one sequence, for example 1,2,3")->required();
+  verb->add_option("--dtype", options->dtype, "float32 or bfloat16")->capture_default_str();
+  verb->add_option("--device", options->device, "cpu, cuda, cuda:N or auto")->capture_default_str();
   verb->add_option("--output", options->output,
-                   "file to write: tokens [S], logits [S, V], router_logits "
-                   "[L, S, E], selected [L, S, K]")
+                   "file to write: tokens [S], logits [S, V], router_logits [L, S, E], selected [L, S, K]")
       ->required();
-  verb->footer("Example: hestia logits checkpoints/tiny --tokens 1,2,3 "
-               "--output logits.safetensors");
+  verb->footer("Example: hestia logits checkpoints/tiny --tokens 1,2,3 --output logits.safetensors");
   verb->callback([options] { run_logits(*options); });
 }
 
-} // namespace hestia
+}  // namespace hestia

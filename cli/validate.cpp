@@ -21,25 +21,26 @@ namespace {
 
 // What the checks complained about, each once.
 class Complaints {
-public:
-  void add(ExitCode code, const std::string &message) {
-    const std::vector<std::string> &known = problems_.messages();
+ public:
+  void add(ExitCode code, const std::string& message) {
+    const std::vector<std::string>& known = problems_.messages();
     if (std::find(known.begin(), known.end(), message) == known.end()) {
       problems_.add(message);
       wrong_recipe_ = wrong_recipe_ || code == ExitCode::kUsage;
     }
   }
-  // Runs one check and keeps what it complains about.
-  template <class Check> void collect(const Check &check) {
-    try {
-      check();
-    } catch (const Error &error) {
-      add(error.exit_code(), error.what());
+  void add_all(const Complaints& others) {
+    for (const std::string& message : others.problems_.messages()) {
+      add(others.wrong_recipe_ ? ExitCode::kUsage : ExitCode::kInput, message);
     }
   }
-  void add_all(const Complaints &others) {
-    for (const std::string &message : others.problems_.messages()) {
-      add(others.wrong_recipe_ ? ExitCode::kUsage : ExitCode::kInput, message);
+  // Runs one check and keeps what it complains about.
+  template <class Check>
+  void collect(const Check& check) {
+    try {
+      check();
+    } catch (const Error& error) {
+      add(error.exit_code(), error.what());
     }
   }
   [[nodiscard]] bool empty() const { return problems_.empty(); }
@@ -51,54 +52,45 @@ public:
     problems_.throw_input_if_any();
   }
 
-private:
+ private:
   Problems problems_;
   bool wrong_recipe_ = false;
 };
 
-void check_corpora(const DataOptions &data, Complaints &complaints) {
+void check_corpora(const DataOptions& data, Complaints& complaints) {
   std::set<std::string> domains(data.train.begin(), data.train.end());
   domains.insert(data.evaluate.begin(), data.evaluate.end());
-  for (const std::string &domain : domains) {
+  for (const std::string& domain : domains) {
     complaints.collect([&] {
       const auto [corpus, key] = find_corpus(data, domain);
       CorpusOptions sample = *corpus;
       sample.max_bytes = 1;
-      static_cast<void>(read_corpus(
-          sample,
-          {data.held_out_fraction, static_cast<std::uint64_t>(data.split_seed)},
-          Split::kTrain, key));
+      static_cast<void>(read_corpus(sample, {data.held_out_fraction, static_cast<std::uint64_t>(data.split_seed)},
+                                    Split::kTrain, key));
     });
   }
 }
 
-void check_model(const LoadedRecipe<FinetuneRecipe> &loaded,
-                 Complaints &complaints) {
-  const std::string &path = loaded.recipe.model.path;
+void check_model(const LoadedRecipe<FinetuneRecipe>& loaded, Complaints& complaints) {
+  const std::string& path = loaded.recipe.model.path;
   complaints.collect([&] {
     const Architecture architecture = read_architecture(path);
     complaints.collect([&] {
-      static_cast<void>(make_routing_losses(
-          loaded.recipe.losses, architecture.num_experts, architecture.top_k));
+      static_cast<void>(make_routing_losses(loaded.recipe.losses, architecture.num_experts, architecture.top_k));
     });
     for (const std::int64_t slots : loaded.recipe.evaluate.slots) {
       if (slots > architecture.num_experts) {
         complaints.add(ExitCode::kUsage,
-                       fmt::format("{}: evaluate.slots must be at most the "
-                                   "model's experts per layer ({}), got {}",
-                                   loaded.source.location("evaluate.slots"),
-                                   architecture.num_experts, slots));
+                       fmt::format("{}: evaluate.slots must be at most the model's experts per layer ({}), got {}",
+                                   loaded.source.location("evaluate.slots"), architecture.num_experts, slots));
       }
     }
     complaints.collect([&] {
       const SafetensorsCheckpoint checkpoint(path);
-      for (const TensorSpec &spec : tensor_specs(architecture)) {
+      for (const TensorSpec& spec : tensor_specs(architecture)) {
         if (!checkpoint.contains(spec.name)) {
-          complaints.add(
-              ExitCode::kInput,
-              fmt::format(
-                  "{}: tensor \"{}\" is missing; fetch the checkpoint again",
-                  path, spec.name));
+          complaints.add(ExitCode::kInput,
+                         fmt::format("{}: tensor \"{}\" is missing; fetch the checkpoint again", path, spec.name));
         }
       }
     });
@@ -106,21 +98,17 @@ void check_model(const LoadedRecipe<FinetuneRecipe> &loaded,
   complaints.collect([&] { static_cast<void>(open_tokenizer(path)); });
 }
 
-void check_recipe(const std::string &path,
-                  const std::vector<std::string> &overrides, bool with_files,
-                  Complaints &complaints) {
+void check_recipe(const std::string& path, const std::vector<std::string>& overrides, bool with_files,
+                  Complaints& complaints) {
   if (recipe_task(path) == "pretrain") {
     const auto loaded = load_pretrain_recipe(path, overrides);
-    const PretrainRecipe &recipe = loaded.recipe;
+    const PretrainRecipe& recipe = loaded.recipe;
     complaints.collect([&] {
-      static_cast<void>(make_routing_losses(recipe.losses,
-                                            recipe.architecture.num_experts,
-                                            recipe.architecture.top_k));
+      static_cast<void>(make_routing_losses(recipe.losses, recipe.architecture.num_experts, recipe.architecture.top_k));
     });
     if (with_files) {
       if (!recipe.tokenizer.path.empty()) {
-        complaints.collect(
-            [&] { static_cast<void>(open_tokenizer(recipe.tokenizer.path)); });
+        complaints.collect([&] { static_cast<void>(open_tokenizer(recipe.tokenizer.path)); });
       }
       check_corpora(recipe.data, complaints);
     }
@@ -139,18 +127,14 @@ struct ValidateArguments {
   std::string keys;
 };
 
-} // namespace
+}  // namespace
 
-void add_validate(CLI::App &app) {
+void add_validate(CLI::App& app) {
   auto arguments = std::make_shared<ValidateArguments>();
-  CLI::App *verb = app.add_subcommand(
-      "validate",
-      "check recipes, and that the model and text they name are there");
-  verb->add_option("recipes", arguments->recipes,
-                   "recipes (YAML), and key=value overrides for all of them");
+  CLI::App* verb = app.add_subcommand("validate", "check recipes, and that the model and text they name are there");
+  verb->add_option("recipes", arguments->recipes, "recipes (YAML), and key=value overrides for all of them");
   verb->add_flag("--no-files", arguments->no_files, "check the recipes alone");
-  verb->add_option("--help-keys", arguments->keys,
-                   "print every key of a recipe kind: finetune or pretrain")
+  verb->add_option("--help-keys", arguments->keys, "print every key of a recipe kind: finetune or pretrain")
       ->check(CLI::IsMember({"finetune", "pretrain"}));
   verb->footer("Example: hestia validate recipes/*.yaml");
   verb->callback([arguments] {
@@ -160,19 +144,16 @@ void add_validate(CLI::App &app) {
     }
     std::vector<std::string> recipes;
     std::vector<std::string> overrides;
-    for (const std::string &argument : arguments->recipes) {
-      (argument.find('=') == std::string::npos ? recipes : overrides)
-          .push_back(argument);
+    for (const std::string& argument : arguments->recipes) {
+      (argument.find('=') == std::string::npos ? recipes : overrides).push_back(argument);
     }
     if (recipes.empty()) {
       throw UsageError("validate: give at least one recipe, got none");
     }
     Complaints all;
-    for (const std::string &recipe : recipes) {
+    for (const std::string& recipe : recipes) {
       Complaints complaints;
-      complaints.collect([&] {
-        check_recipe(recipe, overrides, !arguments->no_files, complaints);
-      });
+      complaints.collect([&] { check_recipe(recipe, overrides, !arguments->no_files, complaints); });
       if (complaints.empty()) {
         std::cout << recipe << ": OK\n";
       }
@@ -183,4 +164,4 @@ void add_validate(CLI::App &app) {
   });
 }
 
-} // namespace hestia
+}  // namespace hestia

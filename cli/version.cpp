@@ -9,18 +9,14 @@
 
 namespace hestia {
 
-void add_version(CLI::App &app) {
-  CLI::App *verb = app.add_subcommand(
-      "version", "print versions, commit and what this build can do");
+void add_version(CLI::App& app) {
+  CLI::App* verb = app.add_subcommand("version", "print versions, commit and what this build can do");
   verb->footer("Example: hestia version");
   verb->callback([] {
-    std::cout << fmt::format("hestia {} ({})\nLibTorch {}\ncompiler "
-                             "{}\nHestia's CUDA kernels: {}\nGPUs seen: {}\n",
-                             program_version(), program_commit(),
-                             HESTIA_TORCH_VERSION, program_compiler(),
-                             has_cuda_kernels() ? "compiled" : "not compiled",
-                             torch::cuda::device_count());
+    std::cout << fmt::format("hestia {} ({})\nLibTorch {}\ncompiler {}\nHestia's CUDA kernels: {}\nGPUs seen: {}\n",
+                             program_version(), program_commit(), HESTIA_TORCH_VERSION, program_compiler(),
+                             has_cuda_kernels() ? "compiled" : "not compiled", torch::cuda::device_count());
   });
 }
 
-} // namespace hestia
+}  // namespace hestia

@@ -26,8 +26,7 @@ namespace {
 constexpr std::int64_t kResultsFormat = 1;
 
 // E/8, E/4, E/2 unless the recipe names slots.
-std::vector<std::int64_t> slots_of(const EvaluateOptions &options,
-                                   std::int64_t num_experts) {
+std::vector<std::int64_t> slots_of(const EvaluateOptions& options, std::int64_t num_experts) {
   std::vector<std::int64_t> slots = options.slots;
   if (slots.empty()) {
     for (const std::int64_t share : {8, 4, 2}) {
@@ -37,16 +36,14 @@ std::vector<std::int64_t> slots_of(const EvaluateOptions &options,
   std::sort(slots.begin(), slots.end());
   slots.erase(std::unique(slots.begin(), slots.end()), slots.end());
   if (slots.back() > num_experts) {
-    throw UsageError(fmt::format("evaluate.slots must be at most the model's "
-                                 "experts per layer ({}), got {}; remove it",
+    throw UsageError(fmt::format("evaluate.slots must be at most the model's experts per layer ({}), got {}; remove it",
                                  num_experts, slots.back()));
   }
   return slots;
 }
 
-std::int64_t expert_bytes_of(MoeModel &model) {
-  return model->architecture().expert_parameters() *
-         static_cast<std::int64_t>(torch::elementSize(model->dtype()));
+std::int64_t expert_bytes_of(MoeModel& model) {
+  return model->architecture().expert_parameters() * static_cast<std::int64_t>(torch::elementSize(model->dtype()));
 }
 
 double relative(double value, double reference) {
@@ -54,21 +51,23 @@ double relative(double value, double reference) {
 }
 
 // `word` as a POSIX shell would have to be given it.
-std::string shell_word(const std::string &word) {
-  const auto plain = [](unsigned char c) {
-    return std::isalnum(c) != 0 || std::strchr("_-./=:,+@%", c) != nullptr;
-  };
+std::string shell_word(const std::string& word) {
+  const auto plain = [](unsigned char c) { return std::isalnum(c) != 0 || std::strchr("_-./=:,+@%", c) != nullptr; };
   if (!word.empty() && std::all_of(word.begin(), word.end(), plain)) {
     return word;
   }
-  std::string quoted = "'";
+  std::string quoted(1, '\'');
   for (const char c : word) {
-    quoted += c == '\'' ? std::string("'\\''") : std::string(1, c);
+    if (c == '\'') {
+      quoted += "'\\'";
+    }
+    quoted += c;
   }
-  return quoted + "'";
+  quoted += '\'';
+  return quoted;
 }
 
-Json cache_json(const CacheFigures &cache) {
+Json cache_json(const CacheFigures& cache) {
   return {{"policy", cache.policy},
           {"slots", cache.slots},
           {"requests", cache.counts.requests},
@@ -81,9 +80,9 @@ Json cache_json(const CacheFigures &cache) {
           {"modelled_bytes_per_token", cache.bytes_per_token}};
 }
 
-Json domain_json(const DomainFigures &figures) {
+Json domain_json(const DomainFigures& figures) {
   Json cells = Json::array();
-  for (const CacheFigures &cache : figures.cache) {
+  for (const CacheFigures& cache : figures.cache) {
     cells.push_back(cache_json(cache));
   }
   return {{"domain", figures.domain},
@@ -103,37 +102,33 @@ Json domain_json(const DomainFigures &figures) {
 }
 
 // What the tuned router changed, domain by domain.
-Json delta_json(const Comparison &comparison) {
+Json delta_json(const Comparison& comparison) {
   Json delta = Json::array();
-  const ArmFigures *baseline = find_arm(comparison, kBaselineArm);
-  const ArmFigures *control = find_arm(comparison, kControlArm);
-  const ArmFigures *tuned = find_arm(comparison, kTunedArm);
+  const ArmFigures* baseline = find_arm(comparison, kBaselineArm);
+  const ArmFigures* control = find_arm(comparison, kControlArm);
+  const ArmFigures* tuned = find_arm(comparison, kTunedArm);
   if (baseline == nullptr || tuned == nullptr) {
     return delta;
   }
   for (std::size_t i = 0; i < tuned->domains.size(); ++i) {
-    const DomainFigures &now = tuned->domains[i];
-    const DomainFigures &before = baseline->domains[i];
-    Json entry = {
-        {"domain", now.domain},
-        {"perplexity_against_baseline",
-         relative(now.quality.perplexity(), before.quality.perplexity())},
-        {"usage_entropy_against_baseline",
-         now.usage.normalised_entropy / before.usage.normalised_entropy}};
+    const DomainFigures& now = tuned->domains[i];
+    const DomainFigures& before = baseline->domains[i];
+    Json entry = {{"domain", now.domain},
+                  {"perplexity_against_baseline", relative(now.quality.perplexity(), before.quality.perplexity())},
+                  {"usage_entropy_against_baseline", now.usage.normalised_entropy / before.usage.normalised_entropy}};
     if (control != nullptr) {
-      entry["perplexity_against_control"] = relative(
-          now.quality.perplexity(), control->domains[i].quality.perplexity());
+      entry["perplexity_against_control"] =
+          relative(now.quality.perplexity(), control->domains[i].quality.perplexity());
     }
     Json loads = Json::array();
-    for (const CacheFigures &cache : now.cache) {
-      const CacheFigures *old = find_cache(before, cache.policy, cache.slots);
-      loads.push_back({{"policy", cache.policy},
-                       {"slots", cache.slots},
-                       {"loads_against_baseline",
-                        old->counts.loads == 0
-                            ? Json()
-                            : Json(relative(cache.loads_per_token_layer,
-                                            old->loads_per_token_layer))}});
+    for (const CacheFigures& cache : now.cache) {
+      const CacheFigures* old = find_cache(before, cache.policy, cache.slots);
+      loads.push_back(
+          {{"policy", cache.policy},
+           {"slots", cache.slots},
+           {"loads_against_baseline", old->counts.loads == 0
+                                          ? Json()
+                                          : Json(relative(cache.loads_per_token_layer, old->loads_per_token_layer))}});
     }
     entry["loads"] = loads;
     delta.push_back(entry);
@@ -141,36 +136,28 @@ Json delta_json(const Comparison &comparison) {
   return delta;
 }
 
-} // namespace
+}  // namespace
 
-const CacheFigures *find_cache(const DomainFigures &figures,
-                               const std::string &policy, std::int64_t slots) {
-  const auto found =
-      std::find_if(figures.cache.begin(), figures.cache.end(),
-                   [&](const CacheFigures &cache) {
-                     return cache.policy == policy && cache.slots == slots;
-                   });
+const CacheFigures* find_cache(const DomainFigures& figures, const std::string& policy, std::int64_t slots) {
+  const auto found = std::find_if(figures.cache.begin(), figures.cache.end(), [&](const CacheFigures& cache) {
+    return cache.policy == policy && cache.slots == slots;
+  });
   return found == figures.cache.end() ? nullptr : &*found;
 }
 
-const ArmFigures *find_arm(const Comparison &comparison,
-                           const std::string &name) {
-  const auto found =
-      std::find_if(comparison.arms.begin(), comparison.arms.end(),
-                   [&](const ArmFigures &arm) { return arm.name == name; });
+const ArmFigures* find_arm(const Comparison& comparison, const std::string& name) {
+  const auto found = std::find_if(comparison.arms.begin(), comparison.arms.end(),
+                                  [&](const ArmFigures& arm) { return arm.name == name; });
   return found == comparison.arms.end() ? nullptr : &*found;
 }
 
-ArmFigures measure_arm(MoeModel &model, const std::string &name,
-                       const PackedData &held_out,
-                       const std::vector<std::string> &tuned_domains,
-                       const EvaluateOptions &options,
+ArmFigures measure_arm(MoeModel& model, const std::string& name, const PackedData& held_out,
+                       const std::vector<std::string>& tuned_domains, const EvaluateOptions& options,
                        std::int64_t sequence_length, bool quiet) {
-  const Architecture &architecture = model->architecture();
+  const Architecture& architecture = model->architecture();
   const std::vector<std::int64_t> layers = architecture.moe_layers();
   const auto num_layers = static_cast<std::int64_t>(layers.size());
-  const std::vector<std::int64_t> slots =
-      slots_of(options, architecture.num_experts);
+  const std::vector<std::int64_t> slots = slots_of(options, architecture.num_experts);
   constexpr std::int64_t kRows = 8;
   ArmFigures arm;
   arm.name = name;
@@ -179,25 +166,20 @@ ArmFigures measure_arm(MoeModel &model, const std::string &name,
   for (std::size_t domain = 0; domain < held_out.domains.size(); ++domain) {
     DomainFigures figures;
     figures.domain = held_out.domains[domain];
-    figures.tuned_domain = std::find(tuned_domains.begin(), tuned_domains.end(),
-                                     figures.domain) != tuned_domains.end();
-    RoutingMetrics metrics(num_layers, architecture.num_experts,
-                           architecture.top_k, layers, expert_bytes_of(model));
+    figures.tuned_domain = std::find(tuned_domains.begin(), tuned_domains.end(), figures.domain) != tuned_domains.end();
+    RoutingMetrics metrics(num_layers, architecture.num_experts, architecture.top_k, layers, expert_bytes_of(model));
     figures.quality = measure(
-        model, held_out,
-        pack_for_evaluation(held_out, static_cast<std::int64_t>(domain), kRows,
-                            sequence_length),
-        false, [&](SequenceRouting &&routing) { metrics.add(routing); },
+        model, held_out, pack_for_evaluation(held_out, static_cast<std::int64_t>(domain), kRows, sequence_length),
+        false, [&](SequenceRouting&& routing) { metrics.add(routing); },
         [&](std::int64_t tokens) { progress.advance(tokens); });
     figures.sequences = metrics.num_sequences();
     figures.tokens = metrics.num_counted();
     figures.expert_overlap_ratio = metrics.expert_overlap_ratio();
     figures.distinct_experts = metrics.distinct_experts();
     figures.usage = metrics.usage();
-    const double tokens =
-        static_cast<double>(std::max<std::int64_t>(1, figures.tokens));
+    const double tokens = static_cast<double>(std::max<std::int64_t>(1, figures.tokens));
     for (const std::int64_t count : slots) {
-      for (const std::string &policy : options.policies) {
+      for (const std::string& policy : options.policies) {
         SimulationOptions simulation;
         simulation.policy = policy_from_name(policy);
         simulation.slots = count;
@@ -208,10 +190,8 @@ ArmFigures measure_arm(MoeModel &model, const std::string &name,
         cache.slots = count;
         cache.counts = metrics.simulate(simulation);
         cache.loads_per_token_layer =
-            static_cast<double>(cache.counts.loads) /
-            (tokens * static_cast<double>(num_layers));
-        cache.bytes_per_token =
-            static_cast<double>(cache.counts.load_bytes) / tokens;
+            static_cast<double>(cache.counts.loads) / (tokens * static_cast<double>(num_layers));
+        cache.bytes_per_token = static_cast<double>(cache.counts.load_bytes) / tokens;
         figures.cache.push_back(std::move(cache));
       }
     }
@@ -220,46 +200,48 @@ ArmFigures measure_arm(MoeModel &model, const std::string &name,
   return arm;
 }
 
-Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe> &loaded,
-                        const std::filesystem::path &bundle, bool quiet) {
+Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const std::filesystem::path& bundle, bool quiet) {
   const auto start = std::chrono::steady_clock::now();
-  const FinetuneRecipe &recipe = loaded.recipe;
-  at::set_num_threads(
-      static_cast<int>(recipe.model.threads > 0
-                           ? recipe.model.threads
-                           : std::max<std::int64_t>(
-                                 1, static_cast<std::int64_t>(
-                                        std::thread::hardware_concurrency()))));
+  const FinetuneRecipe& recipe = loaded.recipe;
+  at::set_num_threads(static_cast<int>(
+      recipe.model.threads > 0
+          ? recipe.model.threads
+          : std::max<std::int64_t>(1, static_cast<std::int64_t>(std::thread::hardware_concurrency()))));
   const std::filesystem::path run_dir = recipe.run_dir;
-  const std::filesystem::path bundle_dir =
-      bundle.empty() ? run_dir / "bundle" : bundle;
+  const std::filesystem::path bundle_dir = bundle.empty() ? run_dir / "bundle" : bundle;
   if (!std::filesystem::exists(bundle_dir / "manifest.json")) {
-    throw InputError(fmt::format(
-        "{}: there is no router bundle; make one with `hestia export {}`",
-        bundle_dir.string(), loaded.source.path().string()));
+    throw InputError(fmt::format("{}: there is no router bundle; make one with `hestia export {}`", bundle_dir.string(),
+                                 loaded.source.path().string()));
   }
-  const std::unique_ptr<Tokenizer> tokenizer =
-      open_tokenizer(recipe.model.path);
-  const PackedData held_out = load_held_out_data(
-      recipe.data, recipe.data.evaluate, *tokenizer,
-      recipe.evaluate.tokens_per_domain, at::get_num_threads());
+  const std::unique_ptr<Tokenizer> tokenizer = open_tokenizer(recipe.model.path);
+  const PackedData held_out = load_held_out_data(recipe.data, recipe.data.evaluate, *tokenizer,
+                                                 recipe.evaluate.tokens_per_domain, at::get_num_threads());
   MoeModel model =
-      load_model(recipe.model.path, dtype_from_recipe(recipe.model.dtype),
-                 device_from_recipe(recipe.model.device));
+      load_model(recipe.model.path, dtype_from_recipe(recipe.model.dtype), device_from_recipe(recipe.model.device));
   Comparison comparison;
-  comparison.num_layers =
-      static_cast<std::int64_t>(model->architecture().moe_layers().size());
+  comparison.num_layers = static_cast<std::int64_t>(model->architecture().moe_layers().size());
   comparison.num_experts = model->architecture().num_experts;
   comparison.top_k = model->architecture().top_k;
   comparison.expert_bytes = expert_bytes_of(model);
   comparison.device = model->device().str();
   comparison.model_path = recipe.model.path;
   comparison.bundle = bundle_dir.string();
-  const auto arm = [&](const char *name) {
-    comparison.arms.push_back(measure_arm(model, name, held_out,
-                                          recipe.data.train, recipe.evaluate,
-                                          recipe.data.sequence_length, quiet));
+  const auto arm = [&](const char* name) {
+    comparison.arms.push_back(
+        measure_arm(model, name, held_out, recipe.data.train, recipe.evaluate, recipe.data.sequence_length, quiet));
   };
+  {
+    // A bundle that is damaged or of another model shows now, not after minutes of measuring the baseline.
+    const torch::NoGradGuard no_grad;
+    std::vector<torch::Tensor> base;
+    for (const torch::Tensor& router : model->routers()) {
+      base.push_back(router.clone());
+    }
+    load_bundle(model, bundle_dir);
+    for (std::size_t i = 0; i < base.size(); ++i) {
+      model->routers()[i].copy_(base[i]);
+    }
+  }
   arm(kBaselineArm);
   load_bundle(model, bundle_dir);
   arm(kTunedArm);
@@ -269,28 +251,22 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe> &loaded,
     arm(kControlArm);
     std::swap(comparison.arms[1], comparison.arms[2]);
   } else if (recipe.control.enabled) {
-    log_warning(fmt::format(
-        "the control run of {} is not finished: the comparison has no control",
-        run_dir.string()));
+    log_warning(fmt::format("the control run of {} is not finished: the comparison has no control", run_dir.string()));
   }
-  comparison.seconds =
-      std::chrono::duration<double>(std::chrono::steady_clock::now() - start)
-          .count();
+  comparison.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   std::filesystem::create_directories(run_dir);
-  comparison.command =
-      "hestia evaluate " + shell_word(loaded.source.path().string());
-  for (const std::string &override_text : loaded.source.overrides()) {
-    comparison.command += " " + shell_word(override_text);
+  comparison.command = fmt::format("hestia evaluate {}", shell_word(loaded.source.path().string()));
+  for (const std::string& override_text : loaded.source.overrides()) {
+    comparison.command += fmt::format(" {}", shell_word(override_text));
   }
   if (!bundle.empty()) {
-    comparison.command += " --bundle " + shell_word(bundle.string());
+    comparison.command += fmt::format(" --bundle {}", shell_word(bundle.string()));
   }
-  write_text_atomically(run_dir / "results.json",
-                        comparison_json(comparison).dump(2) + "\n");
+  write_text_atomically(run_dir / "results.json", comparison_json(comparison).dump(2) + "\n");
   return comparison;
 }
 
-Json comparison_json(const Comparison &comparison) {
+Json comparison_json(const Comparison& comparison) {
   Json json;
   json["format_version"] = kResultsFormat;
   json["kind"] = "hestia comparison";
@@ -307,21 +283,19 @@ Json comparison_json(const Comparison &comparison) {
                    {"top_k", comparison.top_k},
                    {"expert_bytes", comparison.expert_bytes}};
   json["bundle"] = comparison.bundle;
-  json["note"] = "loads, hit rates and bytes come from the cache simulation of "
-                 "teacher-forced routing (modelled), not from a "
-                 "clock";
+  json["note"] =
+      "loads, hit rates and bytes come from the cache simulation of teacher-forced routing (modelled), not from a "
+      "clock";
   json["arms"] = Json::array();
-  for (const ArmFigures &arm : comparison.arms) {
+  for (const ArmFigures& arm : comparison.arms) {
     Json domains = Json::array();
-    for (const DomainFigures &figures : arm.domains) {
+    for (const DomainFigures& figures : arm.domains) {
       domains.push_back(domain_json(figures));
     }
-    json["arms"].push_back({{"name", arm.name},
-                            {"router_hash", arm.router_hash},
-                            {"domains", domains}});
+    json["arms"].push_back({{"name", arm.name}, {"router_hash", arm.router_hash}, {"domains", domains}});
   }
   json["delta"] = delta_json(comparison);
   return json;
 }
 
-} // namespace hestia
+}  // namespace hestia

@@ -10,10 +10,9 @@ namespace {
 
 // Policies and slot counts in the order they were simulated.
 template <class Value, class Get>
-std::vector<Value> distinct(const std::vector<CacheFigures> &cache,
-                            const Get &get) {
+std::vector<Value> distinct(const std::vector<CacheFigures>& cache, const Get& get) {
   std::vector<Value> values;
-  for (const CacheFigures &cell : cache) {
+  for (const CacheFigures& cell : cache) {
     const Value value = get(cell);
     if (std::find(values.begin(), values.end(), value) == values.end()) {
       values.push_back(value);
@@ -22,42 +21,33 @@ std::vector<Value> distinct(const std::vector<CacheFigures> &cache,
   return values;
 }
 
-// What the table means for whoever tuned the router: the tuned domains at a
-// quarter of the experts under LRU.
-std::string summary(const Comparison &comparison) {
-  const ArmFigures *baseline = find_arm(comparison, kBaselineArm);
-  const ArmFigures *control = find_arm(comparison, kControlArm);
-  const ArmFigures *tuned = find_arm(comparison, kTunedArm);
+// What the table means for whoever tuned the router: the tuned domains at a quarter of the experts under LRU.
+std::string summary(const Comparison& comparison) {
+  const ArmFigures* baseline = find_arm(comparison, kBaselineArm);
+  const ArmFigures* control = find_arm(comparison, kControlArm);
+  const ArmFigures* tuned = find_arm(comparison, kTunedArm);
   if (baseline == nullptr || tuned == nullptr) {
     return "";
   }
-  const std::int64_t slots =
-      std::max<std::int64_t>(1, comparison.num_experts / 4);
+  const std::int64_t slots = std::max<std::int64_t>(1, comparison.num_experts / 4);
   std::string out;
   for (std::size_t i = 0; i < tuned->domains.size(); ++i) {
-    const DomainFigures &now = tuned->domains[i];
-    const DomainFigures &before = baseline->domains[i];
-    const CacheFigures *loads_now = find_cache(now, "lru", slots);
-    const CacheFigures *loads_before = find_cache(before, "lru", slots);
-    std::string line =
-        fmt::format("{}{}:", now.domain, now.tuned_domain ? "*" : "");
-    if (loads_now != nullptr && loads_before != nullptr &&
-        loads_before->counts.loads > 0) {
-      line += fmt::format(" loads {:+.1f} % against baseline (LRU, {} slots),",
-                          100.0 * (loads_now->loads_per_token_layer /
-                                       loads_before->loads_per_token_layer -
-                                   1.0),
-                          slots);
+    const DomainFigures& now = tuned->domains[i];
+    const DomainFigures& before = baseline->domains[i];
+    const CacheFigures* loads_now = find_cache(now, "lru", slots);
+    const CacheFigures* loads_before = find_cache(before, "lru", slots);
+    std::string line = fmt::format("{}{}:", now.domain, now.tuned_domain ? "*" : "");
+    if (loads_now != nullptr && loads_before != nullptr && loads_before->counts.loads > 0) {
+      line +=
+          fmt::format(" loads {:+.1f} % against baseline (LRU, {} slots),",
+                      100.0 * (loads_now->loads_per_token_layer / loads_before->loads_per_token_layer - 1.0), slots);
     }
-    const QualityResult &reference =
-        control != nullptr ? control->domains[i].quality : before.quality;
-    line += fmt::format(
-        " perplexity {:+.2f} % against {},",
-        100.0 * (now.quality.perplexity() / reference.perplexity() - 1.0),
-        control != nullptr ? "plain NLL tuning" : "baseline");
+    const QualityResult& reference = control != nullptr ? control->domains[i].quality : before.quality;
+    line += fmt::format(" perplexity {:+.2f} % against {},",
+                        100.0 * (now.quality.perplexity() / reference.perplexity() - 1.0),
+                        control != nullptr ? "plain NLL tuning" : "baseline");
     line += fmt::format(" usage entropy {:.1f} % of the baseline's\n",
-                        100.0 * now.usage.normalised_entropy /
-                            before.usage.normalised_entropy);
+                        100.0 * now.usage.normalised_entropy / before.usage.normalised_entropy);
     out += line;
   }
   return out;
@@ -66,132 +56,106 @@ std::string summary(const Comparison &comparison) {
 constexpr std::size_t kGap = 2;
 
 struct Column {
-  std::vector<std::string> cells; // Head first.
-  bool left = false;              // Texts stand left, numbers right.
-  std::string group; // Of the first column of a group: what stands over it.
+  std::vector<std::string> cells;  // Head first.
+  bool left = false;               // Texts stand left, numbers right.
+  std::string group;               // Of the first column of a group: what stands over it.
 };
 
-std::size_t width_of(const Column &column) {
+std::size_t width_of(const Column& column) {
   std::size_t width = 0;
-  for (const std::string &cell : column.cells) {
+  for (const std::string& cell : column.cells) {
     width = std::max(width, cell.size());
   }
   return width;
 }
 
-// Columns as wide as their widest cell; a bar before every group, its label
-// over it.
-std::string aligned(const std::vector<Column> &columns) {
+// Columns as wide as their widest cell; a bar before every group, its label over it.
+std::string aligned(const std::vector<Column>& columns) {
   std::vector<std::size_t> widths;
-  std::string labels;
+  std::string out;
   for (std::size_t i = 0; i < columns.size();) {
-    std::size_t end = i;
+    const std::string& label = columns[i].group;
+    const std::size_t first = i;
     std::size_t total = 0;
     do {
-      widths.push_back(width_of(columns[end]));
-      total += widths.back() + (end == 0 ? 0 : kGap);
-      ++end;
-    } while (end < columns.size() && columns[end].group.empty());
-    const std::string &label = columns[i].group;
-    if (label.size() + 1 > total) {
-      widths[i] += label.size() + 1 - total;
-      total = label.size() + 1;
+      widths.push_back(width_of(columns[i]));
+      total += widths.back() + (i == 0 ? 0 : kGap);
+      ++i;
+    } while (i < columns.size() && columns[i].group.empty());
+    if (total < label.size() + 2) {
+      widths[first] += label.size() + 2 - total;
+      total = label.size() + 2;
     }
-    labels += label.empty() ? std::string(total, ' ')
-                            : fmt::format(" |{:^{}}", label, total);
-    i = end;
+    out += label.empty() ? std::string(total, ' ') : fmt::format(" |{:^{}}", label, total);
   }
-  std::string out = labels + "\n";
   for (std::size_t row = 0; row < columns.front().cells.size(); ++row) {
+    out += "\n";
     for (std::size_t i = 0; i < columns.size(); ++i) {
-      const std::string &cell = columns[i].cells[row];
+      const std::string& cell = columns[i].cells[row];
       out += columns[i].group.empty() ? "" : " |";
       out += std::string(i == 0 ? 0 : kGap, ' ');
-      out += columns[i].left ? fmt::format("{:<{}}", cell, widths[i])
-                             : fmt::format("{:>{}}", cell, widths[i]);
+      out += columns[i].left ? fmt::format("{:<{}}", cell, widths[i]) : fmt::format("{:>{}}", cell, widths[i]);
     }
-    out += "\n";
   }
-  return out;
+  return out + "\n";
 }
 
-} // namespace
+}  // namespace
 
-std::string comparison_table(const Comparison &comparison) {
+std::string comparison_table(const Comparison& comparison) {
   if (comparison.arms.empty() || comparison.arms.front().domains.empty()) {
     return "";
   }
-  const std::vector<CacheFigures> &cells =
-      comparison.arms.front().domains.front().cache;
-  const auto slots = distinct<std::int64_t>(
-      cells, [](const CacheFigures &cell) { return cell.slots; });
-  const auto policies = distinct<std::string>(
-      cells, [](const CacheFigures &cell) { return cell.policy; });
+  const std::vector<CacheFigures>& cells = comparison.arms.front().domains.front().cache;
+  const auto slots = distinct<std::int64_t>(cells, [](const CacheFigures& cell) { return cell.slots; });
+  const auto policies = distinct<std::string>(cells, [](const CacheFigures& cell) { return cell.policy; });
   std::vector<Column> columns;
-  const auto add = [&](const std::string &head, const auto &text) -> Column & {
+  const auto add = [&](const std::string& head, const auto& text) -> Column& {
     Column column;
     column.cells.push_back(head);
-    for (std::size_t domain = 0;
-         domain < comparison.arms.front().domains.size(); ++domain) {
-      for (const ArmFigures &arm : comparison.arms) {
+    for (std::size_t domain = 0; domain < comparison.arms.front().domains.size(); ++domain) {
+      for (const ArmFigures& arm : comparison.arms) {
         column.cells.push_back(text(arm, arm.domains[domain]));
       }
     }
     columns.push_back(std::move(column));
     return columns.back();
   };
-  const auto add_number = [&](const std::string &head, int digits,
-                              const auto &value) {
-    add(head, [&](const ArmFigures &, const DomainFigures &figures) {
+  const auto add_number = [&](const std::string& head, int digits, const auto& value) {
+    add(head, [&](const ArmFigures& /*arm*/, const DomainFigures& figures) {
       return fmt::format("{:.{}f}", value(figures), digits);
     });
   };
-  add("domain", [&](const ArmFigures &arm, const DomainFigures &figures) {
-    return &arm == &comparison.arms.front()
-               ? figures.domain + (figures.tuned_domain ? "*" : "")
-               : "";
+  add("domain", [&](const ArmFigures& arm, const DomainFigures& figures) {
+    return &arm == &comparison.arms.front() ? figures.domain + (figures.tuned_domain ? "*" : "") : std::string();
   }).left = true;
-  add("router", [](const ArmFigures &arm, const DomainFigures &) {
-    return arm.name;
-  }).left = true;
-  add_number("ppl", 3, [](const DomainFigures &figures) {
-    return figures.quality.perplexity();
-  });
-  add_number("bit/B", 3, [](const DomainFigures &figures) {
-    return figures.quality.bits_per_byte();
-  });
-  add_number("EOR", 3, [](const DomainFigures &figures) {
-    return figures.expert_overlap_ratio;
-  });
-  add_number("dist.", 1, [](const DomainFigures &figures) {
-    return figures.distinct_experts;
-  });
-  add_number("usageH", 3, [](const DomainFigures &figures) {
-    return figures.usage.normalised_entropy;
-  });
+  add("router", [](const ArmFigures& arm, const DomainFigures& /*figures*/) { return arm.name; }).left = true;
+  add_number("ppl", 3, [](const DomainFigures& figures) { return figures.quality.perplexity(); });
+  add_number("bit/B", 3, [](const DomainFigures& figures) { return figures.quality.bits_per_byte(); });
+  add_number("EOR", 3, [](const DomainFigures& figures) { return figures.expert_overlap_ratio; });
+  add_number("dist.", 1, [](const DomainFigures& figures) { return figures.distinct_experts; });
+  add_number("usageH", 3, [](const DomainFigures& figures) { return figures.usage.normalised_entropy; });
   for (const std::int64_t count : slots) {
     const std::size_t first = columns.size();
-    for (const std::string &policy : policies) {
-      add(policy, [&](const ArmFigures &, const DomainFigures &figures) {
-        const CacheFigures *cache = find_cache(figures, policy, count);
-        return fmt::format("{:.2f} {:3.0f}%", cache->loads_per_token_layer,
-                           100.0 * cache->counts.hit_rate());
+    for (const std::string& policy : policies) {
+      add(policy, [&](const ArmFigures& /*arm*/, const DomainFigures& figures) {
+        const CacheFigures* cache = find_cache(figures, policy, count);
+        return fmt::format("{:.2f} {:3.0f}%", cache->loads_per_token_layer, 100.0 * cache->counts.hit_rate());
       });
     }
-    add_number("KiB/tok", 1, [&](const DomainFigures &figures) {
-      return find_cache(figures, policies.front(), count)->bytes_per_token /
-             1024.0;
+    add_number("KiB/tok", 1, [&](const DomainFigures& figures) {
+      return find_cache(figures, policies.front(), count)->bytes_per_token / 1024.0;
     });
     columns[first].group = fmt::format("{} slots: loads, hit rate", count);
   }
-  return fmt::format(
-      "{}* tuned on. loads per token and layer, of {} requested; KiB per token "
-      "(modelled) under {}; EOR expert overlap "
-      "ratio; dist. distinct "
-      "experts per sequence and layer; usageH entropy of mean expert "
-      "usage\n\n{}",
-      aligned(columns), comparison.top_k,
-      policies.empty() ? "" : policies.front(), summary(comparison));
+  std::string out = aligned(columns);
+  if (!policies.empty()) {
+    out += fmt::format(
+        "* tuned on. loads per token and layer, of {} requested; KiB per token (modelled) under {}; EOR expert overlap "
+        "ratio; dist. distinct experts per sequence and layer; usageH entropy of mean expert usage\n\n",
+        comparison.top_k, policies.front());
+  }
+  return out + summary(comparison);
 }
 
-} // namespace hestia
+}  // namespace hestia

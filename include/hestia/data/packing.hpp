@@ -40,9 +40,9 @@ struct PackedData {
   [[nodiscard]] std::int64_t num_tokens() const;
 };
 
-/// Tokenises documents into sequences of at most `sequence_length` tokens (a longer document becomes several sequences,
-/// each starting with <s>; a prompt longer than half the length is cut from its left with a warning). Stops after
-/// `max_tokens` (0: all). Parallel over documents, the result does not depend on the number of threads.
+/// Tokenises documents into sequences of at most `sequence_length` tokens (a longer document becomes several, each
+/// starting with <s>; a prompt longer than half the length is cut from its left and an answer that does not fit at its
+/// end, with a warning). Stops after `max_tokens` (0: all). The result does not depend on the number of threads.
 void tokenize_documents(const std::vector<Document>& documents, const Tokenizer& tokenizer,
                         std::int64_t sequence_length, std::int64_t max_tokens, std::int64_t num_threads,
                         PackedData& data);

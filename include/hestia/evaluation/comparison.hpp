@@ -18,15 +18,14 @@ struct CacheFigures {
   std::string policy;
   std::int64_t slots = 0;
   SimulationCounts counts;
-  double loads_per_token_layer = 0.0; ///< loads / (counted tokens * layers)
-  double bytes_per_token = 0.0;       ///< loads * bytes of one expert / counted
-                                      ///< tokens (modelled: no clock)
+  double loads_per_token_layer = 0.0;  ///< loads / (counted tokens * layers)
+  double bytes_per_token = 0.0;        ///< loads * bytes of one expert / counted tokens (modelled: no clock)
 };
 
 /// One router on one domain.
 struct DomainFigures {
   std::string domain;
-  bool tuned_domain = false; ///< The recipe trained on it.
+  bool tuned_domain = false;  ///< The recipe trained on it.
   QualityResult quality;
   std::int64_t sequences = 0;
   std::int64_t tokens = 0;
@@ -45,49 +44,41 @@ struct ArmFigures {
 
 /// A whole comparison.
 struct Comparison {
-  std::vector<ArmFigures> arms; ///< baseline first.
+  std::vector<ArmFigures> arms;  ///< baseline first.
   std::int64_t num_layers = 0;
   std::int64_t num_experts = 0;
   std::int64_t top_k = 0;
-  std::int64_t expert_bytes =
-      0;              ///< One expert in the dtype the recipe holds it in.
-  std::string device; ///< What the measurement ran on.
+  std::int64_t expert_bytes = 0;  ///< One expert in the dtype the recipe holds it in.
+  std::string device;             ///< What the measurement ran on.
   std::string model_path;
-  std::string bundle;  ///< Folder the tuned router came from.
-  std::string command; ///< What was run.
+  std::string bundle;   ///< Folder the tuned router came from.
+  std::string command;  ///< What was run.
   double seconds = 0.0;
 };
 
-/// The cell of `figures` for a policy and slot count; nullptr when it was not
-/// simulated.
-[[nodiscard]] const CacheFigures *find_cache(const DomainFigures &figures,
-                                             const std::string &policy,
+/// The cell of `figures` for a policy and slot count; nullptr when it was not simulated.
+[[nodiscard]] const CacheFigures* find_cache(const DomainFigures& figures, const std::string& policy,
                                              std::int64_t slots);
 /// The arm called `name`; nullptr when the comparison has none.
-[[nodiscard]] const ArmFigures *find_arm(const Comparison &comparison,
-                                         const std::string &name);
+[[nodiscard]] const ArmFigures* find_arm(const Comparison& comparison, const std::string& name);
 
-inline constexpr const char *kBaselineArm = "baseline";
-inline constexpr const char *kControlArm = "nll control";
-inline constexpr const char *kTunedArm = "tuned";
+inline constexpr const char* kBaselineArm = "baseline";
+inline constexpr const char* kControlArm = "nll control";
+inline constexpr const char* kTunedArm = "tuned";
 
-/// Measures one router (whatever `model` holds now) on every domain of
-/// `held_out`.
-[[nodiscard]] ArmFigures measure_arm(
-    MoeModel &model, const std::string &name, const PackedData &held_out,
-    const std::vector<std::string> &tuned_domains,
-    const EvaluateOptions &options, std::int64_t sequence_length, bool quiet);
+/// Measures one router (whatever `model` holds now) on every domain of `held_out`.
+[[nodiscard]] ArmFigures measure_arm(MoeModel& model, const std::string& name, const PackedData& held_out,
+                                     const std::vector<std::string>& tuned_domains, const EvaluateOptions& options,
+                                     std::int64_t sequence_length, bool quiet);
 
-/// `hestia evaluate`: baseline, control (when the run has one) and tuned router
-/// on the held-out split of `data.evaluate`; writes run_dir/results.json and
-/// returns the comparison. Throws InputError when the bundle is missing (names
-/// the export command).
-Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe> &loaded,
-                        const std::filesystem::path &bundle, bool quiet);
+/// `hestia evaluate`: baseline, control (when the run has one) and tuned router on the held-out split of
+/// `data.evaluate`; writes run_dir/results.json and returns the comparison. Throws InputError when the bundle is
+/// missing (names the export command).
+Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const std::filesystem::path& bundle, bool quiet);
 
 /// The aligned table that `hestia evaluate` prints.
-[[nodiscard]] std::string comparison_table(const Comparison &comparison);
+[[nodiscard]] std::string comparison_table(const Comparison& comparison);
 /// Every number, machine, commit, command, degraded modes; format version 1.
-[[nodiscard]] Json comparison_json(const Comparison &comparison);
+[[nodiscard]] Json comparison_json(const Comparison& comparison);
 
-} // namespace hestia
+}  // namespace hestia

@@ -1,0 +1,286 @@
+#include <csignal>
+
+#include <catch2/catch.hpp>
+
+#include "cli_fixtures.hpp"
+#include "hestia/core/json_lines.hpp"
+#include "hestia/core/safetensors.hpp"
+#include "hestia/routing/preferences.hpp"
+
+namespace hestia::testing {
+namespace {
+
+bool exists(const SmallProject& project, const std::string& name) {
+  return std::filesystem::exists(project.path() / name);
+}
+
+std::vector<std::string> keys_of(const Json& object) {
+  std::vector<std::string> keys;
+  for (const auto& [key, value] : object.items()) {
+    keys.push_back(key);
+  }
+  return keys;
+}
+
+TEST_CASE("pretrain leaves a model, its tokenizer and a report") {
+  const SmallProject project;
+  CHECK(done(project.run({"validate", "pretrain.yaml"})) == "pretrain.yaml: OK\n");
+  const Outcome outcome = project.run({"pretrain", "pretrain.yaml"});
+  CHECK(done(outcome).empty());
+  for (const char* part : {"Recipe\n", "Model\n", "Data\n", "Plan\n", "step 6/6 | loss ", "load_balance", "eval 6/6 | ",
+                           "letters ppl ", "colours ppl "}) {
+    CHECK_THAT(outcome.err, Catch::Contains(part));
+  }
+  for (const char* name : {"recipe.yaml", "metrics.jsonl", "report.json", "tokenizer.model", "checkpoints/step_6/DONE",
+                           "model/config.json", "model/model.safetensors", "model/tokenizer.model"}) {
+    INFO(name);
+    CHECK(exists(project, std::string("runs/base/") + name));
+  }
+  const Json report = read_json_file(project.path() / "runs/base/report.json");
+  CHECK(report.at("steps") == 6);
+  CHECK(keys_of(report.at("held_out")) == std::vector<std::string>{"letters", "colours"});
+  CHECK(report.at("held_out").at("letters").at("bits_per_byte").get<double>() > 0.0);
+  CHECK_THAT(done(project.run({"inspect", "runs/base/model"})),
+             Catch::Contains("8 per layer, 2 per token") && Catch::Contains(" 320\n"));
+  CHECK_THAT(done(project.run({"inspect", "runs/base"})),
+             Catch::Contains("pretrain") && Catch::Contains("runs/base/checkpoints/step_6"));
+  done(project.run({"logits", "runs/base/model", "--tokens", "1,319", "--output", "out.safetensors"}));
+  CHECK(SafetensorsFile(project.path() / "out.safetensors").tensor("router_logits").shape ==
+        std::vector<std::int64_t>{2, 2, 8});
+  // Not over an earlier run, unless asked to.
+  check_complaint(project.run({"pretrain", "pretrain.yaml"}), 2, {"runs/base", "--overwrite"});
+  const std::string weights = project.read("runs/base/model/model.safetensors");
+  done(project.run({"pretrain", "pretrain.yaml", "--overwrite", "--quiet"}));
+  CHECK(project.read("runs/base/model/model.safetensors") == weights);  // the same seed
+}
+
+TEST_CASE("finetune, export and evaluate, one after the other") {
+  const SmallProject project;
+  project.pretrain();
+  CHECK(done(project.run({"validate", "finetune.yaml"})) == "finetune.yaml: OK\n");
+
+  // Too early: each says what comes first.
+  check_complaint(project.run({"export", "finetune.yaml"}), 2,
+                  {"runs/tuned", "0 of 6 steps", "`hestia finetune finetune.yaml`"});
+  check_complaint(project.run({"evaluate", "finetune.yaml"}), 3,
+                  {"runs/tuned/bundle", "no router bundle", "`hestia export finetune.yaml`"});
+
+  const Outcome tuned = project.run({"finetune", "finetune.yaml"});
+  CHECK(done(tuned).empty());
+  for (const char* part : {"cache_simulation ", "rank_matching ", "reuse ", "trust ", "load_balance ",
+                           "step 6/6 | loss ", "control: plain NLL tuning", "letters ppl "}) {
+    CHECK_THAT(tuned.err, Catch::Contains(part));
+  }
+  for (const char* folder : {"runs/tuned/", "runs/tuned/control/"}) {
+    INFO(folder);
+    for (const char* name : {"recipe.yaml", "metrics.jsonl", "checkpoints/step_6/DONE", "checkpoints/step_6/state.json",
+                             "checkpoints/step_6/router.safetensors", "checkpoints/step_6/optimizer.safetensors"}) {
+      INFO(name);
+      CHECK(exists(project, std::string(folder) + name));
+    }
+    std::vector<std::int64_t> steps;
+    read_json_lines(project.path() / folder / "metrics.jsonl", [&](std::int64_t, const Json& event) {
+      if (event.at("event") == "step") {
+        steps.push_back(event.at("step").get<std::int64_t>());
+        for (const char* key :
+             {"loss", "nll", "reuse", "trust", "cache_simulation", "learning_rate", "gradient_norm"}) {
+          CHECK(event.contains(key));
+        }
+      }
+    });
+    CHECK(steps == std::vector<std::int64_t>{1, 2, 3, 4, 5, 6});
+  }
+  // The saved recipe is whole, and what was run.
+  CHECK(done(project.run({"inspect", "finetune.yaml"})) == project.read("runs/tuned/recipe.yaml"));
+  const std::string router = project.read("runs/tuned/checkpoints/step_6/router.safetensors");
+  CHECK(router != project.read("runs/tuned/control/checkpoints/step_6/router.safetensors"));
+
+  check_complaint(project.run({"finetune", "finetune.yaml"}), 2,
+                  {"runs/tuned: holds a run already (step 6", "--resume", "--overwrite", "run_dir"});
+  CHECK_THAT(project.run({"finetune", "finetune.yaml", "--resume"}).err, Catch::Contains("done already"));
+  check_complaint(project.run({"export", "finetune.yaml", "--to", "onnx"}), 2, {"--to must be bundle", "onnx"});
+  check_complaint(project.run({"export", "finetune.yaml", "train.steps=9", "--quiet"}), 2,
+                  {"6 of 9 steps", "`hestia finetune finetune.yaml train.steps=9 --resume`"});
+
+  const Outcome exported = project.run({"export", "finetune.yaml"});
+  CHECK(done(exported) == "runs/tuned/bundle\n");
+  const Json manifest = read_json_file(project.path() / "runs/tuned/bundle/manifest.json");
+  CHECK(keys_of(manifest) == std::vector<std::string>{"kind", "format_version", "model_family", "model_path",
+                                                      "architecture", "base_router_hash", "router_hash", "residency",
+                                                      "metrics", "recipe"});
+  CHECK(manifest.at("kind") == "hestia router bundle");
+  CHECK(manifest.at("format_version") == 1);
+  CHECK(manifest.at("model_path") == "runs/base/model");
+  CHECK(manifest.at("base_router_hash").get<std::string>().size() == 64);
+  CHECK(manifest.at("base_router_hash") != manifest.at("router_hash"));
+  CHECK(keys_of(manifest.at("residency")) ==
+        std::vector<std::string>{"lambda", "always_keep", "slots", "policy", "logit_range"});
+  CHECK(manifest.at("residency").at("slots") == 2);
+  CHECK(manifest.at("residency").at("logit_range").size() == 2);
+  CHECK(manifest.at("recipe") == project.read("runs/tuned/recipe.yaml"));
+  for (const char* arm : {"baseline", "tuned"}) {
+    CHECK(manifest.at("metrics").at(arm).at("nll").get<double>() > 0.0);
+    CHECK(manifest.at("metrics").at(arm).at("lru_loads_per_token_layer").get<double>() > 0.0);
+  }
+  CHECK(project.read("runs/tuned/bundle/router.safetensors") == router);
+  const SafetensorsFile routers(project.path() / "runs/tuned/bundle/router.safetensors");
+  CHECK(routers.names().size() == 2);
+  CHECK(routers.tensor("model.layers.1.mlp.gate.weight").dtype == DType::kF32);
+  CHECK(routers.tensor("model.layers.1.mlp.gate.weight").shape == std::vector<std::int64_t>{8, 16});
+  const Preferences preferences = read_preferences(project.path() / "runs/tuned/bundle/preferences.h5");
+  CHECK(preferences.num_sequences_total >= 9);
+  CHECK(preferences.ids.size() == 9);  // export.max_sequences
+  CHECK(preferences.layers == std::vector<std::int64_t>{0, 1});
+  CHECK(preferences.baseline.count.size() == 2 * 8);
+  CHECK(preferences.baseline.count != preferences.tuned.count);
+  // Both routers saw the same tokens.
+  CHECK(std::accumulate(preferences.baseline.count.begin(), preferences.baseline.count.end(), std::int64_t{0}) ==
+        std::accumulate(preferences.tuned.count.begin(), preferences.tuned.count.end(), std::int64_t{0}));
+  CHECK_THAT(done(project.run({"inspect", "runs/tuned/bundle"})),
+             Catch::Contains("router bundle") && Catch::Contains("2 routers") && Catch::Contains("2 slots, lru") &&
+                 Catch::Contains("9 kept one by one"));
+
+  const Outcome evaluated = project.run({"evaluate", "finetune.yaml"});
+  const std::string table = done(evaluated);
+  for (const char* part : {"domain", "router", "letters*", "colours", "baseline", "nll control", "tuned", "1 slots",
+                           "2 slots", "4 slots", "lru", "belady", "loads ", "against plain NLL tuning"}) {
+    CHECK_THAT(table, Catch::Contains(part));
+  }
+  CHECK_THAT(evaluated.err, Catch::Contains("runs/tuned/results.json") && !Catch::Contains("letters*"));
+  const std::vector<std::string> lines = lines_of(table);
+  REQUIRE(lines.size() > 8);
+  for (std::size_t i = 1; i < 8; ++i) {  // the heads, then three arms of two domains
+    CHECK(lines[i].size() == lines[0].size());
+  }
+  Json results = read_json_file(project.path() / "runs/tuned/results.json");
+  CHECK(keys_of(results) == std::vector<std::string>{"format_version", "kind", "version", "commit", "machine",
+                                                     "command", "device", "seconds", "degradations", "model", "bundle",
+                                                     "note", "arms", "delta"});
+  CHECK(results.at("command") == "hestia evaluate finetune.yaml");
+  CHECK(results.at("degradations").empty());
+  REQUIRE(results.at("arms").size() == 3);
+  for (const Json& arm : results.at("arms")) {
+    REQUIRE(arm.at("domains").size() == 2);
+    for (const Json& domain : arm.at("domains")) {
+      CHECK(domain.at("cache").size() == 2 * 3);
+      CHECK(domain.at("tokens").get<std::int64_t>() > 100);
+    }
+  }
+  CHECK(results.at("arms")[0].at("router_hash") == manifest.at("base_router_hash"));
+  CHECK(results.at("arms")[2].at("router_hash") == manifest.at("router_hash"));
+  CHECK(results.at("arms")[2].at("name") == "tuned");
+
+  // The same again, as JSON, from the run directory, which somebody moved.
+  std::filesystem::rename(project.path() / "runs/tuned", project.path() / "runs/moved");
+  const Outcome again = project.run({"evaluate", "runs/moved", "evaluate.slots=[2]", "--json", "--quiet"});
+  Json printed = Json::parse(done(again));
+  CHECK(printed == read_json_file(project.path() / "runs/moved/results.json"));
+  CHECK_THAT(printed.at("command").get<std::string>(),
+             Catch::Contains("runs/moved/recipe.yaml") && Catch::Contains("'evaluate.slots=[2]'"));
+  CHECK_FALSE(exists(project, "runs/tuned"));
+  for (std::size_t arm = 0; arm < 3; ++arm) {
+    for (std::size_t domain = 0; domain < 2; ++domain) {
+      const Json& now = printed.at("arms")[arm].at("domains")[domain];
+      const Json& before = results.at("arms")[arm].at("domains")[domain];
+      CHECK(now.at("nll") == before.at("nll"));
+      CHECK(now.at("cache").size() == 2);
+      CHECK(now.at("cache")[0] == before.at("cache")[2]);
+    }
+  }
+  CHECK(done(project.run({"export", "runs/moved", "--output", "elsewhere", "--quiet"})) == "elsewhere\n");
+  CHECK(project.read("elsewhere/router.safetensors") == router);
+  check_complaint(project.run({"evaluate", "letters"}), 3, {"letters: not a run directory", "recipe.yaml"});
+  check_complaint(project.run({"evaluate", "runs/moved", "evaluate.slots=[9]"}), 2, {"evaluate.slots", "(8)", "got 9"});
+
+  // Starting afresh leaves nothing of the old run that evaluate could take for the new one's.
+  done(project.run(
+      {"finetune", "finetune.yaml", "run_dir=runs/moved", "control.enabled=false", "--overwrite", "--quiet"}));
+  CHECK_FALSE(exists(project, "runs/moved/bundle"));
+  CHECK_FALSE(exists(project, "runs/moved/control"));
+  CHECK_FALSE(exists(project, "runs/moved/results.json"));
+  CHECK(project.read("runs/moved/checkpoints/step_6/router.safetensors") == router);
+}
+
+TEST_CASE("an interrupted run says so and resumes to the very same routers") {
+  const SmallProject project;
+  project.pretrain();
+  const std::vector<std::string> arguments = {"finetune", "finetune.yaml", "train.steps=150", "control.enabled=false"};
+  const auto with = [&](const std::vector<std::string>& more) {
+    std::vector<std::string> all = arguments;
+    all.insert(all.end(), more.begin(), more.end());
+    return all;
+  };
+  done(project.run(with({"run_dir=runs/whole"})));
+
+  Program program(with({"run_dir=runs/halves"}), project.here());
+  REQUIRE(program.wait_for_stderr("step   3/150"));
+  program.signal(SIGINT);
+  const Outcome interrupted = program.finish();
+  INFO(interrupted.err);
+  CHECK(interrupted.code == 130);
+  CHECK(interrupted.out.empty());
+  CHECK_THAT(interrupted.err, Catch::Contains("interrupted after step ") &&
+                                  Catch::Contains("saved in runs/halves/checkpoints/step_") &&
+                                  Catch::Contains("--resume"));
+  CHECK_FALSE(exists(project, "runs/halves/checkpoints/step_150"));
+
+  // Neither started again nor exported nor resumed as something else by mistake.
+  check_complaint(project.run(with({"run_dir=runs/halves"})), 2, {"holds a run already", "--resume"});
+  check_complaint(project.run({"export", "finetune.yaml", "train.steps=150", "run_dir=runs/halves"}), 2,
+                  {"of 150 steps", "--resume"});
+  check_complaint(project.run(with({"run_dir=runs/halves", "seed=9", "--resume"})), 2,
+                  {"the recipe changed", "seed: 8", "seed: 9"});
+  check_complaint(project.run(with({"run_dir=runs/none", "--resume"})), 2,
+                  {"runs/none", "no checkpoint to resume from", "without --resume"});
+
+  const Outcome resumed = project.run(with({"run_dir=runs/halves", "--resume"}));
+  CHECK(done(resumed).empty());
+  CHECK_THAT(resumed.err, Catch::Contains("resuming runs/halves at step ") && Catch::Contains("step 150/150"));
+  for (const char* name : {"router.safetensors", "optimizer.safetensors", "state.json"}) {
+    INFO(name);
+    CHECK(project.read(std::string("runs/whole/checkpoints/step_150/") + name) ==
+          project.read(std::string("runs/halves/checkpoints/step_150/") + name));
+  }
+  // The log reads as one run.
+  std::vector<std::pair<std::int64_t, double>> losses[2];
+  for (int i = 0; i < 2; ++i) {
+    read_json_lines(project.path() / (i == 0 ? "runs/whole" : "runs/halves") / "metrics.jsonl",
+                    [&](std::int64_t, const Json& event) {
+                      if (event.at("event") == "step") {
+                        losses[i].emplace_back(event.at("step").get<std::int64_t>(), event.at("loss").get<double>());
+                      }
+                    });
+  }
+  CHECK(losses[0].size() == 150);
+  CHECK(losses[0] == losses[1]);
+}
+
+TEST_CASE("a run killed before its first checkpoint is not a dead end") {
+  const SmallProject project;
+  project.pretrain();
+  {
+    Program program({"finetune", "finetune.yaml", "train.steps=100000"}, project.here());
+    REQUIRE(program.wait_for_stderr("step      1/100000"));
+    program.signal(SIGKILL);
+    CHECK(program.finish().code == 128 + SIGKILL);
+  }
+  check_complaint(project.run({"finetune", "finetune.yaml"}), 2, {"runs/tuned", "saved no checkpoint", "--overwrite"});
+  check_complaint(project.run({"finetune", "finetune.yaml", "--resume"}), 2, {"no checkpoint", "--overwrite"});
+  done(project.run({"finetune", "finetune.yaml", "--overwrite", "--quiet"}));
+  // The control alone was killed: --resume finishes it.
+  std::filesystem::remove_all(project.path() / "runs/tuned/control/checkpoints");
+  const Outcome resumed = project.run({"finetune", "finetune.yaml", "--resume", "--quiet"});
+  done(resumed);
+  CHECK(exists(project, "runs/tuned/control/checkpoints/step_6/DONE"));
+}
+
+TEST_CASE("a learning rate that blows up fails the run, not the machine") {
+  const SmallProject project;
+  project.pretrain();
+  const Outcome outcome = project.run(
+      {"finetune", "finetune.yaml", "train.learning_rate=10", "losses.reuse.weight=1e38", "train.steps=40"});
+  check_complaint(outcome, 1, {"is not finite", "train.learning_rate", "last checkpoint"});
+}
+
+}  // namespace
+}  // namespace hestia::testing

@@ -1,0 +1,326 @@
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <set>
+
+#include <ATen/Parallel.h>
+#include <catch2/catch.hpp>
+
+#include "hestia/core/error.hpp"
+#include "hestia/evaluation/comparison.hpp"
+#include "tiny_model.hpp"
+
+using namespace hestia;
+using hestia::testing::tiny_data;
+using hestia::testing::tiny_model;
+
+namespace {
+
+// Two threads only wait for each other on matrices this small.
+MoeModel small_model(torch::Dtype dtype = torch::kFloat32) {
+  at::set_num_threads(1);
+  return tiny_model(3, dtype);
+}
+
+// Experts of one step, best first.
+using Step = std::vector<int>;
+
+// One sequence run alone: its loss, and what each layer served for its completion tokens.
+struct Alone {
+  double nll = 0.0;
+  std::int64_t labels = 0;
+  std::vector<std::vector<Step>> steps;  // [layer][completion token]
+};
+
+Alone run_alone(MoeModel& model, const TokenSequence& sequence) {
+  const torch::NoGradGuard no_grad;
+  const auto length = static_cast<std::int64_t>(sequence.tokens.size());
+  const torch::Tensor ids =
+      torch::tensor(std::vector<std::int64_t>(sequence.tokens.begin(), sequence.tokens.end())).unsqueeze(0);
+  const ModelOutput output =
+      model->forward({ids, torch::arange(length).unsqueeze(0), torch::zeros({1, length}, torch::kInt64)});
+  const torch::Tensor log_p =
+      torch::log_softmax(model->head(output.hidden_BSD)[0].to(torch::kFloat64), -1).to(torch::kCPU);
+  Alone alone;
+  for (std::int64_t t = 0; t + 1 < length; ++t) {
+    if (t + 1 >= sequence.num_prompt_tokens) {
+      alone.nll -= log_p[t][sequence.tokens[static_cast<std::size_t>(t + 1)]].item<double>();
+      alone.labels += 1;
+    }
+  }
+  for (const RoutingRecord& record : output.routing) {
+    std::vector<Step> steps;
+    for (std::int64_t t = sequence.num_prompt_tokens; t < length; ++t) {
+      Step step;
+      for (std::int64_t k = 0; k < record.selected_TK.size(1); ++k) {
+        step.push_back(record.selected_TK[t][k].item<int>());
+      }
+      steps.push_back(step);
+    }
+    alone.steps.push_back(steps);
+  }
+  return alone;
+}
+
+bool holds(const std::vector<int>& set, int expert) {
+  return std::find(set.begin(), set.end(), expert) != set.end();
+}
+
+// How many steps from `now` on until `expert` is asked for again; past the end when it is not.
+std::size_t distance(const std::vector<Step>& steps, std::size_t now, int expert) {
+  std::size_t later = now + 1;
+  while (later < steps.size() && !holds(steps[later], expert)) {
+    ++later;
+  }
+  return later;
+}
+
+struct Counts {
+  std::int64_t requests = 0;
+  std::int64_t hits = 0;
+  std::int64_t evictions = 0;
+};
+
+// A slot cache as docs/routing.md tells it, with nothing clever: victims are looked for one by one.
+void serve(const std::vector<Step>& steps, const std::string& policy, std::size_t slots, Counts& counts) {
+  std::vector<int> resident;
+  std::map<int, std::int64_t> touched;
+  std::map<int, std::int64_t> uses;
+  std::int64_t clock = 0;
+  for (std::size_t now = 0; now < steps.size(); ++now) {
+    const Step& step = steps[now];
+    for (const int expert : step) {
+      counts.requests += 1;
+      counts.hits += holds(resident, expert) ? 1 : 0;
+    }
+    for (std::size_t rank = step.size(); rank-- > 0;) {
+      touched[step[rank]] = clock++;
+      uses[step[rank]] += 1;
+      if (!holds(resident, step[rank])) {
+        resident.push_back(step[rank]);
+      }
+    }
+    while (resident.size() > slots) {
+      int victim = -1;
+      for (const int expert : resident) {
+        if (step.size() <= slots && holds(step, expert)) {
+          continue;
+        }
+        const auto worse = [&](int a, int b) {
+          if (policy == "lru") {
+            return touched[a] < touched[b];
+          }
+          if (policy == "lfu") {
+            return uses[a] != uses[b] ? uses[a] < uses[b] : touched[a] < touched[b];
+          }
+          const std::size_t far_a = distance(steps, now, a);
+          const std::size_t far_b = distance(steps, now, b);
+          return far_a != far_b ? far_a > far_b : a < b;
+        };
+        if (victim < 0 || worse(expert, victim)) {
+          victim = expert;
+        }
+      }
+      resident.erase(std::find(resident.begin(), resident.end(), victim));
+      counts.evictions += 1;
+    }
+  }
+}
+
+// Two domains, the second with prompts.
+PackedData held_out_data() {
+  PackedData data = tiny_data(17, 22, 40);
+  for (TokenSequence& sequence : data.sequences) {
+    if (sequence.domain == 1) {
+      sequence.num_prompt_tokens = static_cast<std::int64_t>(sequence.tokens.size()) / 3;
+      sequence.num_bytes = 2 * (static_cast<std::int64_t>(sequence.tokens.size()) - sequence.num_prompt_tokens);
+    }
+  }
+  return data;
+}
+
+}  // namespace
+
+TEST_CASE("the figures of an arm are those of a plain count over every sequence run alone") {
+  MoeModel model = small_model();
+  const PackedData data = held_out_data();
+  EvaluateOptions options;
+  options.policies = {"lru", "lfu", "belady"};
+  // Rows longer than most sequences, so that several share one.
+  const ArmFigures arm = measure_arm(model, "tuned", data, {"beta"}, options, 64, true);
+  CHECK(arm.name == "tuned");
+  CHECK(arm.router_hash == router_hash(model));
+  REQUIRE(arm.domains.size() == 2);
+  for (std::size_t domain = 0; domain < 2; ++domain) {
+    const DomainFigures& figures = arm.domains[domain];
+    INFO(figures.domain);
+    CHECK(figures.domain == data.domains[domain]);
+    CHECK(figures.tuned_domain == (domain == 1));
+    double nll = 0.0;
+    std::int64_t labels = 0;
+    std::int64_t bytes = 0;
+    std::int64_t sequences = 0;
+    std::int64_t tokens = 0;
+    std::int64_t pairs = 0;
+    double overlap = 0.0;
+    double distinct = 0.0;
+    std::vector<std::vector<double>> uses(2, std::vector<double>(8, 0.0));
+    std::map<std::pair<std::string, std::int64_t>, Counts> caches;
+    for (const TokenSequence& sequence : data.sequences) {
+      if (sequence.domain != static_cast<std::int32_t>(domain)) {
+        continue;
+      }
+      const Alone alone = run_alone(model, sequence);
+      nll += alone.nll;
+      labels += alone.labels;
+      bytes += sequence.num_bytes;
+      sequences += 1;
+      tokens += static_cast<std::int64_t>(sequence.tokens.size()) - sequence.num_prompt_tokens;
+      for (std::size_t layer = 0; layer < 2; ++layer) {
+        const std::vector<Step>& steps = alone.steps[layer];
+        std::set<int> seen;
+        for (std::size_t t = 0; t < steps.size(); ++t) {
+          for (const int expert : steps[t]) {
+            seen.insert(expert);
+            uses[layer][static_cast<std::size_t>(expert)] += 1.0;
+            overlap += t > 0 && holds(steps[t - 1], expert) ? 0.5 : 0.0;
+          }
+          pairs += t > 0 ? 1 : 0;
+        }
+        distinct += static_cast<double>(seen.size());
+        for (const std::string& policy : options.policies) {
+          for (const std::int64_t slots : {1, 2, 4}) {
+            serve(steps, policy, static_cast<std::size_t>(slots), caches[{policy, slots}]);
+          }
+        }
+      }
+    }
+    CHECK(figures.quality.nll_sum == Approx(nll).epsilon(1e-5));
+    CHECK(figures.quality.labels == labels);
+    CHECK(figures.quality.bytes == bytes);
+    CHECK(figures.quality.perplexity() == Approx(std::exp(nll / static_cast<double>(labels))).epsilon(1e-5));
+    CHECK(figures.quality.bits_per_byte() == Approx(nll / std::log(2.0) / static_cast<double>(bytes)).epsilon(1e-5));
+    CHECK(figures.sequences == sequences);
+    CHECK(figures.tokens == tokens);
+    CHECK(figures.expert_overlap_ratio == Approx(overlap / static_cast<double>(pairs)).epsilon(1e-12));
+    CHECK(figures.distinct_experts == Approx(distinct / static_cast<double>(2 * sequences)).epsilon(1e-12));
+    double entropy = 0.0;
+    double largest = 0.0;
+    std::int64_t unused = 0;
+    for (const std::vector<double>& layer : uses) {
+      for (const double count : layer) {
+        const double share = count / static_cast<double>(2 * tokens);
+        entropy -= share > 0.0 ? share * std::log(share) / std::log(8.0) / 2.0 : 0.0;
+        unused += count == 0.0 ? 1 : 0;
+      }
+      largest += *std::max_element(layer.begin(), layer.end()) / static_cast<double>(2 * tokens) * 8.0 / 2.0;
+    }
+    CHECK(figures.usage.normalised_entropy == Approx(entropy).epsilon(1e-12));
+    CHECK(figures.usage.max_share == Approx(largest).epsilon(1e-12));
+    CHECK(figures.usage.unused_experts == unused);
+    // E/8, E/4, E/2 of 8 experts; the first is less than Top-K.
+    REQUIRE(figures.cache.size() == 3 * 3);
+    for (const CacheFigures& cache : figures.cache) {
+      INFO(cache.policy << " " << cache.slots);
+      const Counts& counts = caches.at({cache.policy, cache.slots});
+      const std::int64_t loads = counts.requests - counts.hits;
+      CHECK(cache.counts.requests == counts.requests);
+      CHECK(cache.counts.hits == counts.hits);
+      CHECK(cache.counts.loads == loads);
+      CHECK(cache.counts.evictions == counts.evictions);
+      CHECK(cache.counts.hits > 0);
+      CHECK(loads > 0);
+      CHECK(cache.loads_per_token_layer ==
+            Approx(static_cast<double>(loads) / static_cast<double>(2 * tokens)).epsilon(1e-12));
+      // Three matrices of 32 x 16 float32.
+      CHECK(cache.bytes_per_token ==
+            Approx(static_cast<double>(loads) * 3 * 32 * 16 * 4 / static_cast<double>(tokens)).epsilon(1e-12));
+    }
+  }
+}
+
+TEST_CASE("an arm follows the routers the model holds now") {
+  MoeModel model = small_model();
+  const PackedData data = held_out_data();
+  EvaluateOptions options;
+  options.slots = {2};
+  options.policies = {"lru"};
+  const ArmFigures before = measure_arm(model, "baseline", data, {}, options, 48, true);
+  {
+    // Routers that send every token to the same two experts.
+    const torch::NoGradGuard no_grad;
+    for (torch::Tensor& router : model->routers()) {
+      router.zero_();
+    }
+  }
+  const ArmFigures after = measure_arm(model, "tuned", data, {}, options, 48, true);
+  CHECK(before.router_hash != after.router_hash);
+  for (std::size_t domain = 0; domain < 2; ++domain) {
+    const DomainFigures& figures = after.domains[domain];
+    CHECK(figures.expert_overlap_ratio == 1.0);
+    CHECK(figures.distinct_experts == 2.0);
+    // One load per expert, layer and sequence: all of them cold.
+    CHECK(figures.cache.at(0).counts.loads == 2 * 2 * figures.sequences);
+    CHECK(figures.cache.at(0).counts.cold == figures.cache.at(0).counts.loads);
+    CHECK(figures.cache.at(0).counts.loads < before.domains[domain].cache.at(0).counts.loads);
+    CHECK(figures.quality.nll_sum != before.domains[domain].quality.nll_sum);
+    CHECK(figures.quality.labels == before.domains[domain].quality.labels);
+  }
+}
+
+TEST_CASE("slots are sorted, each once, and at most all experts") {
+  MoeModel model = small_model();
+  const PackedData data = held_out_data();
+  EvaluateOptions options;
+  options.policies = {"belady", "gamma"};
+  options.slots = {8, 3, 8, 1};
+  const ArmFigures arm = measure_arm(model, "baseline", data, {}, options, 48, true);
+  std::vector<std::pair<std::string, std::int64_t>> cells;
+  for (const CacheFigures& cache : arm.domains.at(0).cache) {
+    cells.emplace_back(cache.policy, cache.slots);
+  }
+  CHECK(cells == std::vector<std::pair<std::string, std::int64_t>>{
+                     {"belady", 1}, {"gamma", 1}, {"belady", 3}, {"gamma", 3}, {"belady", 8}, {"gamma", 8}});
+  // With room for all experts every request but the first of each is a hit.
+  const SimulationCounts& all = find_cache(arm.domains.at(0), "gamma", 8)->counts;
+  CHECK(all.loads == all.cold);
+  CHECK(all.evictions == 0);
+  options.slots = {4, 9};
+  CHECK_THROWS_WITH(measure_arm(model, "baseline", data, {}, options, 48, true),
+                    Catch::Contains("evaluate.slots must be at most the model's experts per layer (8), got 9"));
+  options.slots = {4};
+  options.policies = {"lruu"};
+  CHECK_THROWS_AS(measure_arm(model, "baseline", data, {}, options, 48, true), UsageError);
+}
+
+TEST_CASE("the discount of the gamma policy is the recipe's: 0 is LRU, 1 is LFU") {
+  MoeModel model = small_model();
+  const PackedData data = held_out_data();
+  EvaluateOptions options;
+  options.policies = {"gamma", "lru", "lfu"};
+  options.slots = {3, 4, 5};
+  for (const double gamma : {0.0, 1.0}) {
+    options.gamma = gamma;
+    const ArmFigures arm = measure_arm(model, "baseline", data, {}, options, 48, true);
+    std::map<std::string, std::vector<std::int64_t>> hits;
+    for (const DomainFigures& figures : arm.domains) {
+      for (const CacheFigures& cache : figures.cache) {
+        hits[cache.policy].push_back(cache.counts.hits);
+      }
+    }
+    CHECK(hits["lru"] != hits["lfu"]);
+    CHECK(hits["gamma"] == hits[gamma == 0.0 ? "lru" : "lfu"]);
+  }
+}
+
+TEST_CASE("bytes follow the dtype the experts are held in") {
+  MoeModel model = small_model(torch::kBFloat16);
+  const PackedData data = held_out_data();
+  EvaluateOptions options;
+  options.policies = {"lru"};
+  options.slots = {2};
+  const ArmFigures arm = measure_arm(model, "baseline", data, {}, options, 48, true);
+  const DomainFigures& figures = arm.domains.at(1);
+  CHECK(figures.cache.at(0).bytes_per_token == Approx(static_cast<double>(figures.cache.at(0).counts.loads) * 3 * 32 *
+                                                      16 * 2 / static_cast<double>(figures.tokens)));
+}
