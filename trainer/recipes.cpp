@@ -50,7 +50,9 @@ FieldList TrainOptions::fields() {
            {.low = 0.0, .high = kMaxRate, .exclusive_low = true});
   list.add("warmup_steps", warmup_steps, "linear warm-up", {.low = 0});
   list.add("schedule", schedule, "after the warm-up", {"linear", "cosine", "constant"});
-  list.add("final_learning_rate", final_learning_rate, "share of the peak reached at the last step",
+  list.add("decay_steps", decay_steps, "step at which the decay is over, the rate stays after it; 0: the last step",
+           {.low = 0});
+  list.add("final_learning_rate", final_learning_rate, "share of the peak once the decay is over",
            {.low = 0.0, .high = 1.0});
   list.add("weight_decay", weight_decay, "decoupled, matrices only", {.low = 0.0, .high = 1.0});
   list.add("beta1", beta1, "AdamW", {.low = 0.0, .high = 0.99999});
@@ -211,6 +213,18 @@ void check_train(const TrainOptions& train, const RecipeSource& source, Problems
   if (train.warmup_steps > train.steps) {
     problems.add(fmt::format("{}: train.warmup_steps must be at most train.steps ({}), got {}",
                              source.location("train.warmup_steps"), train.steps, train.warmup_steps));
+  }
+  if (train.decay_steps > 0) {
+    if (train.decay_steps < train.warmup_steps || train.decay_steps > train.steps) {
+      problems.add(
+          fmt::format("{}: train.decay_steps must be 0 or from train.warmup_steps ({}) to train.steps ({}), got {}",
+                      source.location("train.decay_steps"), train.warmup_steps, train.steps, train.decay_steps));
+    } else if (train.decay_steps < train.steps && train.final_learning_rate == 0.0 && train.schedule != "constant") {
+      problems.add(fmt::format(
+          "{}: steps after train.decay_steps ({}) would run at a learning rate of 0; set train.final_learning_rate, "
+          "got 0",
+          source.location("train.decay_steps"), train.decay_steps));
+    }
   }
 }
 

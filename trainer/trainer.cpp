@@ -1,5 +1,6 @@
 #include "hestia/trainer/trainer.hpp"
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <numbers>
@@ -523,12 +524,13 @@ double learning_rate_at(const TrainOptions& options, std::int64_t step) {
   if (step <= options.warmup_steps) {
     return static_cast<double>(step) / static_cast<double>(options.warmup_steps);
   }
-  if (options.schedule == "constant" || options.steps == options.warmup_steps) {
+  const std::int64_t end = options.decay_steps > 0 ? options.decay_steps : options.steps;
+  if (options.schedule == "constant" || end == options.warmup_steps) {
     return 1.0;
   }
-  // The last step runs at the final rate's neighbour, never at exactly 0: progress counts steps begun.
-  const double progress =
-      static_cast<double>(step - 1 - options.warmup_steps) / static_cast<double>(options.steps - options.warmup_steps);
+  // The last step of the decay runs at the final rate's neighbour, never at exactly 0: progress counts steps begun.
+  const double progress = std::min(
+      1.0, static_cast<double>(step - 1 - options.warmup_steps) / static_cast<double>(end - options.warmup_steps));
   const double falling =
       options.schedule == "cosine" ? 0.5 * (1.0 + std::cos(std::numbers::pi * progress)) : 1.0 - progress;
   return options.final_learning_rate + (1.0 - options.final_learning_rate) * falling;

@@ -117,6 +117,10 @@ TEST_CASE("overrides change a recipe, and wrong ones are named") {
   check_complaint(
       validate({"train.warmup_steps=7"}), 2,
       {"train.warmup_steps=7 on the command line: train.warmup_steps must be at most train.steps (6), got 7"});
+  check_complaint(validate({"train.decay_steps=7"}), 2,
+                  {"train.decay_steps=7 on the command line", "from train.warmup_steps (0) to train.steps (6), got 7"});
+  check_complaint(validate({"train.decay_steps=3"}), 2, {"a learning rate of 0; set train.final_learning_rate"});
+  CHECK(done(validate({"train.decay_steps=3", "train.final_learning_rate=0.1"})) == "finetune.yaml: OK\n");
   check_complaint(validate({"run_dir=[a"}), 2, {"run_dir=[a", "not YAML"});
   check_complaint(project.run({"finetune", "finetune.yaml", "train.steps"}), 2,
                   {"\"train.steps\" is not an override", "key=value"});

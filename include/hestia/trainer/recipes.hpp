@@ -45,7 +45,8 @@ struct TrainOptions {
   double learning_rate = 1e-3;      ///< Peak.
   std::int64_t warmup_steps = 0;
   std::string schedule = "linear";   ///< linear | cosine | constant, after the warm-up.
-  double final_learning_rate = 0.0;  ///< Share of the peak at the last step.
+  std::int64_t decay_steps = 0;      ///< Step at which the decay is over; 0: the last one.
+  double final_learning_rate = 0.0;  ///< Share of the peak once the decay is over.
   double weight_decay = 0.0;
   double beta1 = 0.9;
   double beta2 = 0.999;

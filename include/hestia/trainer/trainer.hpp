@@ -17,7 +17,8 @@
 
 namespace hestia {
 
-/// Peak-relative learning rate at optimiser step `step` (1..steps): linear warm-up, then linear, cosine or constant.
+/// Peak-relative learning rate at optimiser step `step` (1..steps): linear warm-up, then linear or cosine decay to
+/// `final_learning_rate` at `decay_steps` (the last step where 0) and constant from there, or constant throughout.
 [[nodiscard]] double learning_rate_at(const TrainOptions& options, std::int64_t step);
 
 /// Everything the loop needs, borrowed: all of it must outlive the call.

@@ -78,6 +78,10 @@ TEST_CASE("the learning rate warms up and falls as the schedule says") {
   CHECK(learning_rate_at(options, 7) == Approx(0.5));
   options.final_learning_rate = 0.2;
   CHECK(learning_rate_at(options, 7) == Approx(0.6));
+  options.decay_steps = 6;
+  CHECK(learning_rate_at(options, 5) == Approx(0.6));
+  CHECK(learning_rate_at(options, 7) == Approx(0.2));
+  CHECK(learning_rate_at(options, 10) == Approx(0.2));
   options.schedule = "constant";
   CHECK(learning_rate_at(options, 10) == Approx(1.0));
 }
