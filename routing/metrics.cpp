@@ -3,11 +3,13 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <map>
 #include <span>
 #include <stdexcept>
 
 #include <fmt/format.h>
 
+#include "hestia/core/error.hpp"
 #include "layer_steps.hpp"
 
 namespace hestia {
@@ -85,6 +87,87 @@ double distinct_experts(const RoutingTrace& trace, bool include_prefill) {
     }
   }
   return num_sequences == 0 ? 0.0 : static_cast<double>(distinct) / static_cast<double>(num_sequences);
+}
+
+SegmentRouting segment_routing(const RoutingTrace& trace, std::int64_t segment_length, bool include_prefill) {
+  if (segment_length < 1) {
+    throw UsageError(fmt::format("segment: must be at least 1 step, got {}; give 1 or more", segment_length));
+  }
+  // pairs[length][f]: (expert, segment) pairs of segments that long that use the expert f > 0 times.
+  std::map<std::size_t, std::vector<std::int64_t>> pairs;
+  SegmentRouting result;
+  std::vector<std::size_t> uses(static_cast<std::size_t>(trace.num_experts), 0);
+  std::vector<std::size_t> since(uses.size(), 0);
+  for (const LayerSteps& steps : layer_steps(trace, include_prefill)) {
+    for (const LayerSequence& sequence : steps.sequences) {
+      const std::size_t num_steps = sequence.end - sequence.begin;
+      const auto length = static_cast<std::size_t>(std::min(segment_length, static_cast<std::int64_t>(num_steps)));
+      const std::size_t num_segments = num_steps - length + 1;
+      result.segments += static_cast<std::int64_t>(num_segments);
+      std::vector<std::int64_t>& counts = pairs[length];
+      counts.resize(length + 1, 0);
+      std::fill(uses.begin(), uses.end(), std::size_t{0});
+      std::fill(since.begin(), since.end(), std::size_t{0});
+      // An expert's uses stay the same over many segments: they are booked when they change.
+      const auto book = [&](std::size_t expert, std::size_t segment) {
+        counts[uses[expert]] += static_cast<std::int64_t>(segment - since[expert]);
+        since[expert] = segment;
+      };
+      const auto experts_at = [&](std::size_t step) {
+        return trace.experts_of(trace.entries[steps.entries[sequence.begin + step]]);
+      };
+      for (std::size_t step = 0; step < length; ++step) {
+        for (const std::uint16_t expert : experts_at(step)) {
+          uses[expert] += 1;
+        }
+      }
+      for (std::size_t segment = 1; segment < num_segments; ++segment) {
+        for (const std::uint16_t expert : experts_at(segment - 1)) {
+          book(expert, segment);
+          uses[expert] -= 1;
+        }
+        for (const std::uint16_t expert : experts_at(segment - 1 + length)) {
+          book(expert, segment);
+          uses[expert] += 1;
+        }
+      }
+      for (std::size_t expert = 0; expert < uses.size(); ++expert) {
+        book(expert, num_segments);
+      }
+    }
+  }
+
+  struct Group {
+    std::int64_t uses = 0;
+    std::int64_t length = 0;
+    std::int64_t number = 0;
+  };
+  std::vector<Group> groups;
+  std::int64_t all_uses = 0;
+  for (const auto& [length, counts] : pairs) {
+    for (std::size_t f = 1; f < counts.size(); ++f) {
+      if (counts[f] > 0) {
+        groups.push_back({static_cast<std::int64_t>(f), static_cast<std::int64_t>(length), counts[f]});
+        all_uses += static_cast<std::int64_t>(f) * counts[f];
+      }
+    }
+  }
+  // By falling share f / |s|. Equal shares stand together, and only the whole of them can be a threshold's choice; a
+  // part of them never scores better than the better of all and none.
+  std::sort(groups.begin(), groups.end(),
+            [](const Group& a, const Group& b) { return a.uses * b.length > b.uses * a.length; });
+  std::int64_t true_positives = 0;
+  std::int64_t active = 0;
+  for (const Group& group : groups) {
+    true_positives += group.uses * group.number;
+    active += group.length * group.number;
+    const double f1 = 2.0 * static_cast<double>(true_positives) / static_cast<double>(active + all_uses);
+    if (f1 >= result.best_performance) {
+      result.best_performance = f1;
+      result.size_ratio = static_cast<double>(active) / static_cast<double>(all_uses);
+    }
+  }
+  return result;
 }
 
 RoutingMetrics::RoutingMetrics(std::int64_t num_layers, std::int64_t num_experts, std::int64_t top_k,
@@ -197,6 +280,15 @@ double RoutingMetrics::mean_probability_entropy() const {
     total += normalised_entropy(sums, sum);
   }
   return total / static_cast<double>(trace_.layers.size());
+}
+
+SegmentRouting RoutingMetrics::segment_routing(std::int64_t segment_length) const {
+  return hestia::segment_routing(trace_, segment_length);
+}
+
+SimulationCounts RoutingMetrics::simulate_segment_cache(std::int64_t segment_length,
+                                                        const SimulationOptions& options) const {
+  return hestia::simulate_segment_cache(trace_, segment_length, options);
 }
 
 SimulationCounts RoutingMetrics::simulate(const SimulationOptions& options) const {

@@ -24,8 +24,10 @@ std::uint64_t victim_seed(std::uint64_t seed, std::int64_t layer, std::int64_t s
 // The slots of one layer from one reset to the next.
 class DemandCache {
  public:
-  DemandCache(const SimulationOptions& options, std::int64_t num_experts, std::uint64_t seed)
-      : policy_(options.policy),
+  // Under `given_uses`, the policy is LFU on the use counts that `set_uses` gave, which serving leaves alone.
+  DemandCache(const SimulationOptions& options, std::int64_t num_experts, std::uint64_t seed, bool given_uses = false)
+      : policy_(given_uses ? CachePolicyKind::kLfu : options.policy),
+        given_uses_(given_uses),
         slots_(static_cast<std::size_t>(options.slots)),
         gamma_(options.gamma),
         random_(seed),
@@ -33,6 +35,8 @@ class DemandCache {
         resident_(static_cast<std::size_t>(num_experts), 0),
         in_step_(static_cast<std::size_t>(num_experts), 0),
         seen_(static_cast<std::size_t>(num_experts), 0) {}
+
+  void set_uses(std::uint16_t expert, std::int64_t uses) { states_[expert].use_count = static_cast<double>(uses); }
 
   // Serves one step: `experts` by falling weight, `next_uses` beside them (read under Belady only).
   void serve(std::span<const std::uint16_t> experts, const std::int64_t* next_uses, SimulationCounts& counts) {
@@ -47,7 +51,7 @@ class DemandCache {
     for (std::size_t i = experts.size(); i-- > 0;) {
       const std::uint16_t expert = experts[i];
       ExpertState& state = states_[expert];
-      state.use_count += 1.0;
+      state.use_count += given_uses_ ? 0.0 : 1.0;
       state.last_touch = serial_;
       if (next_uses != nullptr) {
         state.next_use = next_uses[i];
@@ -105,6 +109,7 @@ class DemandCache {
   }
 
   CachePolicyKind policy_;
+  bool given_uses_;
   std::size_t slots_;
   double gamma_;
   SplitMix64 random_;
@@ -152,6 +157,31 @@ void serve_on_demand(const RoutingTrace& trace, const SimulationOptions& options
     const std::span<const std::uint16_t> experts = trace.experts_of(trace.entries[entry]);
     cache.serve(experts, uses.empty() ? nullptr : uses.data() + first, counts);
     first += experts.size();
+  }
+}
+
+// Evicts what is least used in the `segment_length` steps after the one being served.
+void serve_with_segment(const RoutingTrace& trace, const SimulationOptions& options,
+                        std::span<const std::size_t> entries, std::int64_t segment_length, SimulationCounts& counts) {
+  DemandCache cache(options, trace.num_experts, 0, true);
+  std::vector<std::int64_t> uses(static_cast<std::size_t>(trace.num_experts), 0);
+  const auto count = [&](std::size_t step, std::int64_t by) {
+    for (const std::uint16_t expert : trace.experts_of(trace.entries[entries[step]])) {
+      uses[expert] += by;
+      cache.set_uses(expert, uses[expert]);
+    }
+  };
+  const auto ahead = static_cast<std::size_t>(std::min(segment_length, static_cast<std::int64_t>(entries.size())));
+  for (std::size_t step = 0; step < ahead; ++step) {
+    count(step, 1);
+  }
+  for (std::size_t step = 0; step < entries.size(); ++step) {
+    // Entering first: with a segment of 0 steps this one comes and goes.
+    if (step + ahead < entries.size()) {
+      count(step + ahead, 1);
+    }
+    count(step, -1);
+    cache.serve(trace.experts_of(trace.entries[entries[step]]), nullptr, counts);
   }
 }
 
@@ -214,6 +244,30 @@ void check(const SimulationOptions& options) {
   }
 }
 
+// `layer_counts` of every layer, on options.num_threads threads.
+template <class LayerCounts>
+std::vector<SimulationCounts> for_layers(const RoutingTrace& trace, const SimulationOptions& options,
+                                         const LayerCounts& layer_counts) {
+  const std::vector<LayerSteps> layers = layer_steps(trace, options.include_prefill);
+  std::vector<SimulationCounts> counts(layers.size());
+  std::atomic<std::size_t> next{0};
+  const auto work = [&] {
+    for (std::size_t i = next++; i < layers.size(); i = next++) {
+      counts[i] = layer_counts(trace.layers[i], layers[i]);
+    }
+  };
+  const std::size_t num_threads = std::min(static_cast<std::size_t>(options.num_threads), layers.size());
+  std::vector<std::future<void>> helpers;
+  for (std::size_t i = 1; i < num_threads; ++i) {
+    helpers.push_back(std::async(std::launch::async, work));
+  }
+  work();
+  for (std::future<void>& helper : helpers) {
+    helper.get();
+  }
+  return counts;
+}
+
 }  // namespace
 
 SimulationCounts& SimulationCounts::operator+=(const SimulationCounts& other) {
@@ -229,29 +283,36 @@ SimulationCounts& SimulationCounts::operator+=(const SimulationCounts& other) {
 
 std::vector<SimulationCounts> simulate_per_layer(const RoutingTrace& trace, const SimulationOptions& options) {
   check(options);
-  const std::vector<LayerSteps> layers = layer_steps(trace, options.include_prefill);
-  std::vector<SimulationCounts> counts(layers.size());
-  std::atomic<std::size_t> next{0};
-  const auto work = [&] {
-    for (std::size_t i = next++; i < layers.size(); i = next++) {
-      counts[i] = simulate_layer(trace, options, trace.layers[i], layers[i]);
-    }
-  };
-  const std::size_t num_threads = std::min(static_cast<std::size_t>(options.num_threads), layers.size());
-  std::vector<std::future<void>> helpers;
-  for (std::size_t i = 1; i < num_threads; ++i) {
-    helpers.push_back(std::async(std::launch::async, work));
-  }
-  work();
-  for (std::future<void>& helper : helpers) {
-    helper.get();
-  }
-  return counts;
+  return for_layers(trace, options, [&](const TraceLayer& layer, const LayerSteps& steps) {
+    return simulate_layer(trace, options, layer, steps);
+  });
 }
 
 SimulationCounts simulate(const RoutingTrace& trace, const SimulationOptions& options) {
   SimulationCounts total;
   for (const SimulationCounts& counts : simulate_per_layer(trace, options)) {
+    total += counts;
+  }
+  return total;
+}
+
+SimulationCounts simulate_segment_cache(const RoutingTrace& trace, std::int64_t segment_length,
+                                        const SimulationOptions& options) {
+  check(options);
+  if (segment_length < 0) {
+    throw UsageError(fmt::format("segment: must be at least 0, got {}; give the steps to look ahead", segment_length));
+  }
+  SimulationCounts total;
+  for (const SimulationCounts& counts : for_layers(trace, options, [&](const TraceLayer&layer, const LayerSteps&steps) {
+         SimulationCounts of_layer;
+         const std::span<const std::size_t> all(steps.entries);
+         for (const LayerSequence& sequence : steps.sequences) {
+           serve_with_segment(trace, options, all.subspan(sequence.begin, sequence.end - sequence.begin),
+                              segment_length, of_layer);
+         }
+         of_layer.load_bytes = of_layer.loads * layer.expert_bytes;
+         return of_layer;
+       })) {
     total += counts;
   }
   return total;

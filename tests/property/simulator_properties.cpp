@@ -395,5 +395,76 @@ TEST_CASE(
   });
 }
 
+TEST_CASE("property: the segment cache obeys the step's identities, starts at LRU, and MIN bounds it") {
+  for_cases(120, 12000, [](SplitMix64& random) {
+    const RoutingTrace trace = any_trace(random);
+    SimulationOptions options = random_options(random, trace);
+    options.reset_per_sequence = true;
+    const auto at = [&](std::int64_t length) { return simulate_segment_cache(trace, length, options); };
+    const SimulationCounts some = at(between(random, 0, 20));
+    options.policy = Kind::kLru;
+    const SimulationCounts lru = simulate(trace, options);
+    CHECK(same_counts(at(0), lru));
+    options.policy = Kind::kBelady;
+    const SimulationCounts bound = simulate(trace, options);
+    CHECK(some.hits <= bound.hits);
+    CHECK(some.requests == bound.requests);
+    CHECK(some.cold == bound.cold);
+    CHECK(some.steps == bound.steps);
+    CHECK(some.loads == some.requests - some.hits);
+    CHECK(some.evictions <= some.loads);
+    CHECK(some.hits <= some.requests - some.cold);
+    if (options.slots >= trace.num_experts) {
+      CHECK(some.hits == some.requests - some.cold);
+      CHECK(some.evictions == 0);
+    }
+  });
+}
+
+TEST_CASE("property: a segment longer than the sequence is a cache that knows how often each expert is still to come") {
+  for_cases(120, 13000, [](SplitMix64& random) {
+    const RoutingTrace trace = any_trace(random);
+    SimulationOptions options = random_options(random, trace);
+    options.reset_per_sequence = true;
+    std::int64_t hits = 0;
+    std::int64_t longest = 0;
+    for (const auto& [key, steps] : served_steps(trace, options.include_prefill)) {
+      longest = std::max(longest, static_cast<std::int64_t>(steps.size()));
+      std::map<std::uint16_t, std::int64_t> left;  // Uses still to come.
+      for (const auto& step : steps) {
+        for (const std::uint16_t expert : step) {
+          left[expert] += 1;
+        }
+      }
+      std::map<std::uint16_t, std::int64_t> resident;  // When each was touched.
+      std::int64_t clock = 0;
+      for (const auto& step : steps) {
+        for (auto expert = step.rbegin(); expert != step.rend(); ++expert) {
+          hits += static_cast<std::int64_t>(resident.count(*expert));
+          resident[*expert] = clock++;
+          left[*expert] -= 1;
+        }
+        const bool fits = static_cast<std::int64_t>(step.size()) <= options.slots;
+        while (static_cast<std::int64_t>(resident.size()) > options.slots) {
+          auto victim = resident.end();
+          for (auto it = resident.begin(); it != resident.end(); ++it) {
+            const bool served_now = std::find(step.begin(), step.end(), it->first) != step.end();
+            if (!(fits && served_now) &&
+                (victim == resident.end() ||
+                 std::pair(left[it->first], it->second) < std::pair(left[victim->first], victim->second))) {
+              victim = it;
+            }
+          }
+          resident.erase(victim);
+        }
+      }
+    }
+    // From the second step to the last are T - 1.
+    const SimulationCounts counts = simulate_segment_cache(trace, std::max<std::int64_t>(0, longest - 1), options);
+    CHECK(counts.hits == hits);
+    CHECK(same_counts(counts, simulate_segment_cache(trace, std::int64_t{1} << 60, options)));
+  });
+}
+
 }  // namespace
 }  // namespace hestia

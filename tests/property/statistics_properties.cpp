@@ -1,5 +1,6 @@
 #include <cmath>
 
+#include "hestia/routing/agreement.hpp"
 #include "hestia/routing/metrics.hpp"
 #include "hestia/routing/preferences.hpp"
 #include "random_cases.hpp"
@@ -252,6 +253,144 @@ TEST_CASE("property: usage figures stay in their bounds and do not know the expe
     CHECK(usage.coefficient_of_variation == Approx(renamed_usage.coefficient_of_variation).margin(1e-12));
     CHECK(usage.max_share == Approx(renamed_usage.max_share).epsilon(1e-12));
     CHECK(usage.unused_experts == renamed_usage.unused_experts);
+  });
+}
+
+TEST_CASE("property: segment routing lies between what keeping every expert gives and 1, and knows no names") {
+  for_cases(120, 33000, [](SplitMix64& random) {
+    const RoutingTrace trace = any_trace(random);
+    const bool include_prefill = chance(random, 0.3);
+    const RoutingTrace other = renamed(random, trace);
+    double requests = 0.0;
+    double steps = 0.0;
+    for (const auto& [key, served] : served_steps(trace, include_prefill)) {
+      for (const auto& step : served) {
+        requests += static_cast<double>(step.size());
+      }
+      steps += static_cast<double>(served.size());
+    }
+    for (const std::int64_t length : {std::int64_t{1}, between(random, 2, 12), std::int64_t{1} << 40}) {
+      const SegmentRouting routing = segment_routing(trace, length, include_prefill);
+      CAPTURE(length, trace.num_experts, trace.top_k);
+      CHECK(routing.best_performance >= 0.0);
+      CHECK(routing.best_performance <= 1.0);
+      CHECK(routing.best_performance == segment_routing(other, length, include_prefill).best_performance);
+      if (steps == 0.0) {
+        CHECK(routing.segments == 0);
+        continue;
+      }
+      CHECK(routing.segments <= static_cast<std::int64_t>(steps));
+      CHECK(routing.size_ratio > 0.0);
+      if (length == 1) {
+        CHECK(routing.best_performance == 1.0);
+        CHECK(routing.size_ratio == 1.0);
+        CHECK(routing.segments == static_cast<std::int64_t>(steps));
+      }
+      if (length > trace.num_experts + 1000) {
+        // One segment a sequence. With every expert active throughout, precision is requests / (steps * E), recall 1.
+        const double slots = steps * static_cast<double>(trace.num_experts);
+        CHECK(routing.best_performance >= 2.0 * requests / (requests + slots) - 1e-12);
+      }
+    }
+  });
+}
+
+TEST_CASE("property: routing that never changes within a sequence has a segment routing of 1 at every length") {
+  for_cases(60, 34000, [](SplitMix64& random) {
+    const ModelShape shape = random_model(random);
+    RoutingMetrics metrics(shape.num_layers, shape.num_experts, shape.top_k, shape.model_layers, 0);
+    for (std::int64_t id = between(random, 1, 5); id > 0; --id) {
+      SequenceRouting sequence = random_sequence(random, shape, id, false);
+      const std::int64_t row_size = sequence.num_tokens * shape.top_k;
+      for (std::int64_t i = 0; i < shape.num_layers * row_size; ++i) {
+        sequence.selected[static_cast<std::size_t>(i)] =
+            sequence.selected[static_cast<std::size_t>(i / row_size * row_size + i % shape.top_k)];
+      }
+      metrics.add(sequence);
+    }
+    const SegmentRouting routing = metrics.segment_routing(between(random, 1, 30));
+    CHECK(routing.best_performance == 1.0);
+    CHECK(routing.size_ratio == 1.0);
+  });
+}
+
+TEST_CASE("property: long segments of random routing do little better than keeping every expert") {
+  for_cases(12, 35000, [](SplitMix64& random) {
+    const std::int64_t num_experts = between(random, 4, 24);
+    const std::int64_t top_k = between(random, 1, num_experts / 2);
+    Steps steps;
+    for (int t = 0; t < 4000; ++t) {
+      steps.push_back(random_experts(random, num_experts, top_k));
+    }
+    const double segment_routing_at_2000 = segment_routing(trace_of(num_experts, steps), 2000).best_performance;
+    // Precision is at most the largest share s of a segment's steps that an expert has, so F1 is at most 2s / (1 + s).
+    const double share = static_cast<double>(top_k) / static_cast<double>(num_experts);
+    const double largest = share + 6.0 * std::sqrt(share * (1.0 - share) / 2000.0);
+    CHECK(segment_routing_at_2000 >= 2.0 * share / (1.0 + share) - 1e-12);
+    CHECK(segment_routing_at_2000 <= 2.0 * largest / (1.0 + largest));
+  });
+}
+
+TEST_CASE("property: a router agrees with itself, and with another the same both ways and under other names") {
+  for_cases(60, 36000, [](SplitMix64& random) {
+    const ModelShape shape = random_model(random);
+    const std::vector<std::uint16_t> names = random_experts(random, shape.num_experts, shape.num_experts);
+    const auto experts = static_cast<std::size_t>(shape.num_experts);
+    const auto rename = [&](SequenceRouting sequence) {
+      const SequenceRouting original = sequence;
+      for (std::uint16_t& expert : sequence.selected) {
+        expert = names[expert];
+      }
+      for (std::size_t i = 0; i < sequence.probabilities.size(); ++i) {
+        sequence.probabilities[i / experts * experts + names[i % experts]] = original.probabilities[i];
+      }
+      return sequence;
+    };
+    RouterAgreement itself;
+    RouterAgreement reversed;
+    RouterAgreement forward;
+    RouterAgreement backward;
+    RouterAgreement other;
+    for (std::int64_t id = between(random, 1, 4); id > 0; --id) {
+      const SequenceRouting reference = random_sequence(random, shape, id, true);
+      SequenceRouting tuned = seen_by_another(random, shape, reference);
+      for (float& probability : tuned.probabilities) {
+        probability = std::round(20.0F * static_cast<float>(random.uniform())) / 20.0F;  // ties
+      }
+      // The order alone counts.
+      SequenceRouting steeper = reference;
+      SequenceRouting falling = reference;
+      for (std::size_t i = 0; i < reference.probabilities.size(); ++i) {
+        steeper.probabilities[i] = 2.0F * reference.probabilities[i];
+        falling.probabilities[i] = -reference.probabilities[i];
+      }
+      itself.add(reference, steeper);
+      reversed.add(reference, falling);
+      forward.add(reference, tuned);
+      backward.add(tuned, reference);
+      other.add(rename(reference), rename(tuned));
+    }
+    if (itself.num_counted() == 0) {
+      CHECK(std::isnan(forward.top_k_agreement()));
+      return;
+    }
+    CHECK(itself.top_k_agreement() == 1.0);
+    CHECK(std::isnan(itself.kendall_tau()) == (shape.num_experts == 1));
+    if (shape.num_experts > 1) {
+      CHECK(itself.kendall_tau() == Approx(1.0).epsilon(1e-12));
+      CHECK(reversed.kendall_tau() == Approx(-1.0).epsilon(1e-12));
+    }
+    const double k = static_cast<double>(shape.top_k);
+    const double e = static_cast<double>(shape.num_experts);
+    CHECK(forward.top_k_agreement() >= std::max(0.0, 2.0 * k - e) / k - 1e-12);
+    CHECK(forward.top_k_agreement() <= 1.0 + 1e-12);
+    CHECK(forward.top_k_agreement() == Approx(backward.top_k_agreement()).epsilon(1e-12));
+    CHECK(forward.top_k_agreement() == Approx(other.top_k_agreement()).epsilon(1e-12));
+    if (!std::isnan(forward.kendall_tau())) {
+      CHECK(std::abs(forward.kendall_tau()) <= 1.0 + 1e-12);
+      CHECK(forward.kendall_tau() == Approx(backward.kendall_tau()).margin(1e-12));
+      CHECK(forward.kendall_tau() == Approx(other.kendall_tau()).margin(1e-12));
+    }
   });
 }
 

@@ -45,4 +45,13 @@ struct SimulationCounts {
 [[nodiscard]] std::vector<SimulationCounts> simulate_per_layer(const RoutingTrace& trace,
                                                                const SimulationOptions& options);
 
+/// Serves `trace` through the segment cache of arXiv 2505.16056 ("SCH" is its hit_rate()): a demand cache of
+/// `options.slots` slots that knows how often each expert is used in the next `segment_length` steps of its layer and
+/// sequence, the step being served left out, and evicts the least used. Ties go to the least recently touched, so a
+/// segment of 0 steps is LRU; a segment that reaches the end counts what is left. The rules of a step are those of
+/// `simulate`, and the cache is reset at every sequence: `options.policy`, `gamma`, `seed` and `reset_per_sequence` are
+/// not read. Throws UsageError for segment_length < 0 and what `simulate` throws.
+[[nodiscard]] SimulationCounts simulate_segment_cache(const RoutingTrace& trace, std::int64_t segment_length,
+                                                      const SimulationOptions& options);
+
 }  // namespace hestia

@@ -92,6 +92,103 @@ TEST_CASE("a single step has no pair, and nothing at all has no experts") {
   CHECK(expert_overlap_ratio(testing::trace_of(4, {{1, 2}, {2, 1}})) == 1.0);
 }
 
+// F1 of the best threshold on the share of a segment's steps, every threshold tried, segments cut out one by one.
+SegmentRouting segment_routing_by_hand(const RoutingTrace& trace, std::size_t segment_length, bool include_prefill) {
+  std::map<std::pair<std::int64_t, std::int64_t>, std::vector<std::set<int>>> steps;
+  for (const TraceEntry& entry : trace.entries) {
+    if (include_prefill || entry.phase == Phase::kDecode) {
+      const auto experts = trace.experts_of(entry);
+      steps[{entry.layer, entry.sequence}].emplace_back(experts.begin(), experts.end());
+    }
+  }
+  std::vector<std::pair<int, int>> uses_and_length;  // Of every expert in every segment.
+  SegmentRouting result;
+  for (const auto& [key, sets] : steps) {
+    const std::size_t length = std::min(segment_length, sets.size());
+    for (std::size_t begin = 0; begin + length <= sets.size(); ++begin) {
+      result.segments += 1;
+      for (int expert = 0; expert < trace.num_experts; ++expert) {
+        int uses = 0;
+        for (std::size_t t = begin; t < begin + length; ++t) {
+          uses += static_cast<int>(sets[t].count(expert));
+        }
+        uses_and_length.emplace_back(uses, static_cast<int>(length));
+      }
+    }
+  }
+  for (const auto& [least_uses, of_length] : uses_and_length) {
+    double true_positives = 0.0;
+    double false_positives = 0.0;
+    double false_negatives = 0.0;
+    for (const auto& [uses, length] : uses_and_length) {
+      if (uses * of_length >= least_uses * length) {
+        true_positives += uses;
+        false_positives += length - uses;
+      } else {
+        false_negatives += uses;
+      }
+    }
+    const double f1 = 2.0 * true_positives / (2.0 * true_positives + false_positives + false_negatives);
+    const double size_ratio = (true_positives + false_positives) / (true_positives + false_negatives);
+    if (f1 > result.best_performance + 1e-12 ||
+        (f1 > result.best_performance - 1e-12 && size_ratio > result.size_ratio)) {
+      result.best_performance = f1;
+      result.size_ratio = size_ratio;
+    }
+  }
+  return result;
+}
+
+TEST_CASE("segment routing best performance, by hand") {
+  // The example of docs/routing.md. Of its five segments of three steps, eleven (expert, segment) pairs have two uses
+  // and eight have one: TP 22, FP 11, FN 8 at a threshold of 2, and TP 30, FP 27 at 1.
+  const RoutingTrace trace = testing::trace_of(5, {{1, 4}, {1, 4}, {3, 2}, {3, 4}, {0, 2}, {0, 3}, {2, 3}});
+  const SegmentRouting three = segment_routing(trace, 3);
+  CHECK(three.best_performance == 44.0 / 63.0);
+  CHECK(three.size_ratio == 33.0 / 30.0);
+  CHECK(three.segments == 5);
+  // Pairs of steps: five with two uses, fourteen with one; here it pays to keep them all.
+  const SegmentRouting two = segment_routing(trace, 2);
+  CHECK(two.best_performance == 48.0 / 62.0);
+  CHECK(two.size_ratio == 38.0 / 24.0);
+  CHECK(two.segments == 6);
+  CHECK(segment_routing(trace, 1).best_performance == 1.0);
+  // One segment of all seven steps: 3 has four uses, 2 and 4 have three, 0 and 1 two. Thresholds of 3 (TP 10 of 21)
+  // and of 2 (TP 14 of 35) score the same; the lower one counts.
+  for (const std::int64_t length : {7, 8, 1000}) {
+    const SegmentRouting whole = segment_routing(trace, length);
+    CHECK(whole.segments == 1);
+    CHECK(whole.best_performance == 20.0 / 35.0);
+    CHECK(whole.size_ratio == 35.0 / 14.0);
+  }
+  CHECK(segment_routing(testing::trace_of(4, {}), 4).segments == 0);
+  CHECK(segment_routing(testing::trace_of(4, {}), 4).best_performance == 0.0);
+  CHECK_THROWS_WITH(segment_routing(trace, 0), Catch::Contains("segment: must be at least 1 step, got 0"));
+}
+
+TEST_CASE("segment routing agrees with segments cut out one by one") {
+  SplitMix64 random(75);
+  for (int round = 0; round < 40; ++round) {
+    TraceShape shape;
+    shape.num_experts = 9;
+    shape.top_k = 1 + static_cast<std::int64_t>(random.below(4));
+    shape.max_steps = 20;
+    shape.skip = round % 2 == 0 ? 0.25 : 0.0;
+    const RoutingTrace trace = random_trace(random, shape);
+    // Sequences have 5 to 20 steps: the longer segments do not fit into all of them, the longest into none.
+    for (const std::size_t length : {1U, 2U, 5U, 9U, 40U}) {
+      for (const bool include_prefill : {false, true}) {
+        const SegmentRouting expected = segment_routing_by_hand(trace, length, include_prefill);
+        const SegmentRouting got = segment_routing(trace, static_cast<std::int64_t>(length), include_prefill);
+        CAPTURE(round, length, include_prefill);
+        CHECK(got.segments == expected.segments);
+        CHECK(got.best_performance == Approx(expected.best_performance).epsilon(1e-12));
+        CHECK(got.size_ratio == Approx(expected.size_ratio).epsilon(1e-12));
+      }
+    }
+  }
+}
+
 TEST_CASE("streamed metrics equal the metrics of the trace they build") {
   SplitMix64 random(72);
   RoutingMetrics metrics(3, 7, 2, {1, 4, 5}, 900);
@@ -120,12 +217,14 @@ TEST_CASE("streamed metrics equal the metrics of the trace they build") {
   CHECK(metrics.num_counted() == counted);
   CHECK(metrics.expert_overlap_ratio() == expert_overlap_ratio(metrics.trace()));
   CHECK(metrics.distinct_experts() == distinct_experts(metrics.trace()));
+  CHECK(metrics.segment_routing(4).best_performance == segment_routing(metrics.trace(), 4).best_performance);
   CHECK(metrics.trace().num_layers == 6);
   SimulationOptions options;
   options.slots = 3;
   const SimulationCounts counts = metrics.simulate(options);
   CHECK(counts.requests == counted * 3 * 2);
   CHECK(counts.load_bytes == counts.loads * 900);
+  CHECK(metrics.simulate_segment_cache(4, options).hits == simulate_segment_cache(metrics.trace(), 4, options).hits);
 
   double entropy = 0.0;
   double variation = 0.0;

@@ -682,5 +682,111 @@ TEST_CASE("a trace that contradicts itself is refused before anything is indexed
   CHECK_THROWS_WITH(run(trace, Kind::kLru, 2), Catch::Contains("entry 1 ends past"));
 }
 
+// A cache that looks `ahead` steps forward from every step, counted anew each time; victims are looked for one by one.
+SimulationCounts segment_cache_by_hand(const RoutingTrace& trace, std::size_t ahead, std::size_t slots,
+                                       bool include_prefill) {
+  std::map<std::pair<std::int64_t, std::int64_t>, std::vector<std::vector<std::uint16_t>>> sequences;
+  for (const TraceEntry& entry : trace.entries) {
+    if (include_prefill || entry.phase == Phase::kDecode) {
+      const auto experts = trace.experts_of(entry);
+      sequences[{entry.layer, entry.sequence}].emplace_back(experts.begin(), experts.end());
+    }
+  }
+  const auto holds = [](const auto& set, std::uint16_t expert) {
+    return std::find(set.begin(), set.end(), expert) != set.end();
+  };
+  SimulationCounts counts;
+  for (const auto& [key, steps] : sequences) {
+    std::vector<std::uint16_t> resident;
+    std::map<std::uint16_t, int> touched;
+    int clock = 0;
+    for (std::size_t now = 0; now < steps.size(); ++now) {
+      for (const std::uint16_t expert : steps[now]) {
+        counts.requests += 1;
+        counts.hits += holds(resident, expert) ? 1 : 0;
+      }
+      for (std::size_t rank = steps[now].size(); rank-- > 0;) {
+        touched[steps[now][rank]] = clock++;
+        if (!holds(resident, steps[now][rank])) {
+          counts.loads += 1;
+          resident.push_back(steps[now][rank]);
+        }
+      }
+      const auto worth = [&](std::uint16_t expert) {
+        int uses = 0;
+        for (std::size_t t = now + 1; t < steps.size() && t <= now + ahead; ++t) {
+          uses += holds(steps[t], expert) ? 1 : 0;
+        }
+        return std::pair(uses, touched[expert]);
+      };
+      while (resident.size() > slots) {
+        auto victim = resident.end();
+        for (auto at = resident.begin(); at != resident.end(); ++at) {
+          const bool may_go = steps[now].size() > slots || !holds(steps[now], *at);
+          if (may_go && (victim == resident.end() || worth(*at) < worth(*victim))) {
+            victim = at;
+          }
+        }
+        resident.erase(victim);
+        counts.evictions += 1;
+      }
+    }
+  }
+  return counts;
+}
+
+TEST_CASE("segment cache, by hand") {
+  // The example of docs/routing.md. One step ahead is enough to keep 4 over 1 at the third step and 3 over 4 at the
+  // fifth, as MIN does; no step ahead is LRU.
+  const RoutingTrace trace = testing::trace_of(5, {{1, 4}, {1, 4}, {3, 2}, {3, 4}, {0, 2}, {0, 3}, {2, 3}});
+  SimulationOptions options;
+  options.slots = 3;
+  const SimulationCounts one = simulate_segment_cache(trace, 1, options);
+  CHECK(one.requests == 14);
+  CHECK(one.hits == 9);
+  CHECK(one.cold == 5);
+  CHECK(one.loads == 5);
+  CHECK(one.evictions == 2);
+  CHECK(one.steps == 7);
+  CHECK(one.load_bytes == 500);
+  CHECK(simulate_segment_cache(trace, 0, options).hits == 8);
+  // A count is not a distance: at 2, the three uses of 1 outweigh the one of 0, which comes first.
+  const RoutingTrace counted = testing::trace_of(3, {{0}, {1}, {2}, {0}, {2}, {1}, {1}, {1}});
+  options.slots = 2;
+  CHECK(simulate_segment_cache(counted, 8, options).hits == 3);
+  options.policy = CachePolicyKind::kBelady;
+  CHECK(simulate(counted, options).hits == 4);
+  CHECK_THROWS_WITH(simulate_segment_cache(trace, -1, options), Catch::Contains("segment: must be at least 0, got -1"));
+  options.slots = 0;
+  CHECK_THROWS_AS(simulate_segment_cache(trace, 1, options), UsageError);
+}
+
+TEST_CASE("segment cache agrees with looking ahead from every step anew") {
+  SplitMix64 random(91);
+  for (int round = 0; round < 30; ++round) {
+    testing::TraceShape shape;
+    shape.num_experts = 10;
+    shape.top_k = 1 + static_cast<std::int64_t>(random.below(4));
+    shape.max_steps = 30;
+    shape.skip = round % 2 == 0 ? 0.25 : 0.0;
+    const RoutingTrace trace = testing::random_trace(random, shape);
+    for (const std::size_t ahead : {0U, 1U, 3U, 8U, 100U}) {
+      for (const std::size_t slots : {1U, 2U, 4U, 7U}) {
+        SimulationOptions options;
+        options.slots = static_cast<std::int64_t>(slots);
+        options.include_prefill = random.below(2) == 0;
+        options.num_threads = 1 + static_cast<std::int64_t>(random.below(3));
+        const SimulationCounts expected = segment_cache_by_hand(trace, ahead, slots, options.include_prefill);
+        const SimulationCounts got = simulate_segment_cache(trace, static_cast<std::int64_t>(ahead), options);
+        CAPTURE(round, ahead, slots);
+        CHECK(got.requests == expected.requests);
+        CHECK(got.hits == expected.hits);
+        CHECK(got.loads == expected.loads);
+        CHECK(got.evictions == expected.evictions);
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace hestia
