@@ -1,3 +1,7 @@
+#include <stdexcept>
+
+#include <fmt/format.h>
+
 #include "hestia/routing_losses/routing_losses.hpp"
 
 namespace hestia {
@@ -44,6 +48,43 @@ LayoutTensors::LayoutTensors(const SequenceLayout& layout, torch::Device device)
   pairs_per_run_ = index_tensor(pairs_per_run, device);
   run_begins_ = index_tensor(begins, device);
   run_ends_ = index_tensor(ends, device);
+}
+
+torch::Tensor LayoutTensors::lagged_indices(std::int64_t lag) const {
+  if (lag < 1) {
+    throw std::invalid_argument(fmt::format("lagged_indices: lag must be at least 1, got {}", lag));
+  }
+  std::vector<std::int64_t> indices;
+  for (const SequenceRun& run : runs_) {
+    for (std::int64_t token = run.begin + lag; token < run.end; ++token) {
+      if (layout_.counted[static_cast<std::size_t>(token)] != 0) {
+        indices.push_back(token);
+      }
+    }
+  }
+  return index_tensor(indices, device_);
+}
+
+WindowTensors LayoutTensors::windows(std::int64_t size) const {
+  if (size < 1) {
+    throw std::invalid_argument(fmt::format("windows: size must be at least 1, got {}", size));
+  }
+  std::vector<std::int64_t> window_of_counted;
+  std::vector<std::int64_t> lengths;
+  for (const SequenceRun& run : runs_) {
+    bool open = false;
+    for (std::int64_t token = run.begin; token < run.end; ++token) {
+      if (layout_.counted[static_cast<std::size_t>(token)] == 0) {
+        continue;
+      }
+      if (!open) {
+        lengths.push_back(0);
+      }
+      window_of_counted.push_back(static_cast<std::int64_t>(lengths.size()) - 1);
+      open = ++lengths.back() < size;
+    }
+  }
+  return {index_tensor(window_of_counted, device_), index_tensor(lengths, device_)};
 }
 
 }  // namespace hestia

@@ -82,6 +82,63 @@ torch::Tensor scatter_counted(const torch::Tensor& rows_LNE, const LayoutTensors
       .index_copy_(1, layout.counted_indices(), rows_LNE);
 }
 
+torch::Tensor symmetric_kl_sum(const torch::Tensor& logits_LTE, const LayoutTensors& layout,
+                               const std::vector<std::int64_t>& lags) {
+  if (layout.num_pairs() == 0) {
+    return zero_sum(logits_LTE);
+  }
+  torch::Tensor total;
+  torch::Tensor gradient;
+  const bool with_gradient = wants_gradient(logits_LTE);
+  {
+    const torch::NoGradGuard no_grad;
+    const double scale = 0.5 / static_cast<double>(lags.size());
+    // Rows of padding are computed along, and picked by no index below.
+    const torch::Tensor log_p = torch::log_softmax(logits_LTE.detach(), -1);
+    total = torch::zeros({log_p.size(0)}, log_p.options().dtype(torch::kFloat64));
+    if (with_gradient) {
+      gradient = torch::zeros(log_p.sizes(), log_p.options());
+    }
+    for (const std::int64_t lag : lags) {
+      const torch::Tensor current = layout.lagged_indices(lag);
+      if (current.numel() == 0) {
+        continue;
+      }
+      const torch::Tensor earlier = current - lag;
+      const torch::Tensor log_a = log_p.index_select(1, current);
+      const torch::Tensor log_b = log_p.index_select(1, earlier);
+      const torch::Tensor a = log_a.exp();
+      const torch::Tensor b = log_b.exp();
+      const torch::Tensor difference = a - b;
+      const torch::Tensor log_ratio = log_a - log_b;
+      // KL(a||b) + KL(b||a): no term is negative, so nothing cancels.
+      total += (difference * log_ratio).sum({1, 2}, false, torch::kFloat64) * scale;
+      if (with_gradient) {
+        // By a_j: log_ratio_j + difference_j / a_j, and the like by b_j; through the softmax the quotient goes away.
+        gradient.index_add_(1, current, (a * (log_ratio - (a * log_ratio).sum(-1, true)) + difference) * scale);
+        gradient.index_add_(1, earlier, (b * ((b * log_ratio).sum(-1, true) - log_ratio) - difference) * scale);
+      }
+    }
+    total = total.to(logits_LTE.scalar_type());
+  }
+  return attach_gradient(logits_LTE, total, gradient);
+}
+
+torch::Tensor window_sums(const torch::Tensor& rows_LNE, const WindowTensors& windows) {
+  return torch::zeros({rows_LNE.size(0), windows.lengths.numel(), rows_LNE.size(2)}, rows_LNE.options())
+      .index_add(1, windows.window_of_counted, rows_LNE);
+}
+
+torch::Tensor kl_divergence(const torch::Tensor& logits_a_E, const torch::Tensor& logits_b_E) {
+  const torch::Tensor log_a = torch::log_softmax(logits_a_E, 0);
+  const torch::Tensor log_b = torch::log_softmax(logits_b_E, 0);
+  torch::Tensor total = torch::zeros({}, log_a.options());
+  for (std::int64_t expert = 0; expert < log_a.numel(); ++expert) {
+    total = total + log_a[expert].exp() * (log_a[expert] - log_b[expert]);
+  }
+  return total;
+}
+
 torch::Tensor logit_row(const torch::Tensor& logits_LTE, std::int64_t layer, std::int64_t token) {
   return logits_LTE[layer][token].to(torch::kFloat64);
 }

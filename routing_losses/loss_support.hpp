@@ -26,6 +26,17 @@ void check_routing(std::string_view loss, const RoutingTensors& routing, const L
 /// Gradient rows of counted tokens [L, counted, E] put back among all tokens, zero elsewhere.
 [[nodiscard]] torch::Tensor scatter_counted(const torch::Tensor& rows_LNE, const LayoutTensors& layout);
 
+/// Sums [L] of (1/|lags|) * SymKL(p_t, p_{t-lag}) over counted t and the lags for which t-lag is a token of the same
+/// sequence, p = softmax(logits), in nats. The gradient, of both sides, is in closed form.
+[[nodiscard]] torch::Tensor symmetric_kl_sum(const torch::Tensor& logits_LTE, const LayoutTensors& layout,
+                                             const std::vector<std::int64_t>& lags);
+
+/// Sums over each window of rows of counted tokens: [L, counted, E] becomes [L, windows, E].
+[[nodiscard]] torch::Tensor window_sums(const torch::Tensor& rows_LNE, const WindowTensors& windows);
+
+/// KL(softmax(a) || softmax(b)) of two vectors of logits [E] by a plain loop, in nats.
+[[nodiscard]] torch::Tensor kl_divergence(const torch::Tensor& logits_a_E, const torch::Tensor& logits_b_E);
+
 /// logits[layer][token] as a vector [E] in float64: what the plain-loop references work on.
 [[nodiscard]] torch::Tensor logit_row(const torch::Tensor& logits_LTE, std::int64_t layer, std::int64_t token);
 
@@ -41,6 +52,13 @@ void check_routing(std::string_view loss, const RoutingTensors& routing, const L
 [[nodiscard]] std::shared_ptr<const RoutingLoss> make_rank_matching(const RankMatchingOptions& options);
 [[nodiscard]] std::shared_ptr<const RoutingLoss> make_reuse();
 [[nodiscard]] std::shared_ptr<const RoutingLoss> make_trust();
+[[nodiscard]] std::shared_ptr<const RoutingLoss> make_smooth();
+[[nodiscard]] std::shared_ptr<const RoutingLoss> make_lag(const LagOptions& options);
+[[nodiscard]] std::shared_ptr<const RoutingLoss> make_working_set(const WorkingSetOptions& options);
+[[nodiscard]] std::shared_ptr<const RoutingLoss> make_router_entropy();
+[[nodiscard]] std::shared_ptr<const RoutingLoss> make_temporal_dot();
+[[nodiscard]] std::shared_ptr<const RoutingLoss> make_gate_consistency();
+[[nodiscard]] std::shared_ptr<const RoutingLoss> make_chunk_union(const ChunkUnionOptions& options);
 [[nodiscard]] std::shared_ptr<const RoutingLoss> make_load_balance();
 
 }  // namespace hestia

@@ -102,7 +102,7 @@ TEST_CASE("property: a soft cache without memory misses what LRU with K slots lo
   });
 }
 
-TEST_CASE("property: reuse of a sure router is -log(EOR / K), its load balance 1 + CV^2") {
+TEST_CASE("property: terms of a sure router are functions of EOR, its load balance is 1 + CV^2") {
   for_loss_cases(80, 51000, [](SplitMix64& random) {
     const Sizes sizes = chosen_sizes(random);
     const LayoutTensors layout(plain_layout(random, 1), torch::kCPU);
@@ -110,6 +110,10 @@ TEST_CASE("property: reuse of a sure router is -log(EOR / K), its load balance 1
     routing.logits_LTE = sure_logits(routing.selected_LTK, sizes.num_experts);
     const auto reuse = find_loss({}, "reuse", sizes);
     const torch::Tensor reused = reuse->sum(routing, layout) / reuse->count(layout);
+    const torch::Tensor dot = find_loss({}, "temporal_dot", sizes)->sum(routing, layout) / reuse->count(layout);
+    const torch::Tensor square = find_loss({}, "gate_consistency", sizes)->sum(routing, layout) / reuse->count(layout);
+    const torch::Tensor entropy =
+        find_loss({}, "router_entropy", sizes)->sum(routing, layout) / static_cast<double>(layout.num_counted());
     const auto balance = find_loss({}, "load_balance", sizes);
     const torch::Tensor balanced = balance->sum(routing, layout) / balance->count(layout);
     for (std::int64_t layer = 0; layer < sizes.num_layers; ++layer) {
@@ -118,6 +122,10 @@ TEST_CASE("property: reuse of a sure router is -log(EOR / K), its load balance 1
       const double eor = metrics.expert_overlap_ratio();
       CHECK(reused[layer].item<double>() ==
             Approx(-std::log(eor / static_cast<double>(sizes.top_k) + 1e-8)).epsilon(1e-10));
+      const auto k = static_cast<double>(sizes.top_k);
+      CHECK(dot[layer].item<double>() == Approx(1.0 - eor / k).margin(1e-12));
+      CHECK(square[layer].item<double>() == Approx(2.0 * (1.0 - eor) / k).margin(1e-12));
+      CHECK(entropy[layer].item<double>() == Approx(std::log(k)).margin(1e-12));
       const double variation = metrics.usage().coefficient_of_variation;
       CHECK(balanced[layer].item<double>() == Approx(1.0 + variation * variation).epsilon(1e-10));
     }
@@ -165,5 +173,43 @@ TEST_CASE(
     const auto order = find_loss(options, "rank_matching", sizes);
     routing.reference_logits_LTE = routing.logits_LTE.detach() * (0.5 + random.uniform());
     CHECK((order->sum(routing, layout) == 0.0).all().item<bool>());
+  });
+}
+
+TEST_CASE("property: windows of one token, and one lag, are the plain terms") {
+  for_loss_cases(80, 54000, [](SplitMix64& random) {
+    const Sizes sizes = any_sizes(random);
+    const LayoutTensors layout(any_layout(random), torch::kCPU);
+    const RoutingTensors routing = any_routing(random, sizes, layout.num_tokens());
+    const auto sum = [&](const std::shared_ptr<const RoutingLoss>& loss) { return loss->sum(routing, layout); };
+    const torch::Tensor entropy = sum(find_loss({}, "router_entropy", sizes));
+    const torch::Tensor set = sum(window_variant(1, sizes).loss);
+    CHECK(relative_difference(set, entropy) < 1e-11);
+    CHECK(relative_difference(gradient_of(set, routing), gradient_of(entropy, routing)) < 1e-10);
+    const torch::Tensor smooth = sum(find_loss({}, "smooth", sizes));
+    const torch::Tensor lag = sum(lag_variant({1}, sizes).loss);
+    CHECK(torch::equal(lag, smooth));
+    CHECK(torch::equal(gradient_of(lag, routing), gradient_of(smooth, routing)));
+    // Chunks of one token: 1 - mean(1 - p + 1e-5), the same for every router.
+    const torch::Tensor used = sum(chunk_variant(1, sizes).loss);
+    const double each = 1.0 / static_cast<double>(sizes.num_experts) - 1e-5;
+    CHECK(relative_difference(used, torch::full_like(used, each * static_cast<double>(layout.num_counted()))) < 1e-11);
+    CHECK(relative_difference(gradient_of(used, routing), torch::zeros_like(routing.logits_LTE)) < 1e-11);
+  });
+}
+
+TEST_CASE("property: the terms of lags add up, each by its share") {
+  for_loss_cases(80, 55000, [](SplitMix64& random) {
+    const Sizes sizes = any_sizes(random);
+    const LayoutTensors layout(any_layout(random), torch::kCPU);
+    const RoutingTensors routing = moderate_routing(random, sizes, layout.num_tokens());
+    const std::vector<std::int64_t> lags = any_lags(random);
+    torch::Tensor sum = torch::zeros({sizes.num_layers}, torch::kFloat64);
+    for (const std::int64_t lag : lags) {
+      sum = sum + lag_variant({lag}, sizes).loss->sum(routing, layout) / static_cast<double>(lags.size());
+    }
+    const torch::Tensor together = lag_variant(lags, sizes).loss->sum(routing, layout);
+    CHECK(relative_difference(together, sum) < 1e-12);
+    CHECK(relative_difference(gradient_of(together, routing), gradient_of(sum, routing)) < 1e-12);
   });
 }

@@ -84,6 +84,33 @@ TEST_CASE("property: every value stays in its bounds") {
       CHECK(reuse.max().item<double>() <= -std::log(1e-8) + slack);
     }
     CHECK(values("trust").min().item<double>() >= -slack);
+    options.lag.lags = any_lags(random);
+    options.working_set.window = between(random, 1, 12);
+    options.chunk_union.chunk = between(random, 1, 12);
+    const double experts = static_cast<double>(sizes.num_experts);
+    CHECK(values("lag").min().item<double>() >= 0.0);
+    const torch::Tensor dot = values("temporal_dot");
+    CHECK(dot.min().item<double>() >= -slack);
+    CHECK(dot.max().item<double>() <= 1.0 + slack);
+    const torch::Tensor square = values("gate_consistency");
+    CHECK(square.min().item<double>() >= 0.0);
+    CHECK(square.max().item<double>() <= 2.0 + slack);
+    // Pinsker, and half the squared 1-norm is at least the squared 2-norm of what adds up to 0.
+    CHECK((square <= values("smooth") + slack).all().item<bool>());
+    // Mixing tokens never lowers the entropy.
+    const torch::Tensor entropy = values("router_entropy");
+    const torch::Tensor set = values("working_set");
+    CHECK(entropy.min().item<double>() >= -slack);
+    CHECK((set >= entropy - slack).all().item<bool>());
+    CHECK(set.max().item<double>() <= std::log(experts) + slack);
+    // A chunk uses no less than one of its tokens does, and no more than all of them together.
+    const torch::Tensor used = values("chunk_union");
+    const double epsilon = 1e-4;  // 12 tokens, 1e-5 each
+    if (layout.num_counted() > 0) {
+      CHECK(used.min().item<double>() >= 1.0 / experts - epsilon - slack);
+      CHECK(used.max().item<double>() <=
+            std::min(1.0, static_cast<double>(options.chunk_union.chunk) / experts) + epsilon + slack);
+    }
 
     // The order of the base as the objective sees it: equal probabilities in the type of the logits are no pair.
     const torch::Tensor counted = layout.counted_indices();
@@ -203,7 +230,7 @@ TEST_CASE("property: one number added to all logits of a token changes nothing, 
       const torch::Tensor gradient = gradient_of(sum, routing);
       CHECK(relative_difference(variant.loss->sum(shifted, layout), sum) < 1e-12);
       CHECK(largest(gradient.sum(-1)) < 1e-11 * std::max(1.0, largest(gradient)));
-      if (variant.label.find("propagate") == std::string::npos) {
+      if (variant.label.find("propagate") == std::string::npos && !pulls_both_sides(*variant.loss)) {
         CHECK(largest(gradient.index_select(1, not_counted.nonzero().flatten())) == 0.0);
       }
     }

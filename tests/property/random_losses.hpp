@@ -64,6 +64,15 @@ inline RoutingTensors moderate_routing(SplitMix64& random, const Sizes& sizes, s
   return random_routing(engine, sizes, num_tokens);
 }
 
+/// Strictly increasing, now and then beyond every sequence of any_layout.
+inline std::vector<std::int64_t> any_lags(SplitMix64& random) {
+  std::vector<std::int64_t> lags{between(random, 1, 4)};
+  for (std::int64_t i = between(random, 0, 3); i > 0; --i) {
+    lags.push_back(lags.back() + between(random, 1, 5));
+  }
+  return lags;
+}
+
 /// Every objective under every option, numbers drawn. C is never K, nor gamma a round number: c would sit at 1, the
 /// kink of the clamp, up to rounding.
 inline std::vector<Variant> any_variants(SplitMix64& random, const Sizes& sizes) {
@@ -85,9 +94,13 @@ inline std::vector<Variant> any_variants(SplitMix64& random, const Sizes& sizes)
   variants.push_back({"rank_matching", find_loss(options, "rank_matching", sizes)});
   options.rank_matching.normalise_pairs = true;
   variants.push_back({"rank_matching normalised", find_loss(options, "rank_matching", sizes)});
-  for (const std::string name : {"reuse", "trust", "load_balance"}) {
+  for (const std::string name :
+       {"reuse", "trust", "smooth", "router_entropy", "temporal_dot", "gate_consistency", "load_balance"}) {
     variants.push_back({name, find_loss(options, name, sizes)});
   }
+  variants.push_back(lag_variant(any_lags(random), sizes));
+  variants.push_back(window_variant(between(random, 1, 12), sizes));
+  variants.push_back(chunk_variant(between(random, 1, 12), sizes));
   return variants;
 }
 

@@ -22,6 +22,13 @@ struct RoutingTensors {
   torch::Tensor reference_logits_LTE;  ///< z of the frozen base router, no gradient; undefined when there is none.
 };
 
+/// Non-overlapping windows of one size over the counted tokens of each sequence, in order: the first begins at the
+/// sequence's first counted token, the last may be short.
+struct WindowTensors {
+  torch::Tensor window_of_counted;  ///< int64 [counted], the window (0..windows-1) of each entry of counted_indices.
+  torch::Tensor lengths;            ///< int64 [windows], counted tokens in each; adds up to counted.
+};
+
 /// A SequenceLayout as index tensors, made once per micro-batch and shared by all losses.
 class LayoutTensors {
  public:
@@ -49,6 +56,11 @@ class LayoutTensors {
   [[nodiscard]] const torch::Tensor& run_begins() const noexcept { return run_begins_; }
   /// int64 [runs], one past the last token of each run.
   [[nodiscard]] const torch::Tensor& run_ends() const noexcept { return run_ends_; }
+  /// int64, counted t whose t-lag is a real token of the same sequence; lag 1 gives pair_indices. Made at each call.
+  /// Throws std::invalid_argument when lag is below 1.
+  [[nodiscard]] torch::Tensor lagged_indices(std::int64_t lag) const;
+  /// Windows of `size` counted tokens. Made at each call. Throws std::invalid_argument when size is below 1.
+  [[nodiscard]] WindowTensors windows(std::int64_t size) const;
 
  private:
   SequenceLayout layout_;
@@ -118,6 +130,57 @@ struct TrustOptions {
   double weight = 0.0;
   FieldList fields();
 };
+/// ReMoE's smoothness over pairs (t, t-1), in nats:
+///   sum = sum_t SymKL(p_t, p_{t-1}),   SymKL(P, Q) = (KL(P||Q) + KL(Q||P)) / 2;   count: pairs.
+/// Both sides get gradient, prompt tokens at t-1 included.
+struct SmoothOptions {
+  double weight = 0.0;
+  std::int64_t ramp_steps = 0;  ///< The weight grows linearly from 0 over this many steps.
+  FieldList fields();
+};
+/// ReMoE's smoothness over several lags D, for counted t with a token before them, in nats:
+///   sum = sum_t (1/|D|) * sum_{d in D, t-d in the sequence} SymKL(p_t, p_{t-d});   count: pairs (t, t-1).
+/// A lag that reaches before the sequence adds 0 and still counts in |D|. Both sides get gradient.
+struct LagOptions {
+  double weight = 0.0;
+  std::int64_t ramp_steps = 0;                     ///< The weight grows linearly from 0 over this many steps.
+  std::vector<std::int64_t> lags{1, 2, 4, 8, 16};  ///< D: at least 1 each, strictly increasing.
+  FieldList fields();
+};
+/// ReMoE's working set, over windows b of counted tokens (LayoutTensors::windows), in nats:
+///   sum = sum_b |b| * H(mean of p over b);   count: counted tokens.
+/// Between 0 and log E, and at least router_entropy.
+struct WorkingSetOptions {
+  double weight = 0.0;
+  std::int64_t ramp_steps = 0;  ///< The weight grows linearly from 0 over this many steps.
+  std::int64_t window = 16;     ///< Counted tokens per window.
+  FieldList fields();
+};
+/// SEER-MoE's entropy (arXiv 2404.05089): sum = sum_t H(p_t) over counted t, in nats; count: counted tokens.
+struct RouterEntropyOptions {
+  double weight = 0.0;
+  FieldList fields();
+};
+/// Agreement of neighbours (arXiv 2608.18261): sum = sum_t (1 - <p_t, p_{t-1}>) over pairs; count: pairs. Both sides
+/// get gradient.
+struct TemporalDotOptions {
+  double weight = 0.0;
+  FieldList fields();
+};
+/// StickyMoE's gate consistency (arXiv 2607.08780): sum = sum_t ||p_t - p_{t-1}||^2 over pairs; count: pairs. Both
+/// sides get gradient.
+struct GateConsistencyOptions {
+  double weight = 0.0;
+  FieldList fields();
+};
+/// BlockFFN's chunk-level sparsity (arXiv 2507.08771), over chunks b of counted tokens (LayoutTensors::windows):
+///   sum = sum_b |b| * (1 - mean_e exp(sum_{t in b} log(1 - p_{t,e} + 1e-5)));   count: counted tokens.
+/// The share of experts that a chunk uses if each token used expert e with probability p_{t,e}, independently.
+struct ChunkUnionOptions {
+  double weight = 0.0;
+  std::int64_t chunk = 64;  ///< Counted tokens per chunk.
+  FieldList fields();
+};
 /// Load balance of Switch Transformers (arXiv 2101.03961): (E/K) * sum_e f_e P_e with f_e the mean of r (detached) and
 /// P_e the mean of p over all counted tokens of the micro-batch, across sequences; 1 when balanced. sum = value *
 /// count, count: counted tokens. The one term that splitting a batch changes.
@@ -132,8 +195,17 @@ struct RoutingLossOptions {
   RankMatchingOptions rank_matching;
   ReuseOptions reuse;
   TrustOptions trust;
+  SmoothOptions smooth;
+  LagOptions lag;
+  WorkingSetOptions working_set;
+  RouterEntropyOptions router_entropy;
+  TemporalDotOptions temporal_dot;
+  GateConsistencyOptions gate_consistency;
+  ChunkUnionOptions chunk_union;
   LoadBalanceOptions load_balance;
   FieldList fields();
+  /// The weight of every objective becomes `weight`; other options stay.
+  void set_all_weights(double weight);
 };
 
 /// A loss with its weight over time. Weight 0: the value is reported, nothing is trained on it.
@@ -148,7 +220,7 @@ struct WeightedLoss {
 /// Names of all registered objectives, in the order of the recipe section.
 [[nodiscard]] std::vector<std::string> routing_loss_names();
 /// Builds every registered objective for a model of E experts and K per token, weight 0 included.
-/// Throws UsageError when an option does not fit the model (slots above E) or is no choice of its field.
+/// Throws UsageError when an option does not fit the model (slots above E), is out of range or no choice of its field.
 [[nodiscard]] std::vector<WeightedLoss> make_routing_losses(const RoutingLossOptions& options, std::int64_t num_experts,
                                                             std::int64_t top_k);
 

@@ -120,6 +120,28 @@ inline Variant cache_variant(const std::string& start, bool clamp, bool propagat
           find_loss(options, "cache_simulation", sizes)};
 }
 
+inline Variant lag_variant(const std::vector<std::int64_t>& lags, const Sizes& sizes) {
+  RoutingLossOptions options;
+  options.lag.lags = lags;
+  std::string label = "lag";
+  for (const std::int64_t lag : lags) {
+    label.append(" ").append(std::to_string(lag));
+  }
+  return {label, find_loss(options, "lag", sizes)};
+}
+
+inline Variant window_variant(std::int64_t window, const Sizes& sizes) {
+  RoutingLossOptions options;
+  options.working_set.window = window;
+  return {"working_set " + std::to_string(window), find_loss(options, "working_set", sizes)};
+}
+
+inline Variant chunk_variant(std::int64_t chunk, const Sizes& sizes) {
+  RoutingLossOptions options;
+  options.chunk_union.chunk = chunk;
+  return {"chunk_union " + std::to_string(chunk), find_loss(options, "chunk_union", sizes)};
+}
+
 /// Every objective under every option. C is never K: with C = K an expert used by every token sits at c = 1, the kink
 /// of the clamp, up to rounding.
 inline std::vector<Variant> every_variant(const Sizes& sizes) {
@@ -140,10 +162,24 @@ inline std::vector<Variant> every_variant(const Sizes& sizes) {
   options.rank_matching.normalise_pairs = true;
   options.rank_matching.margin = 0.25;
   variants.push_back({"rank_matching normalised", find_loss(options, "rank_matching", sizes)});
-  for (const std::string name : {"reuse", "trust", "load_balance"}) {
+  for (const std::string name : {"reuse", "trust", "smooth", "lag", "working_set", "router_entropy", "temporal_dot",
+                                 "gate_consistency", "chunk_union", "load_balance"}) {
     variants.push_back({name, find_loss(options, name, sizes)});
   }
+  for (const std::vector<std::int64_t>& lags : {std::vector<std::int64_t>{2, 3}, {1, 4, 1000}}) {
+    variants.push_back(lag_variant(lags, sizes));
+  }
+  for (const std::int64_t size : {1, 2, 3}) {
+    variants.push_back(window_variant(size, sizes));
+    variants.push_back(chunk_variant(size + 1, sizes));  // chunks of one token cost the same under every router
+  }
   return variants;
+}
+
+/// Terms whose gradient reaches the token before as well, and with it the last tokens of a prompt.
+inline bool pulls_both_sides(const RoutingLoss& loss) {
+  return loss.name() == "smooth" || loss.name() == "lag" || loss.name() == "temporal_dot" ||
+         loss.name() == "gate_consistency";
 }
 
 /// Different for every layer, so that a gradient that mixes layers up shows.
