@@ -90,11 +90,7 @@ FinetuneRecipe control_recipe(const FinetuneRecipe& recipe) {
   control.run_dir = (std::filesystem::path(recipe.run_dir) / "control").string();
   control.train.learning_rate = recipe.control.learning_rate;
   control.control.enabled = false;
-  control.losses.cache_simulation.weight = 0.0;
-  control.losses.rank_matching.weight = 0.0;
-  control.losses.reuse.weight = 0.0;
-  control.losses.trust.weight = 0.0;
-  control.losses.load_balance.weight = 0.0;
+  control.losses.set_all_weights(0.0);
   return control;
 }
 

@@ -487,7 +487,8 @@ class Loop {
     std::string line =
         fmt::format("step {:>{}}/{} | loss {:.4f} | nll {:.4f}", step, total.size(), total, values.loss, values.nll);
     for (std::size_t term = 0; term < values.terms.size(); ++term) {
-      if (std::isfinite(values.terms[term])) {
+      // What trains; terms of weight 0 are in metrics.jsonl.
+      if (job_.losses[term].weight > 0.0) {
         line += fmt::format(" | {} {:.4g}", job_.losses[term].loss->name(), values.terms[term]);
       }
     }
