@@ -4,6 +4,7 @@
 #include <cctype>
 #include <chrono>
 #include <cstring>
+#include <functional>
 #include <thread>
 
 #include <ATen/Context.h>
@@ -15,6 +16,7 @@
 #include "hestia/core/progress.hpp"
 #include "hestia/evaluation/build_info.hpp"
 #include "hestia/model/tensors.hpp"
+#include "hestia/routing/agreement.hpp"
 #include "hestia/trainer/bundle.hpp"
 #include "hestia/trainer/data_source.hpp"
 #include "hestia/trainer/trainer.hpp"
@@ -40,6 +42,13 @@ std::vector<std::int64_t> slots_of(const EvaluateOptions& options, std::int64_t 
                                  num_experts, slots.back()));
   }
   return slots;
+}
+
+std::vector<std::int64_t> segments_of(const EvaluateOptions& options) {
+  std::vector<std::int64_t> segments = options.segments;
+  std::sort(segments.begin(), segments.end());
+  segments.erase(std::unique(segments.begin(), segments.end()), segments.end());
+  return segments;
 }
 
 std::int64_t expert_bytes_of(MoeModel& model) {
@@ -85,6 +94,21 @@ Json domain_json(const DomainFigures& figures) {
   for (const CacheFigures& cache : figures.cache) {
     cells.push_back(cache_json(cache));
   }
+  Json segments = Json::array();
+  for (const SegmentFigures& segment : figures.segments) {
+    segments.push_back({{"segment", segment.segment_length},
+                        {"value", segment.routing.best_performance},
+                        {"size_ratio", segment.routing.size_ratio},
+                        {"segments", segment.routing.segments}});
+  }
+  Json segment_caches = Json::array();
+  for (const SegmentCacheFigures& cache : figures.segment_caches) {
+    segment_caches.push_back({{"segment", cache.segment_length},
+                              {"slots", cache.slots},
+                              {"value", cache.counts.hit_rate()},
+                              {"requests", cache.counts.requests},
+                              {"hits", cache.counts.hits}});
+  }
   return {{"domain", figures.domain},
           {"tuned_domain", figures.tuned_domain},
           {"sequences", figures.sequences},
@@ -98,6 +122,10 @@ Json domain_json(const DomainFigures& figures) {
           {"usage_cv", figures.usage.coefficient_of_variation},
           {"usage_max_share", figures.usage.max_share},
           {"unused_experts", figures.usage.unused_experts},
+          {"kendall_tau", figures.kendall_tau},
+          {"top_k_agreement", figures.top_k_agreement},
+          {"segment_routing_best_performance", segments},
+          {"segment_cache_hit_rate", segment_caches},
           {"cache", cells}};
 }
 
@@ -153,11 +181,12 @@ const ArmFigures* find_arm(const Comparison& comparison, const std::string& name
 
 ArmFigures measure_arm(MoeModel& model, const std::string& name, const PackedData& held_out,
                        const std::vector<std::string>& tuned_domains, const EvaluateOptions& options,
-                       std::int64_t sequence_length, bool quiet) {
+                       std::int64_t sequence_length, bool quiet, bool against_reference) {
   const Architecture& architecture = model->architecture();
   const std::vector<std::int64_t> layers = architecture.moe_layers();
   const auto num_layers = static_cast<std::int64_t>(layers.size());
   const std::vector<std::int64_t> slots = slots_of(options, architecture.num_experts);
+  const std::vector<std::int64_t> segments = segments_of(options);
   constexpr std::int64_t kRows = 8;
   ArmFigures arm;
   arm.name = name;
@@ -168,10 +197,17 @@ ArmFigures measure_arm(MoeModel& model, const std::string& name, const PackedDat
     figures.domain = held_out.domains[domain];
     figures.tuned_domain = std::find(tuned_domains.begin(), tuned_domains.end(), figures.domain) != tuned_domains.end();
     RoutingMetrics metrics(num_layers, architecture.num_experts, architecture.top_k, layers, expert_bytes_of(model));
+    RouterAgreement agreement;
+    std::function<void(const SequenceRouting&, const SequenceRouting&)> compare;
+    if (against_reference) {
+      compare = [&](const SequenceRouting& reference, const SequenceRouting& own) { agreement.add(reference, own); };
+    }
     figures.quality = measure(
         model, held_out, pack_for_evaluation(held_out, static_cast<std::int64_t>(domain), kRows, sequence_length),
         false, [&](SequenceRouting&& routing) { metrics.add(routing); },
-        [&](std::int64_t tokens) { progress.advance(tokens); });
+        [&](std::int64_t tokens) { progress.advance(tokens); }, compare);
+    figures.kendall_tau = agreement.kendall_tau();
+    figures.top_k_agreement = agreement.top_k_agreement();
     figures.sequences = metrics.num_sequences();
     figures.tokens = metrics.num_counted();
     figures.expert_overlap_ratio = metrics.expert_overlap_ratio();
@@ -193,6 +229,15 @@ ArmFigures measure_arm(MoeModel& model, const std::string& name, const PackedDat
             static_cast<double>(cache.counts.loads) / (tokens * static_cast<double>(num_layers));
         cache.bytes_per_token = static_cast<double>(cache.counts.load_bytes) / tokens;
         figures.cache.push_back(std::move(cache));
+      }
+    }
+    for (const std::int64_t segment : segments) {
+      figures.segments.push_back({segment, metrics.segment_routing(segment)});
+      for (const std::int64_t count : slots) {
+        SimulationOptions simulation;
+        simulation.slots = count;
+        simulation.num_threads = at::get_num_threads();
+        figures.segment_caches.push_back({segment, count, metrics.simulate_segment_cache(segment, simulation)});
       }
     }
     arm.domains.push_back(std::move(figures));
@@ -226,9 +271,9 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const std::f
   comparison.device = model->device().str();
   comparison.model_path = recipe.model.path;
   comparison.bundle = bundle_dir.string();
-  const auto arm = [&](const char* name) {
-    comparison.arms.push_back(
-        measure_arm(model, name, held_out, recipe.data.train, recipe.evaluate, recipe.data.sequence_length, quiet));
+  const auto arm = [&](const char* name, bool against_baseline = true) {
+    comparison.arms.push_back(measure_arm(model, name, held_out, recipe.data.train, recipe.evaluate,
+                                          recipe.data.sequence_length, quiet, against_baseline));
   };
   {
     // A bundle that is damaged or of another model shows now, not after minutes of measuring the baseline.
@@ -242,7 +287,8 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const std::f
       model->routers()[i].copy_(base[i]);
     }
   }
-  arm(kBaselineArm);
+  arm(kBaselineArm, false);
+  model->keep_reference_routers();
   load_bundle(model, bundle_dir);
   arm(kTunedArm);
   const auto control = latest_checkpoint(run_dir / "control");

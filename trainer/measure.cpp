@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <limits>
+#include <stdexcept>
 
 #include <torch/autograd.h>
 
@@ -88,6 +89,61 @@ torch::Tensor from_vector(const std::vector<std::int64_t>& values, std::int64_t 
       .to(device);
 }
 
+// What the routers of all layers chose in one batch, on the CPU.
+class BatchRouting {
+ public:
+  explicit BatchRouting(std::int64_t num_experts) : num_experts_(num_experts) {}
+  // One layer; `weights` and `probabilities` may be undefined.
+  void add(const torch::Tensor& selected_TK, const torch::Tensor& weights_TK, const torch::Tensor& probabilities_TE) {
+    selected_.push_back(selected_TK.to(torch::kCPU).contiguous());
+    if (weights_TK.defined()) {
+      weights_.push_back(weights_TK.to(torch::kCPU, torch::kFloat32).contiguous());
+    }
+    if (probabilities_TE.defined()) {
+      probabilities_.push_back(probabilities_TE.to(torch::kCPU, torch::kFloat32).contiguous());
+    }
+  }
+
+  // The part of one sequence; its id is `first_id` and its number in the batch.
+  [[nodiscard]] SequenceRouting sequence(const PackedData& data, const PackedBatch& batch, const SequenceRun& run,
+                                         std::int64_t first_id) const {
+    SequenceRouting routing;
+    routing.id = first_id + run.id;
+    routing.task = data.domains.at(static_cast<std::size_t>(batch.domains.at(static_cast<std::size_t>(run.id))));
+    routing.num_tokens = run.length();
+    while (routing.num_prompt_tokens < run.length() &&
+           batch.counted[static_cast<std::size_t>(run.begin + routing.num_prompt_tokens)] == 0) {
+      ++routing.num_prompt_tokens;
+    }
+    routing.num_layers = static_cast<std::int64_t>(selected_.size());
+    routing.num_experts = num_experts_;
+    routing.top_k = selected_.empty() ? 0 : selected_.front().size(1);
+    for (const torch::Tensor& selected : selected_) {
+      const std::int64_t* experts = selected.data_ptr<std::int64_t>();
+      for (std::int64_t i = run.begin * routing.top_k; i < run.end * routing.top_k; ++i) {
+        routing.selected.push_back(static_cast<std::uint16_t>(experts[i]));
+      }
+    }
+    append_rows(weights_, run, routing.weights);
+    append_rows(probabilities_, run, routing.probabilities);
+    return routing;
+  }
+
+ private:
+  static void append_rows(const std::vector<torch::Tensor>& layers, const SequenceRun& run,
+                          std::vector<float>& values) {
+    for (const torch::Tensor& layer : layers) {
+      const float* first = layer.data_ptr<float>();
+      values.insert(values.end(), first + run.begin * layer.size(1), first + run.end * layer.size(1));
+    }
+  }
+
+  std::int64_t num_experts_;
+  std::vector<torch::Tensor> selected_;
+  std::vector<torch::Tensor> weights_;
+  std::vector<torch::Tensor> probabilities_;
+};
+
 }  // namespace
 
 double QualityResult::nll() const {
@@ -124,9 +180,9 @@ torch::Tensor nll_sum(MoeModel& model, const torch::Tensor& hidden_BSD, const to
 
 QualityResult measure(MoeModel& model, const PackedData& data, const std::vector<PackedBatch>& batches,
                       bool with_probabilities, const std::function<void(SequenceRouting&&)>& visit,
-                      const std::function<void(std::int64_t tokens)>& progress) {
+                      const std::function<void(std::int64_t tokens)>& progress,
+                      const std::function<void(const SequenceRouting&, const SequenceRouting&)>& compare) {
   const torch::NoGradGuard no_grad;
-  const Architecture& architecture = model->architecture();
   QualityResult result;
   std::int64_t next_id = 0;
   for (const PackedBatch& batch : batches) {
@@ -136,44 +192,31 @@ QualityResult measure(MoeModel& model, const PackedData& data, const std::vector
     result.labels += batch.num_labels();
     result.bytes += batch.num_bytes;
     const std::vector<SequenceRun> runs = sequence_runs(layout_of(batch));
-    if (visit) {
-      std::vector<torch::Tensor> selected;
-      std::vector<torch::Tensor> weights;
-      std::vector<torch::Tensor> probabilities;
+    if (visit || compare) {
+      BatchRouting own(model->architecture().num_experts);
+      BatchRouting reference(model->architecture().num_experts);
       for (const RoutingRecord& record : output.routing) {
-        selected.push_back(record.selected_TK.to(torch::kCPU).contiguous());
-        weights.push_back(record.weights_TK.to(torch::kCPU, torch::kFloat32).contiguous());
-        if (with_probabilities) {
-          probabilities.push_back(record.probabilities_TE.to(torch::kCPU, torch::kFloat32).contiguous());
+        const bool probabilities = with_probabilities || compare;
+        own.add(record.selected_TK, record.weights_TK, probabilities ? record.probabilities_TE : torch::Tensor());
+        if (compare) {
+          if (!record.reference_logits_TE.defined()) {
+            throw std::invalid_argument("measure: the model keeps no reference routers to compare with");
+          }
+          reference.add(top_k_lowest_index(record.reference_logits_TE, record.selected_TK.size(1)), torch::Tensor(),
+                        record.reference_logits_TE.softmax(1));
         }
       }
-      const std::int64_t top_k = selected.empty() ? 0 : selected.front().size(1);
       for (const SequenceRun& run : runs) {
-        SequenceRouting routing;
-        routing.id = next_id + run.id;
-        routing.task = data.domains.at(static_cast<std::size_t>(batch.domains.at(static_cast<std::size_t>(run.id))));
-        routing.num_tokens = run.length();
-        while (routing.num_prompt_tokens < run.length() &&
-               batch.counted[static_cast<std::size_t>(run.begin + routing.num_prompt_tokens)] == 0) {
-          ++routing.num_prompt_tokens;
-        }
-        routing.num_layers = static_cast<std::int64_t>(selected.size());
-        routing.num_experts = architecture.num_experts;
-        routing.top_k = top_k;
-        for (std::size_t layer = 0; layer < selected.size(); ++layer) {
-          const std::int64_t* experts = selected[layer].data_ptr<std::int64_t>();
-          const float* mixing = weights[layer].data_ptr<float>();
-          for (std::int64_t i = run.begin * top_k; i < run.end * top_k; ++i) {
-            routing.selected.push_back(static_cast<std::uint16_t>(experts[i]));
-            routing.weights.push_back(mixing[i]);
-          }
-          if (with_probabilities) {
-            const float* values = probabilities[layer].data_ptr<float>();
-            routing.probabilities.insert(routing.probabilities.end(), values + run.begin * architecture.num_experts,
-                                         values + run.end * architecture.num_experts);
+        SequenceRouting routing = own.sequence(data, batch, run, next_id);
+        if (compare) {
+          compare(reference.sequence(data, batch, run, next_id), routing);
+          if (!with_probabilities) {
+            routing.probabilities.clear();
           }
         }
-        visit(std::move(routing));
+        if (visit) {
+          visit(std::move(routing));
+        }
       }
     }
     next_id += static_cast<std::int64_t>(batch.domains.size());

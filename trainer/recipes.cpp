@@ -88,6 +88,7 @@ FieldList EvaluateOptions::fields() {
   list.add("slots", slots, "slots per layer to simulate; empty: E/8, E/4, E/2", {.low = 1});
   list.add("policies", policies, "slot-cache policies to simulate", policy_names());
   list.add("gamma", gamma, "discount of the gamma policy", {.low = 0.0, .high = 1.0});
+  list.add("segments", segments, "steps per segment of the segment metrics (SRP, SCH); empty: none", {.low = 1});
   return list;
 }
 

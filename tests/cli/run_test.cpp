@@ -166,6 +166,12 @@ TEST_CASE("finetune, export and evaluate, one after the other") {
     REQUIRE(arm.at("domains").size() == 2);
     for (const Json& domain : arm.at("domains")) {
       CHECK(domain.at("cache").size() == 2 * 3);
+      CHECK(domain.at("segment_routing_best_performance").size() == 2);
+      CHECK(domain.at("segment_cache_hit_rate").size() == 2 * 3);
+      for (const char* key : {"kendall_tau", "top_k_agreement"}) {
+        CHECK(domain.at(key).is_null() == (arm.at("name") == "baseline"));
+        CHECK((domain.at(key).is_null() || (domain.at(key) > 0.5 && domain.at(key) <= 1.0)));
+      }
       CHECK(domain.at("tokens").get<std::int64_t>() > 100);
     }
   }

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -22,6 +23,19 @@ struct CacheFigures {
   double bytes_per_token = 0.0;        ///< loads * bytes of one expert / counted tokens (modelled: no clock)
 };
 
+/// The segment cache of one (segment length, slots) cell.
+struct SegmentCacheFigures {
+  std::int64_t segment_length = 0;  ///< Steps ahead that the cache knows.
+  std::int64_t slots = 0;
+  SimulationCounts counts;
+};
+
+/// Segment routing at one segment length.
+struct SegmentFigures {
+  std::int64_t segment_length = 0;
+  SegmentRouting routing;
+};
+
 /// One router on one domain.
 struct DomainFigures {
   std::string domain;
@@ -33,6 +47,11 @@ struct DomainFigures {
   double distinct_experts = 0.0;
   UsageStatistics usage;
   std::vector<CacheFigures> cache;
+  std::vector<SegmentFigures> segments;             ///< By segment length.
+  std::vector<SegmentCacheFigures> segment_caches;  ///< By segment length, then slots.
+  /// Against the base model's routers on the same hidden states; NaN where that was not measured (the baseline).
+  double kendall_tau = std::numeric_limits<double>::quiet_NaN();
+  double top_k_agreement = std::numeric_limits<double>::quiet_NaN();
 };
 
 /// One router ("baseline", "nll control", "tuned").
@@ -66,10 +85,12 @@ inline constexpr const char* kBaselineArm = "baseline";
 inline constexpr const char* kControlArm = "nll control";
 inline constexpr const char* kTunedArm = "tuned";
 
-/// Measures one router (whatever `model` holds now) on every domain of `held_out`.
+/// Measures one router (whatever `model` holds now) on every domain of `held_out`; `against_reference`: its agreement
+/// with the routers that `model->keep_reference_routers()` kept too, on the hidden states that the router itself
+/// brought about. Memory beyond the model's is that of one batch, counts and the trace of one domain.
 [[nodiscard]] ArmFigures measure_arm(MoeModel& model, const std::string& name, const PackedData& held_out,
                                      const std::vector<std::string>& tuned_domains, const EvaluateOptions& options,
-                                     std::int64_t sequence_length, bool quiet);
+                                     std::int64_t sequence_length, bool quiet, bool against_reference = false);
 
 /// `hestia evaluate`: baseline, control (when the run has one) and tuned router on the held-out split of
 /// `data.evaluate`; writes run_dir/results.json and returns the comparison. Throws InputError when the bundle is

@@ -34,9 +34,13 @@ struct QualityResult {
 
 /// Runs `batches` without gradient; `visit` (may be empty) gets every sequence's routing on the CPU, in order, with
 /// probabilities when asked for. Sequence ids are made unique over all batches: first_id, first_id + 1, ... `data`
-/// gives the domain names (task labels) and prompt lengths.
-QualityResult measure(MoeModel& model, const PackedData& data, const std::vector<PackedBatch>& batches,
-                      bool with_probabilities, const std::function<void(SequenceRouting&&)>& visit,
-                      const std::function<void(std::int64_t tokens)>& progress = {});
+/// gives the domain names (task labels) and prompt lengths. `compare` (may be empty) gets, before `visit`, what the
+/// model's kept reference routers choose on the hidden states that its own routers saw (id, prompt, selections and
+/// probabilities, no weights), and the model's own routing, both with probabilities; std::invalid_argument when the
+/// model keeps no reference routers.
+QualityResult measure(
+    MoeModel& model, const PackedData& data, const std::vector<PackedBatch>& batches, bool with_probabilities,
+    const std::function<void(SequenceRouting&&)>& visit, const std::function<void(std::int64_t tokens)>& progress = {},
+    const std::function<void(const SequenceRouting& reference, const SequenceRouting& own)>& compare = {});
 
 }  // namespace hestia

@@ -79,7 +79,8 @@ struct EvaluateOptions {
   std::int64_t tokens_per_domain = 16384;
   std::vector<std::int64_t> slots;  ///< Empty: E/8, E/4, E/2.
   std::vector<std::string> policies = {"lru", "lfu", "belady"};
-  double gamma = 0.9;  ///< Of the gamma-cache.
+  double gamma = 0.9;                             ///< Of the gamma-cache.
+  std::vector<std::int64_t> segments = {16, 64};  ///< Steps per segment of the segment metrics; empty: none.
   FieldList fields();
 };
 

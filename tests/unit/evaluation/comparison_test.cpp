@@ -54,6 +54,19 @@ Comparison random_comparison(std::uint64_t seed, const Layout& layout) {
       figures.usage.coefficient_of_variation = random.uniform();
       figures.usage.max_share = 1.0 + random.uniform();
       figures.usage.unused_experts = static_cast<std::int64_t>(random.below(5));
+      figures.kendall_tau = name == kBaselineArm ? figures.kendall_tau : random.uniform();
+      figures.top_k_agreement = name == kBaselineArm ? figures.top_k_agreement : random.uniform();
+      for (const std::int64_t length : {16, 64}) {
+        figures.segments.push_back({length, {random.uniform(), 2.0 * random.uniform(), 500 + length}});
+        for (const std::int64_t slots : layout.slots) {
+          SegmentCacheFigures cache;
+          cache.segment_length = length;
+          cache.slots = slots;
+          cache.counts.requests = 24000;
+          cache.counts.hits = static_cast<std::int64_t>(random.below(24000));
+          figures.segment_caches.push_back(cache);
+        }
+      }
       for (const std::int64_t slots : layout.slots) {
         for (const std::string& policy : layout.policies) {
           CacheFigures cache;
@@ -270,6 +283,30 @@ TEST_CASE("the results file holds every figure") {
       CHECK(domain.at("usage_cv") == figures.usage.coefficient_of_variation);
       CHECK(domain.at("usage_max_share") == figures.usage.max_share);
       CHECK(domain.at("unused_experts") == figures.usage.unused_experts);
+      if (a == 0) {
+        CHECK(domain.at("kendall_tau").is_null());
+        CHECK(domain.at("top_k_agreement").is_null());
+      } else {
+        CHECK(domain.at("kendall_tau") == figures.kendall_tau);
+        CHECK(domain.at("top_k_agreement") == figures.top_k_agreement);
+      }
+      REQUIRE(domain.at("segment_routing_best_performance").size() == 2);
+      for (std::size_t s = 0; s < 2; ++s) {
+        const SegmentFigures& segment = figures.segments[s];
+        CHECK(domain.at("segment_routing_best_performance")[s] == Json{{"segment", segment.segment_length},
+                                                                       {"value", segment.routing.best_performance},
+                                                                       {"size_ratio", segment.routing.size_ratio},
+                                                                       {"segments", segment.routing.segments}});
+      }
+      REQUIRE(domain.at("segment_cache_hit_rate").size() == 2 * 3);
+      for (std::size_t s = 0; s < 6; ++s) {
+        const SegmentCacheFigures& cache = figures.segment_caches[s];
+        CHECK(domain.at("segment_cache_hit_rate")[s] == Json{{"segment", cache.segment_length},
+                                                             {"slots", cache.slots},
+                                                             {"value", cache.counts.hit_rate()},
+                                                             {"requests", cache.counts.requests},
+                                                             {"hits", cache.counts.hits}});
+      }
       REQUIRE(domain.at("cache").size() == 9);
       for (std::size_t c = 0; c < 9; ++c) {
         const CacheFigures& cache = figures.cache[c];

@@ -268,6 +268,116 @@ TEST_CASE("an arm follows the routers the model holds now") {
   }
 }
 
+TEST_CASE("an arm agrees with its own reference routers, and less and less with others") {
+  MoeModel model = small_model();
+  const PackedData data = held_out_data();
+  EvaluateOptions options;
+  options.slots = {2};
+  options.policies = {"lru"};
+  CHECK_THROWS_AS(measure_arm(model, "tuned", data, {}, options, 48, true, true), std::invalid_argument);
+  const std::vector<DomainFigures> alone = measure_arm(model, "baseline", data, {}, options, 48, true).domains;
+  CHECK(std::isnan(alone.at(0).kendall_tau));
+  CHECK(std::isnan(alone.at(0).top_k_agreement));
+  model->keep_reference_routers();
+  const ArmFigures same = measure_arm(model, "tuned", data, {}, options, 48, true, true);
+  for (const DomainFigures& figures : same.domains) {
+    CHECK(figures.kendall_tau == Approx(1.0).epsilon(1e-12));
+    CHECK(figures.top_k_agreement == 1.0);
+  }
+  double last = 1.0;
+  for (const double scale : {0.02, 0.2, 2.0}) {
+    {
+      const torch::NoGradGuard no_grad;
+      torch::manual_seed(5);
+      for (torch::Tensor& router : model->routers()) {
+        router.add_(torch::randn_like(router), scale);
+      }
+    }
+    const ArmFigures arm = measure_arm(model, "tuned", data, {}, options, 48, true, true);
+    for (std::size_t domain = 0; domain < 2; ++domain) {
+      INFO("domain " << domain << ", noise " << scale);
+      double tau = 0.0;
+      double common = 0.0;
+      double rows = 0.0;
+      for (const TokenSequence& sequence : data.sequences) {
+        if (sequence.domain != static_cast<std::int32_t>(domain)) {
+          continue;
+        }
+        const torch::NoGradGuard no_grad;
+        const auto length = static_cast<std::int64_t>(sequence.tokens.size());
+        const torch::Tensor ids =
+            torch::tensor(std::vector<std::int64_t>(sequence.tokens.begin(), sequence.tokens.end())).unsqueeze(0);
+        const ModelOutput output =
+            model->forward({ids, torch::arange(length).unsqueeze(0), torch::zeros({1, length}, torch::kInt64)});
+        for (const RoutingRecord& record : output.routing) {
+          for (std::int64_t t = sequence.num_prompt_tokens; t < length; ++t) {
+            const torch::Tensor now = record.logits_TE[t];
+            const torch::Tensor base = record.reference_logits_TE[t];
+            // Signs of all differences, each pair twice.
+            const torch::Tensor by_now = (now.unsqueeze(0) - now.unsqueeze(1)).sign();
+            const torch::Tensor by_base = (base.unsqueeze(0) - base.unsqueeze(1)).sign();
+            tau += (by_now * by_base).sum().item<double>() / (8.0 * 7.0);
+            for (const std::int64_t rank : {0, 1}) {
+              const auto expert = std::get<1>(base.topk(2))[rank].item<std::int64_t>();
+              common += record.selected_TK[t].eq(expert).sum().item<double>() / 2.0;
+            }
+            rows += 1.0;
+          }
+        }
+      }
+      // Packed rows and sequences alone round differently.
+      CHECK(arm.domains[domain].kendall_tau == Approx(tau / rows).margin(2e-3));
+      CHECK(arm.domains[domain].top_k_agreement == Approx(common / rows).margin(2e-3));
+    }
+    CHECK(arm.domains[0].kendall_tau < last);
+    last = arm.domains[0].kendall_tau;
+  }
+  CHECK(last < 0.5);
+}
+
+TEST_CASE("segment metrics are there for every segment length, sorted and each once, and every slot count") {
+  MoeModel model = small_model();
+  const PackedData data = held_out_data();
+  EvaluateOptions options;
+  options.policies = {"lru", "belady"};
+  options.slots = {4, 2};
+  const auto lengths_of = [](const DomainFigures& figures) {
+    std::vector<std::int64_t> lengths;
+    for (const SegmentFigures& segment : figures.segments) {
+      lengths.push_back(segment.segment_length);
+    }
+    return lengths;
+  };
+  ArmFigures arm = measure_arm(model, "baseline", data, {}, options, 48, true);
+  CHECK(lengths_of(arm.domains.at(1)) == std::vector<std::int64_t>{16, 64});
+  options.segments = {64, 1, 4, 64};
+  arm = measure_arm(model, "baseline", data, {}, options, 48, true);
+  for (const DomainFigures& figures : arm.domains) {
+    CHECK(lengths_of(figures) == std::vector<std::int64_t>{1, 4, 64});
+    CHECK(figures.segments.at(0).routing.best_performance == 1.0);
+    CHECK(figures.segments.at(0).routing.segments == 2 * figures.tokens);
+    CHECK(figures.segments.at(1).routing.best_performance < 1.0);
+    // 64 steps are more than any sequence has.
+    CHECK(figures.segments.at(2).routing.segments == 2 * figures.sequences);
+    REQUIRE(figures.segment_caches.size() == 3 * 2);
+    for (std::size_t i = 0; i < 6; ++i) {
+      const SegmentCacheFigures& cache = figures.segment_caches[i];
+      CHECK(cache.segment_length == std::vector<std::int64_t>{1, 4, 64}.at(i / 2));
+      CHECK(cache.slots == std::vector<std::int64_t>{2, 4}.at(i % 2));
+      const SimulationCounts& bound = find_cache(figures, "belady", cache.slots)->counts;
+      CHECK(cache.counts.requests == bound.requests);
+      CHECK(cache.counts.hits <= bound.hits);
+      CHECK(cache.counts.hits > 0);
+    }
+    // With slots for K experts only the step itself stays, whoever looks ahead.
+    CHECK(figures.segment_caches[0].counts.hits == find_cache(figures, "lru", 2)->counts.hits);
+  }
+  options.segments.clear();
+  arm = measure_arm(model, "baseline", data, {}, options, 48, true);
+  CHECK(arm.domains.at(0).segments.empty());
+  CHECK(arm.domains.at(0).segment_caches.empty());
+}
+
 TEST_CASE("slots are sorted, each once, and at most all experts") {
   MoeModel model = small_model();
   const PackedData data = held_out_data();
