@@ -67,12 +67,12 @@ TEST_CASE("finetune, export and evaluate, one after the other") {
 
   const Outcome tuned = project.run({"finetune", "finetune.yaml"});
   CHECK(done(tuned).empty());
-  for (const char* part :
-       {"| cache_simulation ", "| rank_matching ", "step 6/6 | loss ", "control: plain NLL tuning", "letters ppl "}) {
+  for (const char* part : {"| cache_simulation ", "| rank_matching ", "| reuse ", "| trust ", "step 6/6 | loss ",
+                           "control: plain NLL tuning", "letters ppl "}) {
     CHECK_THAT(tuned.err, Catch::Contains(part));
   }
   // The line shows what trains, the file below everything.
-  CHECK_THAT(tuned.err, !Catch::Contains("| reuse ") && !Catch::Contains("| load_balance "));
+  CHECK_THAT(tuned.err, !Catch::Contains("| smooth ") && !Catch::Contains("| load_balance "));
   for (const char* folder : {"runs/tuned/", "runs/tuned/control/"}) {
     INFO(folder);
     for (const char* name : {"recipe.yaml", "metrics.jsonl", "checkpoints/step_6/DONE", "checkpoints/step_6/state.json",
