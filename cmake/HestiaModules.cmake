@@ -100,6 +100,7 @@ function(hestia_test name)
   # A [gpu] test without a GPU warns and returns: ctest then lists it as skipped, not among the passed.
   # ctest runs tests side by side: a second thread in each would only wait for a core (a test that is about threads sets
   # their number itself).
-  catch_discover_tests(${name} TEST_PREFIX "${name}: "
+  # NoTests: a name that ctest cannot hand on (brackets, semicolons) would otherwise match nothing and pass.
+  catch_discover_tests(${name} TEST_PREFIX "${name}: " EXTRA_ARGS --warn NoTests
     PROPERTIES TIMEOUT 600 LABELS ${label} ENVIRONMENT OMP_NUM_THREADS=1 SKIP_REGULAR_EXPRESSION "no GPU: skipped|SKIPPED: (no|needs a) GPU")
 endfunction()

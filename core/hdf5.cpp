@@ -343,7 +343,8 @@ void H5File::write_attribute(const std::string& object, const std::string& name,
                              const std::vector<std::int64_t>& values) {
   const hsize_t count = values.size();
   const Handle space(H5Screate_simple(1, &count, nullptr), H5Sclose);
-  impl_->attribute(object, name, H5T_STD_I64LE, H5T_NATIVE_INT64, space.get(), values.data());
+  const std::int64_t none = 0;  // HDF5 refuses a null pointer even where there is nothing to read
+  impl_->attribute(object, name, H5T_STD_I64LE, H5T_NATIVE_INT64, space.get(), values.empty() ? &none : values.data());
 }
 
 bool H5File::contains(const std::string& name) const {

@@ -50,31 +50,55 @@ const DTypeInfo& info(DType dtype) {
 // Sorted objects: insertion into Hestia's ordered Json is linear, and headers hold tens of thousands of names.
 using SortedJson = nlohmann::json;
 
+// Finds the first key that an object holds twice. A pass of its own: nlohmann's parser with a callback walks all
+// members of the parent again after each one, which takes minutes on a header of 50,000 names.
+class RepeatedKeys final : public nlohmann::json_sax<SortedJson> {
+ public:
+  [[nodiscard]] const std::string& first() const { return first_; }
+
+  bool null() override { return true; }
+  bool boolean(bool /*value*/) override { return true; }
+  bool number_integer(number_integer_t /*value*/) override { return true; }
+  bool number_unsigned(number_unsigned_t /*value*/) override { return true; }
+  bool number_float(number_float_t /*value*/, const string_t& /*text*/) override { return true; }
+  bool string(string_t& /*value*/) override { return true; }
+  bool binary(binary_t& /*value*/) override { return true; }
+  bool start_array(std::size_t /*size*/) override { return true; }
+  bool end_array() override { return true; }
+  bool start_object(std::size_t /*size*/) override {
+    keys_.emplace_back();
+    return true;
+  }
+  bool end_object() override {
+    keys_.pop_back();
+    return true;
+  }
+  bool key(string_t& key) override {
+    if (!keys_.back().insert(key).second && first_.empty()) {
+      first_ = key;
+    }
+    return true;
+  }
+  bool parse_error(std::size_t /*position*/, const std::string& /*token*/,
+                   const nlohmann::detail::exception& /*error*/) override {
+    return false;
+  }
+
+ private:
+  std::vector<std::set<std::string>> keys_;  // one set for each object that is open
+  std::string first_;
+};
+
 // Parses JSON and refuses repeated keys, of which nlohmann keeps the last without a word. `fail` makes the error.
 template <class Fail>
 SortedJson parse_without_duplicates(std::string_view text, const Fail& fail) {
-  std::vector<std::set<std::string>> keys;  // one set for each object that is open
-  std::string duplicate;
-  const auto watch = [&](int /*depth*/, SortedJson::parse_event_t event, SortedJson& value) {
-    if (event == SortedJson::parse_event_t::object_start) {
-      keys.emplace_back();
-    } else if (event == SortedJson::parse_event_t::object_end) {
-      keys.pop_back();
-    } else if (event == SortedJson::parse_event_t::key) {
-      const auto& key = value.get_ref<const std::string&>();
-      if (!keys.back().insert(key).second && duplicate.empty()) {
-        duplicate = key;
-      }
-    }
-    return true;
-  };
   // nlohmann takes a zero byte for the end of the text.
   if (const std::size_t zero = text.find('\0'); zero != std::string_view::npos) {
     throw fail(fmt::format("is not valid JSON at byte {}", zero));
   }
   SortedJson json;
   try {
-    json = SortedJson::parse(text, watch);
+    json = SortedJson::parse(text);
   } catch (const SortedJson::parse_error& error) {
     throw fail(fmt::format("is not valid JSON at byte {}", error.byte));
   } catch (const SortedJson::exception&) {
@@ -83,8 +107,10 @@ SortedJson parse_without_duplicates(std::string_view text, const Fail& fail) {
   if (!json.is_object()) {
     throw fail(fmt::format("must be a JSON object, got {}", json.type_name()));
   }
-  if (!duplicate.empty()) {
-    throw fail(fmt::format("holds the name \"{}\" twice", duplicate));
+  RepeatedKeys repeated;
+  SortedJson::sax_parse(text, &repeated);
+  if (!repeated.first().empty()) {
+    throw fail(fmt::format("holds the name \"{}\" twice", repeated.first()));
   }
   return json;
 }

@@ -46,7 +46,7 @@ TEST_CASE("below stays under its bound and reaches every value evenly") {
   }
 }
 
-TEST_CASE("uniform lies in [0, 1) with mean one half") {
+TEST_CASE("uniform is at least 0, below 1, with mean one half") {
   SplitMix64 random(11);
   double sum = 0.0;
   for (int i = 0; i < 100'000; ++i) {

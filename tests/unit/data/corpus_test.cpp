@@ -156,7 +156,7 @@ TEST_CASE("Suffixes choose among the files of folders, below .gz and .dz, but no
   CHECK(read_all(options).size() == 2);
 }
 
-TEST_CASE("Globs match files and folders; names are told apart below the first wildcard") {
+TEST_CASE("Globs match files and folders, names are told apart below the first wildcard") {
   const TemporaryFolder folder;
   const std::string root = folder.path().string();
   for (const char* name : {"one/readme.txt", "two/readme.txt", "two/deep/readme.txt", "three/other.md"}) {
@@ -430,7 +430,7 @@ TEST_CASE("The separator sees a line without its line break") {
   }
 }
 
-TEST_CASE("Very long lines do not overflow the stack; the separator sees their first 1000 bytes") {
+TEST_CASE("Very long lines do not overflow the stack, the separator sees their first 1000 bytes") {
   const TemporaryFolder folder;
   const std::filesystem::path path = folder.path() / "a.txt";
   CorpusOptions options = corpus_of({path.string()});
@@ -446,7 +446,7 @@ TEST_CASE("Very long lines do not overflow the stack; the separator sees their f
   CHECK(read_all(options).size() == 1);
 }
 
-TEST_CASE("Pieces shorter than min_document_bytes join the next; nothing but a short last one is lost") {
+TEST_CASE("Pieces shorter than min_document_bytes join the next, nothing but a short last one is lost") {
   const TemporaryFolder folder;
   const std::filesystem::path path = folder.path() / "a.txt";
   CorpusOptions options = corpus_of({path.string()});
