@@ -13,6 +13,7 @@ void add_pretrain(CLI::App& app);
 void add_export(CLI::App& app);
 void add_evaluate(CLI::App& app);
 void add_simulate(CLI::App& app);
+void add_score(CLI::App& app);
 void add_validate(CLI::App& app);
 void add_inspect(CLI::App& app);
 void add_recipes(CLI::App& app);

@@ -86,6 +86,7 @@ int run(int argc, char** argv) {
   add_evaluate(app);
   add_pretrain(app);
   add_simulate(app);
+  add_score(app);
   add_validate(app);
   add_inspect(app);
   add_recipes(app);

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <map>
+#include <optional>
 #include <set>
 
 #include <fmt/format.h>
@@ -128,8 +129,27 @@ std::string wrong_choice(const std::string& where, const std::string& key, const
 }
 
 // The one document of `text`; null when there is none. Load alone would not look behind the first.
+// Column of the first tab that indents line `number`, both counted from 0.
+std::optional<int> tab_in_indentation(const std::string& text, int number) {
+  std::size_t begin = 0;
+  for (int line = 0; line < number && begin != std::string::npos; ++line) {
+    begin = text.find('\n', begin);
+    begin = begin == std::string::npos ? begin : begin + 1;
+  }
+  if (begin == std::string::npos) {
+    return std::nullopt;
+  }
+  const std::size_t first = std::min(text.find_first_not_of(" \t", begin), text.size());
+  const std::size_t tab = text.find('\t', begin);
+  return tab < first ? std::optional<int>(static_cast<int>(tab - begin)) : std::nullopt;
+}
+
 YAML::Node load_yaml(const std::string& text) {
   const std::vector<YAML::Node> documents = YAML::LoadAll(text);
+  // yaml-cpp overlooks a quote still open at a final line break, and would lose every key after it.
+  if (!text.empty() && text.back() == '\n') {
+    (void)YAML::LoadAll(text + "#");
+  }
   if (documents.size() > 1) {
     throw YAML::ParserException(documents[1].Mark(), "there is a second document");
   }
@@ -313,11 +333,16 @@ class Reader {
     }
     const std::string leaf = last_part(key);
     std::vector<std::string> leaves;
+    std::vector<std::string> same_leaf;
     for (const std::string& known : known_keys_) {
       if (last_part(known) == leaf) {
-        return known;
+        same_leaf.push_back(known);
       }
       leaves.push_back(last_part(known));
+    }
+    if (!same_leaf.empty()) {
+      near = nearest_name(key, same_leaf);
+      return near.empty() ? same_leaf.front() : near;
     }
     near = nearest_name(key, known_keys_);
     if (!near.empty()) {
@@ -817,8 +842,13 @@ RecipeSource read_recipe(const std::filesystem::path& path, const std::vector<st
   try {
     root = load_yaml(text);
   } catch (const YAML::Exception& error) {
-    throw UsageError(fmt::format("{}:{}:{}: not YAML, {}; check indentation, quotes and tabs", path.string(),
-                                 std::max(error.mark.line, 0) + 1, std::max(error.mark.column, 0) + 1, error.msg));
+    const int line = std::max(error.mark.line, 0);
+    if (const std::optional<int> column = tab_in_indentation(text, line)) {
+      throw UsageError(fmt::format("{}:{}:{}: not YAML, a tab in the indentation; use spaces", path.string(), line + 1,
+                                   *column + 1));
+    }
+    throw UsageError(fmt::format("{}:{}:{}: not YAML, {}; check indentation, quotes and tabs", path.string(), line + 1,
+                                 std::max(error.mark.column, 0) + 1, error.msg));
   }
   Locations locations;
   std::vector<std::string> known_keys = field_keys(fields);
@@ -830,6 +860,22 @@ RecipeSource read_recipe(const std::filesystem::path& path, const std::vector<st
     applier.apply(override_text, fields);
   }
   reader.require(fields, "", path.string());
+  source.locations_.assign(locations.begin(), locations.end());
+  Interpolator(fields, source, problems).run();
+  return source;
+}
+
+RecipeSource read_overrides(const std::vector<std::string>& overrides, const FieldList& fields, Problems& problems) {
+  RecipeSource source;
+  source.path_ = "command line";
+  source.overrides_ = overrides;
+  Locations locations;
+  Reader reader(source.path_.string(), field_keys(fields), problems, locations);
+  OverrideApplier applier(reader, problems);
+  for (const std::string& override_text : overrides) {
+    applier.apply(override_text, fields);
+  }
+  reader.require(fields, "", source.path_.string());
   source.locations_.assign(locations.begin(), locations.end());
   Interpolator(fields, source, problems).run();
   return source;

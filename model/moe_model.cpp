@@ -263,14 +263,14 @@ Tensor mixing_weights(const Architecture& a, const Tensor& probabilities_TE, con
 }
 
 LayerResult run_layer(const Architecture& a, const Layer& layer, std::int64_t index, const SharedInputs& shared,
-                      Selector& selector, Executor& executor, const Tensor& hidden_BSD,
+                      Selector& selector, Executor& executor, const Tensor& router_ED, const Tensor& hidden_BSD,
                       const std::optional<Tensor>& selected_TK) {
   const Tensor attended =
       hidden_BSD + attend(a, layer, shared, RmsNorm::apply(hidden_BSD, layer.input_norm, a.rms_norm_eps));
   const Tensor x_TD = RmsNorm::apply(attended, layer.post_attention_norm, a.rms_norm_eps).reshape({-1, a.hidden_size});
-  const Tensor router_input = x_TD.to(layer.router_ED.scalar_type());
+  const Tensor router_input = x_TD.to(router_ED.scalar_type());
   LayerResult result;
-  result.logits_TE = at::linear(router_input, layer.router_ED);
+  result.logits_TE = at::linear(router_input, router_ED);
   result.probabilities_TE = result.logits_TE.softmax(1);
   if (selected_TK) {
     result.selected_TK = *selected_TK;
@@ -412,7 +412,7 @@ ModelOutput MoeModelImpl::forward(const TokenBatch& batch) {
     if (impl_->checkpointing && at::GradMode::is_enabled()) {
       LayerRun run = [a, layer, index, shared, selector = impl_->selector, executor = impl_->executor](
                          const Tensor& x, const std::optional<Tensor>& selected) {
-        return run_layer(a, *layer, index, *shared, *selector, *executor, x, selected);
+        return run_layer(a, *layer, index, *shared, *selector, *executor, layer->router_ED, x, selected);
       };
       const std::vector<Tensor> parameters = layer->parameters();
       variable_list outputs =
@@ -424,8 +424,8 @@ ModelOutput MoeModelImpl::forward(const TokenBatch& batch) {
       record.probabilities_TE = record.logits_TE.softmax(1);
       record.weights_TK = mixing_weights(a, record.probabilities_TE, record.selected_TK);
     } else {
-      LayerResult result =
-          run_layer(a, *layer, index, *shared, *impl_->selector, *impl_->executor, hidden, std::nullopt);
+      LayerResult result = run_layer(a, *layer, index, *shared, *impl_->selector, *impl_->executor, layer->router_ED,
+                                     hidden, std::nullopt);
       hidden = result.hidden_BSD;
       record.logits_TE = result.logits_TE;
       record.probabilities_TE = result.probabilities_TE;
@@ -439,8 +439,34 @@ ModelOutput MoeModelImpl::forward(const TokenBatch& batch) {
   return output;
 }
 
+ModelOutput MoeModelImpl::forward_reference(const TokenBatch& batch) {
+  const torch::NoGradGuard no_grad;
+  check_batch(batch);
+  const SharedInputs shared = impl_->shared_inputs(batch);
+  const Architecture& a = impl_->architecture;
+  ModelOutput output;
+  Tensor hidden = at::embedding(impl_->embedding, batch.tokens_BS);
+  for (std::size_t i = 0; i < impl_->layers.size(); ++i) {
+    const Layer& layer = *impl_->layers[i];
+    if (!layer.reference_router_ED.defined()) {
+      throw std::logic_error("forward_reference: no reference routers; call keep_reference_routers first");
+    }
+    LayerResult result = run_layer(a, layer, static_cast<std::int64_t>(i), shared, *impl_->selector, *impl_->executor,
+                                   layer.reference_router_ED, hidden, std::nullopt);
+    hidden = result.hidden_BSD;
+    output.routing.push_back(
+        {result.logits_TE, result.probabilities_TE, result.selected_TK, result.weights_TK, result.reference_logits_TE});
+  }
+  output.hidden_BSD = RmsNorm::apply(hidden, impl_->final_norm, a.rms_norm_eps);
+  return output;
+}
+
 torch::Tensor MoeModelImpl::head(const torch::Tensor& hidden) {
-  return at::linear(hidden, impl_->head.defined() ? impl_->head : impl_->embedding);
+  return at::linear(hidden, head_weight());
+}
+
+const torch::Tensor& MoeModelImpl::head_weight() const noexcept {
+  return impl_->head.defined() ? impl_->head : impl_->embedding;
 }
 
 void MoeModelImpl::set_selector(std::shared_ptr<Selector> selector) {

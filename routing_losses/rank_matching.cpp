@@ -52,13 +52,16 @@ RankHinge rank_hinge(const torch::Tensor& p_NE, const torch::Tensor& base_NE, co
 
 class RankMatching final : public RoutingLoss {
  public:
-  explicit RankMatching(const RankMatchingOptions& options) : options_(options) {}
+  explicit RankMatching(const RankMatchingOptions& options)
+      : options_(options), base_forward_(options.reference == "base_forward") {}
 
   std::string_view name() const override { return "rank_matching"; }
-  bool needs_reference() const override { return true; }
+  bool needs_reference() const override { return !base_forward_; }
+  bool needs_base_forward() const override { return base_forward_; }
   double count(const LayoutTensors& layout) const override { return static_cast<double>(layout.num_counted()); }
 
-  torch::Tensor sum(const RoutingTensors& routing, const LayoutTensors& layout) const override {
+  torch::Tensor sum(const RoutingTensors& given, const LayoutTensors& layout) const override {
+    const RoutingTensors routing = with_reference(given);
     check_routing(name(), routing, layout, true);
     if (layout.num_counted() == 0) {
       return zero_sum(routing.logits_LTE);
@@ -81,7 +84,8 @@ class RankMatching final : public RoutingLoss {
     return attach_gradient(routing.logits_LTE, total, gradient);
   }
 
-  torch::Tensor reference_sum(const RoutingTensors& routing, const LayoutTensors& layout) const override {
+  torch::Tensor reference_sum(const RoutingTensors& given, const LayoutTensors& layout) const override {
+    const RoutingTensors routing = with_reference(given);
     check_routing(name(), routing, layout, true);
     const torch::Tensor& logits = routing.logits_LTE;
     std::vector<torch::Tensor> sums;
@@ -107,12 +111,19 @@ class RankMatching final : public RoutingLoss {
   }
 
  private:
+  // The base logits of the chosen kind as the reference.
+  RoutingTensors with_reference(const RoutingTensors& given) const {
+    return {given.logits_LTE, given.selected_LTK,
+            base_forward_ ? given.base_forward_logits_LTE : given.reference_logits_LTE};
+  }
+
   static torch::Tensor probabilities(const torch::Tensor& logits_LTE, const LayoutTensors& layout) {
     const torch::Tensor counted = logits_LTE.detach().index_select(1, layout.counted_indices());
     return torch::softmax(counted, -1).flatten(0, 1).contiguous();
   }
 
   RankMatchingOptions options_;
+  bool base_forward_;
 };
 
 }  // namespace

@@ -16,6 +16,11 @@ const std::vector<std::string>& start_names() {
   return names;
 }
 
+const std::vector<std::string>& reference_names() {
+  static const std::vector<std::string> names = {"current_hidden", "base_forward"};
+  return names;
+}
+
 void require_option(bool holds, const std::string& key, const std::string& range, const std::string& got) {
   if (!holds) {
     throw UsageError(fmt::format("losses.{}: must be {}, got {}; set another value in the recipe", key, range, got));
@@ -68,6 +73,8 @@ FieldList RankMatchingOptions::fields() {
   add_weight(list, weight);
   list.add("margin", margin, "lead in probability that the base order must keep", {.low = 0.0});
   list.add("normalise_pairs", normalise_pairs, "divide each token's sum by its number of pairs");
+  list.add("reference", reference, "where the base router's probabilities come from; base_forward: a second forward",
+           reference_names());
   return list;
 }
 
@@ -198,6 +205,10 @@ std::vector<WeightedLoss> make_routing_losses(const RoutingLossOptions& options,
   require_option(std::isfinite(options.rank_matching.margin) && options.rank_matching.margin >= 0.0,
                  "rank_matching.margin", "a finite number of at least 0",
                  fmt::format("{}", options.rank_matching.margin));
+  require_option(std::find(reference_names().begin(), reference_names().end(), options.rank_matching.reference) !=
+                     reference_names().end(),
+                 "rank_matching.reference", "current_hidden or base_forward",
+                 fmt::format("\"{}\"", options.rank_matching.reference));
   const std::vector<std::int64_t>& lags = options.lag.lags;
   require_option(!lags.empty() && lags.front() >= 1 &&
                      std::adjacent_find(lags.begin(), lags.end(), std::greater_equal<>()) == lags.end(),

@@ -6,79 +6,41 @@
 
 #include <torch/autograd.h>
 
+#include "head_chunks.hpp"
 #include "hestia/core/error.hpp"
 
 namespace hestia {
 
 namespace {
 
-// Logits are made for at most this many elements at a time.
-constexpr std::int64_t kChunkElementsCpu = std::int64_t{1} << 24;
-constexpr std::int64_t kChunkElementsCuda = std::int64_t{1} << 27;
-
-torch::Tensor head_weight(MoeModel& model) {
-  torch::Tensor weight;
-  for (const auto& [name, tensor] : model->named_tensors()) {
-    if (name == "lm_head.weight") {
-      return tensor;
-    }
-    if (name == "model.embed_tokens.weight") {
-      weight = tensor;
-    }
-  }
-  return weight;
-}
-
-// Linear head and cross-entropy in chunks. The gradient of hidden (and of the head when it trains) is made together
-// with the value, so that the [N, V] logits are never kept.
+// Linear head and cross-entropy in chunks, the gradients made together with the value.
 class ChunkedNll : public torch::autograd::Function<ChunkedNll> {
  public:
   static torch::Tensor forward(torch::autograd::AutogradContext* context, const torch::Tensor& hidden_ND,
                                const torch::Tensor& weight_VD, const torch::Tensor& labels_N, bool with_gradient) {
-    const std::int64_t num_rows = hidden_ND.size(0);
-    const std::int64_t vocabulary = weight_VD.size(0);
-    const std::int64_t budget = hidden_ND.is_cuda() ? kChunkElementsCuda : kChunkElementsCpu;
-    const std::int64_t chunk = std::max<std::int64_t>(1, budget / vocabulary);
-    const bool weight_gradient = with_gradient && weight_VD.requires_grad();
+    HeadGradient gradient(hidden_ND, weight_VD, with_gradient);
     torch::Tensor total = torch::zeros({}, hidden_ND.options().dtype(torch::kFloat32));
-    torch::Tensor grad_hidden = with_gradient ? torch::empty_like(hidden_ND) : torch::Tensor();
-    torch::Tensor grad_weight =
-        weight_gradient ? torch::zeros(weight_VD.sizes(), weight_VD.options().dtype(torch::kFloat32)) : torch::Tensor();
+    const std::int64_t num_rows = hidden_ND.size(0);
+    const std::int64_t chunk = head_chunk_rows(hidden_ND, weight_VD);
     for (std::int64_t begin = 0; begin < num_rows; begin += chunk) {
       const std::int64_t length = std::min(chunk, num_rows - begin);
-      const torch::Tensor hidden = hidden_ND.narrow(0, begin, length);
       const torch::Tensor labels = labels_N.narrow(0, begin, length).unsqueeze(1);
-      torch::Tensor log_probabilities =
-          torch::log_softmax(torch::matmul(hidden, weight_VD.t()).to(torch::kFloat32), -1);
+      torch::Tensor log_probabilities = head_log_softmax(hidden_ND.narrow(0, begin, length), weight_VD);
       total.sub_(log_probabilities.gather(1, labels).sum());
       if (with_gradient) {
         torch::Tensor grad_logits = log_probabilities.exp_();
         grad_logits.scatter_add_(1, labels, torch::full({length, 1}, -1.0F, grad_logits.options()));
-        grad_logits = grad_logits.to(hidden_ND.scalar_type());
-        grad_hidden.narrow(0, begin, length).copy_(torch::matmul(grad_logits, weight_VD));
-        if (weight_gradient) {
-          grad_weight.add_(torch::matmul(grad_logits.t(), hidden).to(torch::kFloat32));
-        }
+        gradient.add(begin, grad_logits);
       }
     }
-    if (with_gradient) {
-      context->saved_data["weight_gradient"] = weight_gradient;
-      context->save_for_backward(weight_gradient ? torch::autograd::variable_list{grad_hidden, grad_weight}
-                                                 : torch::autograd::variable_list{grad_hidden});
-      context->saved_data["dtype"] = static_cast<std::int64_t>(weight_VD.scalar_type());
-    }
+    gradient.save(context);
     return total;
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  const torch::autograd::variable_list& grad_output) {
-    const auto saved = context->get_saved_variables();
-    const torch::Tensor& scale = grad_output[0];
-    torch::Tensor grad_weight;
-    if (context->saved_data["weight_gradient"].toBool()) {
-      grad_weight = (saved[1] * scale).to(static_cast<torch::Dtype>(context->saved_data["dtype"].toInt()));
-    }
-    return {saved[0] * scale.to(saved[0].scalar_type()), grad_weight, torch::Tensor(), torch::Tensor()};
+    auto [hidden, weight] = HeadGradient::scaled(context, grad_output[0]);
+    return {hidden, weight, torch::Tensor(), torch::Tensor()};
   }
 };
 
@@ -173,7 +135,7 @@ torch::Tensor nll_sum(MoeModel& model, const torch::Tensor& hidden_BSD, const to
   const torch::Tensor rows = labels_T.ge(0).nonzero().squeeze(1);
   const torch::Tensor hidden_ND = hidden_BSD.reshape({-1, hidden_BSD.size(-1)}).index_select(0, rows);
   const torch::Tensor labels_N = labels_T.index_select(0, rows);
-  const torch::Tensor weight_VD = head_weight(model);
+  const torch::Tensor& weight_VD = model->head_weight();
   const bool with_gradient = torch::GradMode::is_enabled() && (hidden_ND.requires_grad() || weight_VD.requires_grad());
   return ChunkedNll::apply(hidden_ND, weight_VD, labels_N, with_gradient);
 }

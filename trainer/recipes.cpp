@@ -67,6 +67,13 @@ FieldList TrainOptions::fields() {
   return list;
 }
 
+FieldList LogitDistillationOptions::fields() {
+  FieldList list;
+  list.add("weight", weight, "weight of the term, which costs a forward of the base model; 0: not computed",
+           {.low = 0.0});
+  return list;
+}
+
 FieldList ControlOptions::fields() {
   FieldList list;
   list.add("enabled", enabled, "also run plain NLL tuning: same trainable set, data, steps");
@@ -99,7 +106,9 @@ FieldList FinetuneRecipe::fields() {
   list.add("seed", seed, "of everything random; each purpose derives its own", {.low = 0});
   list.add_section("model", model.fields(), "the checkpoint and how to hold it");
   list.add_section("data", data.fields(), "corpora, training and evaluation domains");
-  list.add_section("losses", losses.fields(), "routing objectives beside the language-model loss");
+  FieldList terms = losses.fields();
+  terms.add_section("logit_distillation", distillation.fields(), "stay near the base model's language-model logits");
+  list.add_section("losses", terms, "objectives beside the language-model loss");
   list.add_section("train", train.fields(), "optimiser and loop");
   list.add_section("control", control.fields(), "plain NLL tuning to compare with");
   list.add_section("export", export_options.fields(), "router bundle");

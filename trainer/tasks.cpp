@@ -91,6 +91,7 @@ FinetuneRecipe control_recipe(const FinetuneRecipe& recipe) {
   control.train.learning_rate = recipe.control.learning_rate;
   control.control.enabled = false;
   control.losses.set_all_weights(0.0);
+  control.distillation.weight = 0.0;
   return control;
 }
 
@@ -110,6 +111,14 @@ void finetune_once(const FinetuneRecipe& recipe, const std::string& resolved, co
   job.model = model;
   job.options = recipe.train;
   job.losses = make_routing_losses(recipe.losses, model->architecture().num_experts, model->architecture().top_k);
+  job.distillation_weight = recipe.distillation.weight;
+  const bool base_forward = job.distillation_weight > 0.0 ||
+                            std::any_of(job.losses.begin(), job.losses.end(),
+                                        [](const WeightedLoss& loss) { return loss.loss->needs_base_forward(); });
+  if (base_forward && recipe.train.trainable != "router") {
+    log_info("a second copy of the model is held for the base model's forward: train.trainable is not router");
+    job.base_model = load_model(recipe.model.path, dtype_from_recipe(recipe.model.dtype), device);
+  }
   job.train_data = &train_data;
   job.train_mix = recipe.data.train_mix;
   job.sequence_length = recipe.data.sequence_length;
@@ -349,7 +358,7 @@ void run_pretrain(const LoadedRecipe<PretrainRecipe>& loaded, const RunFlags& fl
   job.options = recipe.train;
   for (WeightedLoss& loss :
        make_routing_losses(recipe.losses, model->architecture().num_experts, model->architecture().top_k)) {
-    if (!loss.loss->needs_reference()) {
+    if (!loss.loss->needs_reference() && !loss.loss->needs_base_forward()) {
       job.losses.push_back(std::move(loss));
     }
   }

@@ -16,6 +16,7 @@
 #include "hestia/core/progress.hpp"
 #include "hestia/core/random.hpp"
 #include "hestia/model/tensors.hpp"
+#include "hestia/trainer/distillation.hpp"
 #include "hestia/trainer/measure.hpp"
 
 namespace hestia {
@@ -257,6 +258,7 @@ void trim_metrics(const std::filesystem::path& path, std::int64_t step) {
 struct StepValues {
   double loss = 0.0;
   double nll = 0.0;
+  double distillation = 0.0;
   std::vector<double> terms;  // NaN: not computed at this step
 };
 
@@ -400,15 +402,30 @@ class Loop {
     }
     std::vector<torch::Tensor> term_values(counts.size());
     torch::Tensor nll_value;
+    torch::Tensor distillation_value;
     torch::Tensor loss_value;
+    const bool base_forward = needs_base_forward(logged);
     for (const MicroBatch& micro : micro_batches) {
-      const ModelOutput output = model_->forward(to_device(micro.batch, model_->device()));
-      const torch::Tensor label_tensor =
-          torch::tensor(micro.batch.labels, torch::kInt64).reshape({micro.batch.num_rows, micro.batch.row_length});
-      torch::Tensor loss =
-          nll_sum(model_, output.hidden_BSD, label_tensor.to(model_->device())) / std::max(labels, 1.0);
+      const TokenBatch tokens_on_device = to_device(micro.batch, model_->device());
+      const ModelOutput output = model_->forward(tokens_on_device);
+      const torch::Tensor label_tensor = torch::tensor(micro.batch.labels, torch::kInt64)
+                                             .reshape({micro.batch.num_rows, micro.batch.row_length})
+                                             .to(model_->device());
+      torch::Tensor loss = nll_sum(model_, output.hidden_BSD, label_tensor) / std::max(labels, 1.0);
       accumulate(nll_value, loss);
-      const RoutingTensors routing = stack(output.routing);
+      RoutingTensors routing = stack(output.routing);
+      if (base_forward) {
+        const ModelOutput base = forward_base(tokens_on_device);
+        routing.base_forward_logits_LTE = stack(base.routing).logits_LTE;
+        if (job_.distillation_weight > 0.0) {
+          MoeModel base_model = job_.base_model.is_empty() ? model_ : job_.base_model;
+          const torch::Tensor value =
+              distillation_sum(model_, output.hidden_BSD, base_model, base.hidden_BSD, label_tensor) /
+              std::max(labels, 1.0);
+          accumulate(distillation_value, value);
+          loss = loss + job_.distillation_weight * value;
+        }
+      }
       for (std::size_t term = 0; term < counts.size(); ++term) {
         const WeightedLoss& weighted = job_.losses[term];
         const double weight = weighted.weight_at(step);
@@ -431,10 +448,27 @@ class Loop {
     StepValues values;
     values.loss = loss_value.item<double>();
     values.nll = nll_value.item<double>();
+    values.distillation = distillation_value.defined() ? distillation_value.item<double>() : 0.0;
     for (const torch::Tensor& value : term_values) {
       values.terms.push_back(value.defined() ? value.item<double>() : std::numeric_limits<double>::quiet_NaN());
     }
     return values;
+  }
+
+  [[nodiscard]] bool needs_base_forward(bool logged) const {
+    return job_.distillation_weight > 0.0 ||
+           std::any_of(job_.losses.begin(), job_.losses.end(), [logged](const WeightedLoss& weighted) {
+             return weighted.loss->needs_base_forward() && (weighted.weight > 0.0 || logged);
+           });
+  }
+
+  ModelOutput forward_base(const TokenBatch& batch) {
+    if (job_.base_model.is_empty()) {
+      return model_->forward_reference(batch);
+    }
+    const torch::NoGradGuard no_grad;
+    MoeModel base = job_.base_model;
+    return base->forward(batch);
   }
 
   static void accumulate(torch::Tensor& total, const torch::Tensor& value) {
@@ -474,6 +508,9 @@ class Loop {
         event[std::string(job_.losses[term].loss->name())] = values.terms[term];
       }
     }
+    if (job_.distillation_weight > 0.0) {
+      event["logit_distillation"] = values.distillation;
+    }
     event["learning_rate"] = rate;
     event["gradient_norm"] = norm;
     event["seconds"] = seconds;
@@ -491,6 +528,9 @@ class Loop {
       if (job_.losses[term].weight > 0.0) {
         line += fmt::format(" | {} {:.4g}", job_.losses[term].loss->name(), values.terms[term]);
       }
+    }
+    if (job_.distillation_weight > 0.0) {
+      line += fmt::format(" | logit_distillation {:.4g}", values.distillation);
     }
     line += fmt::format(" | lr {:.2e} | norm {:.3f} | {:.0f} ms | {} tok/s", rate, norm, seconds * 1e3,
                         format_count(static_cast<double>(tokens) / seconds));

@@ -102,6 +102,7 @@ class RecipeSource {
  private:
   friend RecipeSource read_recipe(const std::filesystem::path&, const std::vector<std::string>&, const FieldList&,
                                   Problems&);
+  friend RecipeSource read_overrides(const std::vector<std::string>&, const FieldList&, Problems&);
   std::filesystem::path path_;
   std::string hash_;
   std::vector<std::string> overrides_;
@@ -117,6 +118,10 @@ class RecipeSource {
 /// Throws InputError when the file is missing, UsageError with file:line:column when it is not YAML.
 [[nodiscard]] RecipeSource read_recipe(const std::filesystem::path& path, const std::vector<std::string>& overrides,
                                        const FieldList& fields, Problems& problems);
+
+/// Overrides alone, for verbs without a recipe: as read_recipe, with the defaults of `fields` in place of a file.
+[[nodiscard]] RecipeSource read_overrides(const std::vector<std::string>& overrides, const FieldList& fields,
+                                          Problems& problems);
 
 /// The resolved values as YAML, `recipe_version: 1` first, keys in field order; reading it back gives the same values
 /// (doubles printed with as many digits as that takes, at most 17).

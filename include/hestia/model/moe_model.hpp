@@ -107,8 +107,14 @@ class MoeModelImpl : public torch::nn::Module {
 
   /// Forward up to the final norm, with one routing record per MoE layer.
   [[nodiscard]] ModelOutput forward(const TokenBatch& batch);
+  /// The same with the kept reference routers in place of the present ones, without gradient: the base model's forward,
+  /// as long as only routers train. Throws std::logic_error before `keep_reference_routers`.
+  [[nodiscard]] ModelOutput forward_reference(const TokenBatch& batch);
   /// Language-model head: hidden [..., D] -> logits [..., V] in the model's dtype.
   [[nodiscard]] torch::Tensor head(const torch::Tensor& hidden);
+
+  /// Its matrix [V, D] in the model's dtype: the parameter itself (the token embedding when tied).
+  [[nodiscard]] const torch::Tensor& head_weight() const noexcept;
 
   void set_selector(std::shared_ptr<Selector> selector);
   void set_executor(std::shared_ptr<Executor> executor);

@@ -17,9 +17,12 @@ namespace hestia {
 
 /// Stacked routing of one micro-batch. All on one device; float32 or float64.
 struct RoutingTensors {
-  torch::Tensor logits_LTE;            ///< z; carries gradient.
-  torch::Tensor selected_LTK;          ///< int64, the experts served; no gradient.
-  torch::Tensor reference_logits_LTE;  ///< z of the frozen base router, no gradient; undefined when there is none.
+  torch::Tensor logits_LTE;    ///< z; carries gradient.
+  torch::Tensor selected_LTK;  ///< int64, the experts served; no gradient.
+  /// z of the frozen base router on the hidden states of this forward, no gradient; undefined when there is none.
+  torch::Tensor reference_logits_LTE;
+  /// z of the base router in the base model's own forward, no gradient; undefined when there was none.
+  torch::Tensor base_forward_logits_LTE{};
 };
 
 /// Non-overlapping windows of one size over the counted tokens of each sequence, in order: the first begins at the
@@ -86,6 +89,8 @@ class RoutingLoss {
   [[nodiscard]] virtual std::string_view name() const = 0;
   /// True when `sum` reads reference_logits_LTE.
   [[nodiscard]] virtual bool needs_reference() const { return false; }
+  /// True when `sum` reads base_forward_logits_LTE, which costs a second forward.
+  [[nodiscard]] virtual bool needs_base_forward() const { return false; }
   /// Divisor of this micro-batch: depends on the layout alone.
   [[nodiscard]] virtual double count(const LayoutTensors& layout) const = 0;
   /// Per-layer sums [L], differentiable in logits_LTE; zeros (with zero gradient) when count is 0.
@@ -115,6 +120,9 @@ struct RankMatchingOptions {
   double weight = 0.0;
   double margin = 0.1;
   bool normalise_pairs = false;  ///< Divides a token's sum by its number of pairs.
+  /// p^b is the base router's softmax on the hidden states of this forward (current_hidden), or in a forward of the
+  /// untouched model (base_forward).
+  std::string reference = "current_hidden";
   FieldList fields();
 };
 /// ReMoE's reuse (arXiv 2605.27081), per layer and sequence over its pairs (t, t-1):

@@ -60,6 +60,13 @@ struct TrainOptions {
   FieldList fields();
 };
 
+/// Section `losses.logit_distillation`: KL(base || tuned) of the language-model logits over labelled tokens, so that
+/// what the task data do not speak of stays as it was (trainer/distillation.hpp). Costs a forward of the base model.
+struct LogitDistillationOptions {
+  double weight = 0.0;
+  FieldList fields();
+};
+
 /// Section `control`: plain NLL tuning with the same trainable set, data and steps, at its own learning rate.
 struct ControlOptions {
   bool enabled = false;
@@ -92,6 +99,7 @@ struct FinetuneRecipe {
   ModelOptions model;
   DataOptions data;
   RoutingLossOptions losses;
+  LogitDistillationOptions distillation;  ///< In the section `losses`.
   TrainOptions train;
   ControlOptions control;
   ExportOptions export_options;

@@ -26,6 +26,10 @@ struct TrainingJob {
   MoeModel model{nullptr};
   TrainOptions options;
   std::vector<WeightedLoss> losses;
+  double distillation_weight = 0.0;  ///< Of distillation_sum per label; 0: not computed.
+  /// The untouched model, for terms that need its forward. Empty: `model` with its kept reference routers, which is the
+  /// base model as long as only routers train.
+  MoeModel base_model{nullptr};
   const PackedData* train_data = nullptr;
   std::vector<double> train_mix;
   std::int64_t sequence_length = 256;

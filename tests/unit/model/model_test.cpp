@@ -264,6 +264,7 @@ TEST_CASE("reference routers stay what they were") {
   freeze_all_but_routers(model);
   const TokenBatch batch = packed_batch(a);
   CHECK_FALSE(model->forward(batch).routing[0].reference_logits_TE.defined());
+  CHECK_THROWS_AS(model->forward_reference(batch), std::logic_error);
   model->keep_reference_routers();
   const ModelOutput start = model->forward(batch);
   for (const RoutingRecord& record : start.routing) {
@@ -278,6 +279,16 @@ TEST_CASE("reference routers stay what they were") {
   const ModelOutput later = model->forward(batch);
   CHECK(torch::equal(later.routing[0].reference_logits_TE, start.routing[0].logits_TE));
   CHECK_FALSE(torch::equal(later.routing[0].logits_TE, start.routing[0].logits_TE));
+
+  // The whole forward with them is the one from before, whatever the present routers do.
+  const ModelOutput base = model->forward_reference(batch);
+  CHECK(torch::equal(base.hidden_BSD, start.hidden_BSD));
+  CHECK_FALSE(torch::equal(later.hidden_BSD, start.hidden_BSD));
+  for (std::size_t i = 0; i < base.routing.size(); ++i) {
+    CHECK(torch::equal(base.routing[i].logits_TE, start.routing[i].logits_TE));
+    CHECK(torch::equal(base.routing[i].selected_TK, start.routing[i].selected_TK));
+    CHECK_FALSE(base.routing[i].logits_TE.requires_grad());
+  }
 }
 
 TEST_CASE("parameters have the names and dtypes of the checkpoint and are not copies") {

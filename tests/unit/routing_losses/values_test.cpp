@@ -369,3 +369,30 @@ TEST_CASE("a single expert has nothing to choose") {
   }
   CHECK(mean_value(*find_loss({}, "chunk_union", sizes), routing, layout) == Approx(1.0).margin(1e-5));
 }
+
+TEST_CASE("rank matching against the base model's own forward reads those logits and no others") {
+  std::mt19937 random(41);
+  const Sizes sizes;
+  const LayoutTensors layout(usual_layout(), torch::kCPU);
+  RoutingTensors routing = random_routing(random, sizes, layout.num_tokens());
+  RoutingLossOptions options;
+  const auto here = find_loss(options, "rank_matching", sizes);
+  options.rank_matching.reference = "base_forward";
+  const auto there = find_loss(options, "rank_matching", sizes);
+  CHECK(here->needs_reference());
+  CHECK_FALSE(here->needs_base_forward());
+  CHECK_FALSE(there->needs_reference());
+  CHECK(there->needs_base_forward());
+  CHECK_THROWS_AS(there->sum(routing, layout), std::invalid_argument);
+
+  RoutingTensors swapped = routing;
+  swapped.base_forward_logits_LTE = routing.reference_logits_LTE;
+  swapped.reference_logits_LTE = torch::Tensor();
+  CHECK(torch::equal(there->sum(swapped, layout), here->sum(routing, layout)));
+  CHECK(torch::equal(there->reference_sum(swapped, layout), here->reference_sum(routing, layout)));
+  CHECK(torch::equal(gradient_of(there->sum(swapped, layout), swapped),
+                     gradient_of(here->sum(routing, layout), routing)));
+  CHECK_THROWS_AS(here->sum(swapped, layout), std::invalid_argument);
+  options.rank_matching.reference = "elsewhere";
+  CHECK_THROWS_WITH(find_loss(options, "rank_matching", sizes), Catch::Contains("current_hidden or base_forward"));
+}

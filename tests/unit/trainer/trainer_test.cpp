@@ -8,6 +8,7 @@
 
 #include "hestia/core/error.hpp"
 #include "hestia/core/files.hpp"
+#include "hestia/trainer/distillation.hpp"
 #include "hestia/trainer/measure.hpp"
 #include "temporary_folder.hpp"
 #include "tiny_model.hpp"
@@ -386,4 +387,86 @@ TEST_CASE("twenty steps on the GPU follow the CPU", "[gpu]") {
     INFO("step " << i + 1);
     CHECK(gpu[i] == Approx(cpu[i]).epsilon(1e-4));
   }
+}
+
+TEST_CASE("distillation is KL from the base model's next-token distribution, with its gradient") {
+  const bool train_head = GENERATE(false, true);
+  MoeModel model = tiny_model(1);
+  MoeModel base = tiny_model(2);
+  select_trainable(model, train_head ? "all" : "router");
+  const std::int64_t width = model->architecture().hidden_size;
+  torch::manual_seed(3);
+  torch::Tensor hidden = torch::randn({2, 5, width}).requires_grad_(true);
+  const torch::Tensor base_hidden = torch::randn({2, 5, width});
+  torch::Tensor labels = torch::full({2, 5}, -100, torch::kInt64);
+  labels[0][1] = 3;
+  labels[1][0] = 0;
+  labels[1][4] = 7;
+  const torch::Tensor value = distillation_sum(model, hidden, base, base_hidden, labels);
+  value.backward();
+  const torch::Tensor gradient = hidden.grad().clone();
+  const torch::Tensor head_gradient = train_head ? model->head_weight().grad().clone() : torch::Tensor();
+  hidden.mutable_grad() = torch::Tensor();
+  if (train_head) {
+    torch::Tensor(model->head_weight()).mutable_grad() = torch::Tensor();
+  }
+
+  torch::Tensor expected = torch::zeros({});
+  for (const auto& [row, column] : std::vector<std::pair<int, int>>{{0, 1}, {1, 0}, {1, 4}}) {
+    const torch::Tensor log_p = torch::log_softmax(model->head(hidden[row][column]), 0);
+    const torch::Tensor log_base = torch::log_softmax(base->head(base_hidden[row][column]), 0).detach();
+    expected = expected + (log_base.exp() * (log_base - log_p)).sum();
+  }
+  expected.backward();
+  CHECK(value.item<double>() == Approx(expected.item<double>()).epsilon(1e-5));
+  CHECK(value.item<double>() > 1e-3);
+  CHECK(torch::allclose(gradient, hidden.grad(), 1e-4, 1e-6));
+  CHECK(gradient.select(1, 2).abs().max().item<double>() == 0.0);
+  CHECK(model->head_weight().grad().defined() == train_head);
+  if (train_head) {
+    CHECK(torch::allclose(head_gradient, model->head_weight().grad(), 1e-4, 1e-6));
+  }
+  CHECK(distillation_sum(model, hidden, model, hidden, labels).item<double>() == Approx(0.0).margin(1e-6));
+  CHECK_THROWS_AS(distillation_sum(model, hidden, base, base_hidden.narrow(1, 0, 4), labels), std::invalid_argument);
+}
+
+TEST_CASE("while only routers train, the kept routers give the base model's forward") {
+  const PackedData data = tiny_data(5, 40, 24);
+  const TrainOptions options = short_run(4);
+  RoutingLossOptions losses = all_losses();
+  losses.rank_matching.reference = "base_forward";
+  losses.rank_matching.weight = 0.3;
+  const auto run = [&](MoeModel& model, bool second_copy, double distillation, const RoutingLossOptions& terms) {
+    const TemporaryFolder folder;
+    TrainingJob job = make_job(model, data, options, folder.path() / "run");
+    job.losses = make_routing_losses(terms, 8, 2);
+    job.distillation_weight = distillation;
+    if (second_copy) {
+      job.base_model = tiny_model();
+    }
+    std::vector<Json> events;
+    job.on_step = [&](const Json& event) { events.push_back(event); };
+    train(job);
+    return events;
+  };
+  MoeModel one = tiny_model();
+  MoeModel two = tiny_model();
+  const std::vector<Json> kept = run(one, false, 0.5, losses);
+  const std::vector<Json> copied = run(two, true, 0.5, losses);
+  REQUIRE(kept.size() == 4);
+  for (std::size_t step = 0; step < kept.size(); ++step) {
+    CHECK(kept[step].at("loss") == copied[step].at("loss"));
+    CHECK(kept[step].at("logit_distillation") == copied[step].at("logit_distillation"));
+  }
+  CHECK(same_routers(one, two));
+  CHECK(kept[0].at("logit_distillation").get<double>() == Approx(0.0).margin(1e-6));
+  CHECK(kept[3].at("logit_distillation").get<double>() > 1e-6);
+
+  // Before the first update both references are the same; later the base model's hidden states are its own.
+  MoeModel current = tiny_model();
+  losses.rank_matching.reference = "current_hidden";
+  const std::vector<Json> events = run(current, false, 0.0, losses);
+  CHECK(events[0].at("rank_matching").get<double>() == Approx(kept[0].at("rank_matching").get<double>()).epsilon(1e-6));
+  CHECK(events[3].at("rank_matching").get<double>() != kept[3].at("rank_matching").get<double>());
+  CHECK_FALSE(events[0].contains("logit_distillation"));
 }
