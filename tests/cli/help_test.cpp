@@ -7,8 +7,8 @@
 namespace hestia::testing {
 namespace {
 
-const std::vector<std::string> kVerbs = {"finetune", "export",  "evaluate", "pretrain", "simulate",
-                                         "validate", "inspect", "recipes",  "logits",   "score",    "version"};
+const std::vector<std::string> kVerbs = {"finetune", "export",  "evaluate", "pretrain", "simulate", "validate",
+                                         "inspect",  "recipes", "logits",   "score",    "version"};
 
 TEST_CASE("hestia --help names every verb") {
   for (const char* flag : {"--help", "-h"}) {

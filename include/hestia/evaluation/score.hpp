@@ -50,10 +50,10 @@ struct ScoreOptions {
 };
 
 /// Every objective and routing metric of a dump.
-struct Score {
+struct Score {   // NOLINT(bugprone-exception-escape): nlohmann moves objects without a noexcept
   Json losses;   ///< Value by registry name: mean over layers of sum / count; null when the term cannot be computed.
   Json skipped;  ///< Reason by name of every term that is null.
-  Json metrics;  ///< eor, distinct, usage_*, and per policy its integer counts.
+  Json metrics;  ///< eor, distinct, and per policy its integer counts.
   std::vector<std::pair<std::string, torch::Tensor>> gradients;  ///< Name and [L, S, E], in the type of the logits.
 };
 
