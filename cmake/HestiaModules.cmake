@@ -72,6 +72,17 @@ function(hestia_program name)
   target_link_libraries(hestia_${name} PRIVATE ${ARG_LINK})
 endfunction()
 
+# hestia_benchmark(name SOURCES a.cpp ... USES core ... [LINK lib ...] [TORCH]): a program that measures, in
+# build/benchmarks; built with everything else so that it cannot rot, run by hand.
+function(hestia_benchmark name)
+  cmake_parse_arguments(ARG "TORCH" "" "SOURCES;USES;LINK" ${ARGN})
+  add_executable(${name} ${ARG_SOURCES})
+  target_include_directories(${name} PRIVATE "${CMAKE_SOURCE_DIR}/include")
+  hestia_configure_target(${name} PRIVATE "${ARG_TORCH}" ${ARG_USES})
+  target_link_libraries(${name} PRIVATE ${ARG_LINK})
+  set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/benchmarks")
+endfunction()
+
 # hestia_test(name SOURCES a.cpp ... USES core ... [LINK lib ...] [TORCH]): one Catch2 program, one ctest entry per test
 # case. Programs without TORCH are built by the target torch_free_tests and carry the label torch_free: the sanitizer
 # preset runs those.

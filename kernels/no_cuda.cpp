@@ -1,7 +1,8 @@
 // Stands in for all .cu files in a build with HESTIA_CUDA=OFF.
 #include "hestia/core/error.hpp"
-#include "hestia/kernels/rank_hinge.hpp"
+#include "hestia/kernels/router_rows.hpp"
 #include "hestia/kernels/soft_cache.hpp"
+#include "row_terms.hpp"
 
 namespace hestia {
 namespace {
@@ -27,7 +28,28 @@ void soft_cache_adjoint_cuda(const SoftCacheShape&, const std::int64_t*, const s
 }
 
 template <class Real>
-void rank_hinge_cuda(const Real*, const Real*, std::int64_t, std::int64_t, double, bool, double*, Real*, void*) {
+void softmax_rows_cuda(const Real*, std::int64_t, std::int64_t, Real*, Real*, void*) {
+  refuse();
+}
+
+template <class Real, class Term>
+void row_term_cuda(const RowLayout&, const SoftmaxRows<Real>&, const Term&, const RowResult<Real>&, void*) {
+  refuse();
+}
+
+template <class Real>
+void window_sums_cuda(const RowLayout&, const SoftmaxRows<Real>&, WindowQuantity, double, const std::int64_t*,
+                      const std::int64_t*, std::int64_t, Real*, void*) {
+  refuse();
+}
+
+void segment_sums_cuda(const double*, std::int64_t, std::int64_t, const std::int64_t*, const std::int64_t*,
+                       std::int64_t, double*, void*) {
+  refuse();
+}
+
+template <class Real>
+void soft_cache_upstream_cuda(const RowLayout&, const std::int64_t*, std::int64_t, bool, Real*, void*) {
   refuse();
 }
 
@@ -43,9 +65,20 @@ template void soft_cache_adjoint_cuda<float>(const SoftCacheShape&, const std::i
                                              std::int64_t, float*, void*);
 template void soft_cache_adjoint_cuda<double>(const SoftCacheShape&, const std::int64_t*, const std::int64_t*,
                                               std::int64_t, double*, void*);
-template void rank_hinge_cuda<float>(const float*, const float*, std::int64_t, std::int64_t, double, bool, double*,
-                                     float*, void*);
-template void rank_hinge_cuda<double>(const double*, const double*, std::int64_t, std::int64_t, double, bool, double*,
-                                      double*, void*);
+
+#define HESTIA_INSTANTIATE(Real, Term)                                                             \
+  template void row_term_cuda<Real, Term>(const RowLayout&, const SoftmaxRows<Real>&, const Term&, \
+                                          const RowResult<Real>&, void*);
+HESTIA_FOR_EACH_ROW_TERM(HESTIA_INSTANTIATE)
+#undef HESTIA_INSTANTIATE
+
+#define HESTIA_INSTANTIATE(Real)                                                                              \
+  template void softmax_rows_cuda<Real>(const Real*, std::int64_t, std::int64_t, Real*, Real*, void*);        \
+  template void window_sums_cuda<Real>(const RowLayout&, const SoftmaxRows<Real>&, WindowQuantity, double,    \
+                                       const std::int64_t*, const std::int64_t*, std::int64_t, Real*, void*); \
+  template void soft_cache_upstream_cuda<Real>(const RowLayout&, const std::int64_t*, std::int64_t, bool, Real*, void*);
+HESTIA_INSTANTIATE(float)
+HESTIA_INSTANTIATE(double)
+#undef HESTIA_INSTANTIATE
 
 }  // namespace hestia

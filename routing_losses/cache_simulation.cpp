@@ -1,7 +1,3 @@
-#include <ATen/Parallel.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-
 #include "hestia/kernels/soft_cache.hpp"
 #include "loss_support.hpp"
 
@@ -48,11 +44,6 @@ void scan(const SoftCacheShape& shape, const torch::Tensor& selected, const Layo
   }
 }
 
-/// d/dz of sum_i v_i p_i with v fixed: p_j (v_j - sum_i p_i v_i).
-torch::Tensor through_softmax(const torch::Tensor& p, const torch::Tensor& v) {
-  return p * (v - (p * v).sum(-1, true));
-}
-
 class CacheSimulation final : public RoutingLoss {
  public:
   explicit CacheSimulation(CacheSimulationOptions options) : options_(std::move(options)) {}
@@ -60,63 +51,50 @@ class CacheSimulation final : public RoutingLoss {
   std::string_view name() const override { return "cache_simulation"; }
   double count(const LayoutTensors& layout) const override { return static_cast<double>(layout.num_counted()); }
 
-  torch::Tensor sum(const RoutingTensors& routing, const LayoutTensors& layout) const override {
-    check_routing(name(), routing, layout, false);
-    if (layout.num_counted() == 0) {
-      return zero_sum(routing.logits_LTE);
-    }
-    torch::Tensor total;
-    torch::Tensor gradient;
-    const bool differentiable = wants_gradient(routing.logits_LTE);
-    {
-      const torch::NoGradGuard no_grad;
-      const torch::Tensor logits = routing.logits_LTE.detach();
-      const torch::Tensor selected = routing.selected_LTK.contiguous();
-      const SoftCacheShape shape = shape_of(selected, logits.size(2));
-      // Zeros, not empty: rows of padding are left alone by the scan and must not put stray NaNs into masked products.
-      torch::Tensor cache = torch::zeros(logits.sizes(), logits.options());
-      scan(shape, selected, layout, cache);
-      const torch::Tensor counted_cache = cache.index_select(1, layout.counted_indices());
-      const torch::Tensor seen = options_.clamp_at_one ? counted_cache.clamp_max(1.0) : counted_cache;
-      const torch::Tensor counted_selected = selected.index_select(1, layout.counted_indices());
-      total = (1.0 - seen.gather(2, counted_selected)).sum({1, 2}, false, torch::kFloat64).to(logits.scalar_type());
-      if (differentiable) {
-        gradient = options_.propagate_through_cache
-                       ? propagated_gradient(shape, logits, counted_cache, seen, counted_selected, layout)
-                       : direct_gradient(logits, seen, layout);
+  torch::Tensor accumulate(RoutingRows& rows, double scale, const torch::Tensor& gradient_LTE) const override {
+    const SoftCacheShape shape = shape_of(rows.selected_LTK(), rows.num_experts());
+    // The scan leaves rows of padding alone, and nothing below reads them.
+    torch::Tensor buffer =
+        torch::empty({rows.num_layers(), rows.layout().num_tokens(), rows.num_experts()}, rows.options());
+    scan(shape, rows.selected_LTK(), rows.layout(), buffer);
+    return rows.dispatch([&](auto real) {
+      using Real = decltype(real);
+      const torch::Tensor sums =
+          rows.sums<Real>(SoftCacheTerm<Real>{.cache = buffer.const_data_ptr<Real>(),
+                                              .selected = rows.selected_LTK().const_data_ptr<std::int64_t>(),
+                                              .top_k = rows.top_k(),
+                                              .clamp = options_.clamp_at_one},
+                          scale, gradient_LTE);
+      if (options_.propagate_through_cache && gradient_LTE.defined()) {
+        propagate<Real>(rows, shape, buffer, scale, gradient_LTE);
       }
-    }
-    return attach_gradient(routing.logits_LTE, total, gradient);
+      return sums;
+    });
   }
 
   torch::Tensor reference_sum(const RoutingTensors& routing, const LayoutTensors& layout) const override {
-    check_routing(name(), routing, layout, false);
-    const torch::Tensor& logits = routing.logits_LTE;
+    check_routing(*this, routing, layout);
     const double slots = static_cast<double>(options_.slots);
-    const std::int64_t num_experts = logits.size(2);
-    std::vector<torch::Tensor> sums;
-    for (std::int64_t layer = 0; layer < logits.size(0); ++layer) {
-      torch::Tensor total = torch::zeros({}, logits.options().dtype(torch::kFloat64));
-      for (const SequenceRun& run : layout.runs()) {
-        torch::Tensor counts =
-            torch::full({num_experts}, options_.start == "empty" ? 0.0 : slots / static_cast<double>(num_experts),
-                        logits.options().dtype(torch::kFloat64));
-        for (std::int64_t token = run.begin; token < run.end; ++token) {
-          const torch::Tensor p = torch::softmax(logit_row(logits, layer, token), 0);
-          const torch::Tensor r = torch::zeros_like(p.detach()).scatter_(0, routing.selected_LTK[layer][token], 1.0);
-          const torch::Tensor surrogate = r + (p - p.detach());  // exactly r in value
-          const torch::Tensor mass = counts.sum();
-          const torch::Tensor cache =
-              options_.start == "empty" ? counts / (mass / slots).clamp_min(1.0) : counts * slots / mass;
-          if (is_counted(layout, token)) {
-            total = total + (surrogate * (1.0 - (options_.clamp_at_one ? cache.clamp_max(1.0) : cache))).sum();
-          }
-          counts = options_.gamma * counts + (options_.propagate_through_cache ? surrogate : r);
+    const std::int64_t num_experts = routing.logits_LTE.size(2);
+    return sum_over_runs(routing, layout, [&](std::int64_t layer, const SequenceRun& run) {
+      const auto options = routing.logits_LTE.options().dtype(torch::kFloat64).requires_grad(false);
+      torch::Tensor total = torch::zeros({}, options);
+      torch::Tensor counts = torch::full(
+          {num_experts}, options_.start == "empty" ? 0.0 : slots / static_cast<double>(num_experts), options);
+      for (std::int64_t token = run.begin; token < run.end; ++token) {
+        const torch::Tensor p = probability_row(routing.logits_LTE, layer, token);
+        const torch::Tensor r = torch::zeros_like(p.detach()).scatter_(0, routing.selected_LTK[layer][token], 1.0);
+        const torch::Tensor surrogate = r + (p - p.detach());  // exactly r in value
+        const torch::Tensor mass = counts.sum();
+        const torch::Tensor cache =
+            options_.start == "empty" ? counts / (mass / slots).clamp_min(1.0) : counts * slots / mass;
+        if (is_counted(layout, token)) {
+          total = total + (surrogate * (1.0 - (options_.clamp_at_one ? cache.clamp_max(1.0) : cache))).sum();
         }
+        counts = options_.gamma * counts + (options_.propagate_through_cache ? surrogate : r);
       }
-      sums.push_back(total);
-    }
-    return layout.num_counted() == 0 ? zero_sum(logits) : stack_layers(sums, logits);
+      return total;
+    });
   }
 
  private:
@@ -132,29 +110,25 @@ class CacheSimulation final : public RoutingLoss {
     return shape;
   }
 
-  static torch::Tensor direct_gradient(const torch::Tensor& logits, const torch::Tensor& seen,
-                                       const LayoutTensors& layout) {
-    const torch::Tensor p = torch::softmax(logits.index_select(1, layout.counted_indices()), -1);
-    return scatter_counted(through_softmax(p, 1.0 - seen), layout);
-  }
-
   /// dF/ds of the surrogate s is the direct part, 1 - c, plus what s does to the later caches: with w = dF/dc, which is
   /// -r where a counted token uses c up to the clamp (at exactly 1 the unclamped side), that is the adjoint of the
-  /// scan.
-  torch::Tensor propagated_gradient(const SoftCacheShape& shape, const torch::Tensor& logits,
-                                    const torch::Tensor& counted_cache, const torch::Tensor& seen,
-                                    const torch::Tensor& counted_selected, const LayoutTensors& layout) const {
-    torch::Tensor upstream = torch::zeros_like(seen).scatter_(2, counted_selected, -1.0);
-    if (options_.clamp_at_one) {
-      upstream = upstream * (counted_cache <= 1.0);
+  /// scan. `buffer` holds the cache and ends as the adjoint. Prompt tokens have gradient here.
+  template <class Real>
+  void propagate(RoutingRows& rows, const SoftCacheShape& shape, torch::Tensor& buffer, double scale,
+                 const torch::Tensor& gradient_LTE) const {
+    const RowLayout layout = rows.row_layout();
+    const std::int64_t* const selected = rows.selected_LTK().const_data_ptr<std::int64_t>();
+    Real* const data = buffer.data_ptr<Real>();
+    if (rows.on_gpu()) {
+      rows.on_stream([&](void* stream) {
+        soft_cache_upstream_cuda(layout, selected, shape.top_k, options_.clamp_at_one, data, stream);
+      });
+    } else {
+      soft_cache_upstream_cpu(layout, selected, shape.top_k, options_.clamp_at_one, data);
     }
-    torch::Tensor v = scatter_counted(upstream, layout).contiguous();
-    scan(shape, torch::Tensor(), layout, v);
-    v.index_add_(1, layout.counted_indices(), 1.0 - seen);
-    // Prompt tokens have gradient here, padding has none and may hold anything.
-    const torch::Tensor& indices = layout.token_indices();
-    const torch::Tensor p = torch::softmax(logits.index_select(1, indices), -1);
-    return torch::zeros_like(logits).index_copy_(1, indices, through_softmax(p, v.index_select(1, indices)));
+    scan(shape, torch::Tensor(), rows.layout(), buffer);
+    rows.add_gradient<Real>(PullTerm<Real>{.v = data, .num_vectors = shape.num_tokens, .every_token = true}, scale,
+                            gradient_LTE);
   }
 
   CacheSimulationOptions options_;

@@ -10,36 +10,24 @@ class Lag final : public RoutingLoss {
   std::string_view name() const override { return "lag"; }
   double count(const LayoutTensors& layout) const override { return static_cast<double>(layout.num_pairs()); }
 
-  torch::Tensor sum(const RoutingTensors& routing, const LayoutTensors& layout) const override {
-    check_routing(name(), routing, layout, false);
-    return symmetric_kl_sum(routing.logits_LTE, layout, options_.lags);
+  torch::Tensor accumulate(RoutingRows& rows, double scale, const torch::Tensor& gradient_LTE) const override {
+    return symmetric_kl(rows, options_.lags, scale, gradient_LTE);
   }
 
   torch::Tensor reference_sum(const RoutingTensors& routing, const LayoutTensors& layout) const override {
-    check_routing(name(), routing, layout, false);
-    const torch::Tensor& logits = routing.logits_LTE;
+    check_routing(*this, routing, layout);
     const double share = 1.0 / static_cast<double>(options_.lags.size());
-    std::vector<torch::Tensor> sums;
-    for (std::int64_t layer = 0; layer < logits.size(0); ++layer) {
-      torch::Tensor total = torch::zeros({}, logits.options().dtype(torch::kFloat64));
-      for (const SequenceRun& run : layout.runs()) {
-        for (std::int64_t token = run.begin + 1; token < run.end; ++token) {
-          if (!is_counted(layout, token)) {
-            continue;
-          }
-          const torch::Tensor current = logit_row(logits, layer, token);
-          for (const std::int64_t lag : options_.lags) {
-            if (token - lag >= run.begin) {
-              const torch::Tensor earlier = logit_row(logits, layer, token - lag);
-              total = total + share * 0.5 * (kl_divergence(current, earlier) + kl_divergence(earlier, current));
-            }
-          }
+    return sum_over_pairs(routing, layout, [&](std::int64_t layer, std::int64_t token, std::int64_t first) {
+      const torch::Tensor current = log_probability_row(routing.logits_LTE, layer, token);
+      torch::Tensor total = torch::zeros({}, current.options());
+      for (const std::int64_t lag : options_.lags) {
+        if (token - lag >= first) {
+          const torch::Tensor earlier = log_probability_row(routing.logits_LTE, layer, token - lag);
+          total = total + share * 0.5 * (kl_divergence(current, earlier) + kl_divergence(earlier, current));
         }
       }
-      // Depends on the logits even where every lag is absent.
-      sums.push_back(total + zero_sum(logits)[layer]);
-    }
-    return layout.num_pairs() == 0 ? zero_sum(logits) : stack_layers(sums, logits);
+      return total;
+    });
   }
 
  private:

@@ -1,5 +1,6 @@
 #include "loss_support.hpp"
 
+#include <algorithm>
 #include <stdexcept>
 
 #include <fmt/format.h>
@@ -12,12 +13,18 @@ namespace {
   return tensor.defined() ? c10::str(tensor.sizes()) : "undefined";
 }
 
+[[nodiscard]] bool wants_gradient(const torch::Tensor& logits_LTE) {
+  return torch::GradMode::is_enabled() && logits_LTE.requires_grad();
+}
+
+/// A value [L], or a scalar, whose gradient by the logits is known: backward gives grad_output * gradient. First order
+/// only.
 class AttachGradient : public torch::autograd::Function<AttachGradient> {
  public:
   static torch::Tensor forward(torch::autograd::AutogradContext* context, const torch::Tensor& /*logits_LTE*/,
-                               const torch::Tensor& sum_L, const torch::Tensor& gradient_LTE) {
+                               const torch::Tensor& value, const torch::Tensor& gradient_LTE) {
     context->save_for_backward({gradient_LTE});
-    return sum_L.clone();
+    return value.clone();
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  const torch::autograd::variable_list& outputs) {
@@ -26,15 +33,31 @@ class AttachGradient : public torch::autograd::Function<AttachGradient> {
   }
 };
 
+[[nodiscard]] torch::Tensor scalar_zero(const torch::Tensor& logits_LTE) {
+  return torch::zeros({}, logits_LTE.options().dtype(torch::kFloat64).requires_grad(false));
+}
+
+/// Runs add(layer, total) for every layer and stacks the totals; they depend on the logits even where nothing was
+/// added.
+[[nodiscard]] torch::Tensor stack_layers(const torch::Tensor& logits_LTE,
+                                         const std::function<void(std::int64_t, torch::Tensor&)>& add) {
+  std::vector<torch::Tensor> sums;
+  for (std::int64_t layer = 0; layer < logits_LTE.size(0); ++layer) {
+    torch::Tensor total = scalar_zero(logits_LTE);
+    add(layer, total);
+    sums.push_back(total);
+  }
+  return torch::stack(sums).to(logits_LTE.scalar_type()) + zero_sum(logits_LTE);
+}
+
 }  // namespace
 
-void check_routing(std::string_view loss, const RoutingTensors& routing, const LayoutTensors& layout,
-                   bool needs_reference) {
+void check_routing(const RoutingLoss& loss, const RoutingTensors& routing, const LayoutTensors& layout) {
   const torch::Tensor& logits = routing.logits_LTE;
   const torch::Tensor& selected = routing.selected_LTK;
   const auto require = [&](bool holds, std::string_view what, const std::string& got) {
     if (!holds) {
-      throw std::invalid_argument(fmt::format("{}: {}, got {}", loss, what, got));
+      throw std::invalid_argument(fmt::format("{}: {}, got {}", loss.name(), what, got));
     }
   };
   require(logits.defined() && logits.dim() == 3, "logits must be [layers, tokens, experts]", shape_text(logits));
@@ -50,14 +73,25 @@ void check_routing(std::string_view loss, const RoutingTensors& routing, const L
   require(logits.device() == layout.device() && selected.device() == layout.device(),
           "logits and selected must be on the device of the layout " + layout.device().str(),
           logits.device().str() + " and " + selected.device().str());
-  if (needs_reference) {
-    const torch::Tensor& reference = routing.reference_logits_LTE;
-    require(reference.defined() && reference.sizes() == logits.sizes(),
-            fmt::format("reference logits must be {}", shape_text(logits)), shape_text(reference));
+  const auto require_base = [&](const torch::Tensor& base, std::string_view which) {
+    require(base.defined() && base.sizes() == logits.sizes(),
+            fmt::format("{} logits must be {}", which, shape_text(logits)), shape_text(base));
     require(
-        reference.scalar_type() == logits.scalar_type() && reference.device() == logits.device(),
-        fmt::format("reference logits must be {} on {}", c10::toString(logits.scalar_type()), logits.device().str()),
-        fmt::format("{} on {}", c10::toString(reference.scalar_type()), reference.device().str()));
+        base.scalar_type() == logits.scalar_type() && base.device() == logits.device(),
+        fmt::format("{} logits must be {} on {}", which, c10::toString(logits.scalar_type()), logits.device().str()),
+        fmt::format("{} on {}", c10::toString(base.scalar_type()), base.device().str()));
+  };
+  if (loss.needs_reference()) {
+    require_base(routing.reference_logits_LTE, "reference");
+  }
+  if (loss.needs_base_forward()) {
+    require_base(routing.base_forward_logits_LTE, "base_forward");
+  }
+  if (selected.is_cpu() && layout.token_indices().numel() > 0) {
+    const torch::Tensor served = selected.index_select(1, layout.token_indices());
+    require(served.min().item<std::int64_t>() >= 0 && served.max().item<std::int64_t>() < logits.size(2),
+            fmt::format("selected experts must be between 0 and {}", logits.size(2) - 1),
+            fmt::format("{} to {}", served.min().item<std::int64_t>(), served.max().item<std::int64_t>()));
   }
 }
 
@@ -65,86 +99,150 @@ torch::Tensor zero_sum(const torch::Tensor& logits_LTE) {
   return logits_LTE.narrow(1, 0, 0).sum({1, 2});
 }
 
-bool wants_gradient(const torch::Tensor& logits_LTE) {
-  return torch::GradMode::is_enabled() && logits_LTE.requires_grad();
-}
-
-torch::Tensor attach_gradient(const torch::Tensor& logits_LTE, const torch::Tensor& sum_L,
-                              const torch::Tensor& gradient_LTE) {
-  return wants_gradient(logits_LTE) ? AttachGradient::apply(logits_LTE, sum_L, gradient_LTE) : sum_L;
-}
-
-torch::Tensor scatter_counted(const torch::Tensor& rows_LNE, const LayoutTensors& layout) {
-  if (layout.num_counted() == layout.num_tokens()) {
-    return rows_LNE;
+torch::Tensor RoutingLoss::sum(const RoutingTensors& routing, const LayoutTensors& layout) const {
+  check_routing(*this, routing, layout);
+  if (count(layout) == 0.0) {
+    return zero_sum(routing.logits_LTE);
   }
-  return torch::zeros({rows_LNE.size(0), layout.num_tokens(), rows_LNE.size(2)}, rows_LNE.options())
-      .index_copy_(1, layout.counted_indices(), rows_LNE);
-}
-
-torch::Tensor symmetric_kl_sum(const torch::Tensor& logits_LTE, const LayoutTensors& layout,
-                               const std::vector<std::int64_t>& lags) {
-  if (layout.num_pairs() == 0) {
-    return zero_sum(logits_LTE);
-  }
+  const bool differentiable = wants_gradient(routing.logits_LTE);
   torch::Tensor total;
   torch::Tensor gradient;
-  const bool with_gradient = wants_gradient(logits_LTE);
   {
     const torch::NoGradGuard no_grad;
-    const double scale = 0.5 / static_cast<double>(lags.size());
-    // Rows of padding are computed along, and picked by no index below.
-    const torch::Tensor log_p = torch::log_softmax(logits_LTE.detach(), -1);
-    total = torch::zeros({log_p.size(0)}, log_p.options().dtype(torch::kFloat64));
-    if (with_gradient) {
-      gradient = torch::zeros(log_p.sizes(), log_p.options());
+    RoutingRows rows(routing, layout);
+    if (differentiable) {
+      gradient = torch::zeros(routing.logits_LTE.sizes(), rows.options());
     }
-    for (const std::int64_t lag : lags) {
-      const torch::Tensor current = layout.lagged_indices(lag);
-      if (current.numel() == 0) {
-        continue;
-      }
-      const torch::Tensor earlier = current - lag;
-      const torch::Tensor log_a = log_p.index_select(1, current);
-      const torch::Tensor log_b = log_p.index_select(1, earlier);
-      const torch::Tensor a = log_a.exp();
-      const torch::Tensor b = log_b.exp();
-      const torch::Tensor difference = a - b;
-      const torch::Tensor log_ratio = log_a - log_b;
-      // KL(a||b) + KL(b||a): no term is negative, so nothing cancels.
-      total += (difference * log_ratio).sum({1, 2}, false, torch::kFloat64) * scale;
-      if (with_gradient) {
-        // By a_j: log_ratio_j + difference_j / a_j, and the like by b_j; through the softmax the quotient goes away.
-        gradient.index_add_(1, current, (a * (log_ratio - (a * log_ratio).sum(-1, true)) + difference) * scale);
-        gradient.index_add_(1, earlier, (b * ((b * log_ratio).sum(-1, true) - log_ratio) - difference) * scale);
-      }
-    }
-    total = total.to(logits_LTE.scalar_type());
+    total = accumulate(rows, 1.0, gradient);
   }
-  return attach_gradient(logits_LTE, total, gradient);
+  return differentiable ? AttachGradient::apply(routing.logits_LTE, total, gradient) : total;
 }
 
-torch::Tensor window_sums(const torch::Tensor& rows_LNE, const WindowTensors& windows) {
-  return torch::zeros({rows_LNE.size(0), windows.lengths.numel(), rows_LNE.size(2)}, rows_LNE.options())
-      .index_add(1, windows.window_of_counted, rows_LNE);
+CombinedLoss combine(const std::vector<LossShare>& shares, const RoutingTensors& routing, const LayoutTensors& layout) {
+  for (const LossShare& share : shares) {
+    check_routing(*share.loss, routing, layout);
+  }
+  CombinedLoss result;
+  const bool differentiable =
+      wants_gradient(routing.logits_LTE) &&
+      std::any_of(shares.begin(), shares.end(), [](const LossShare& share) { return share.scale != 0.0; });
+  torch::Tensor gradient;
+  torch::Tensor total;
+  {
+    const torch::NoGradGuard no_grad;
+    RoutingRows rows(routing, layout);
+    if (differentiable) {
+      gradient = torch::zeros(routing.logits_LTE.sizes(), rows.options());
+    }
+    total = torch::zeros({}, rows.options());
+    for (const LossShare& share : shares) {
+      const torch::Tensor sum_L =
+          share.loss->count(layout) == 0.0
+              ? zero_sum(routing.logits_LTE)
+              : share.loss->accumulate(rows, share.scale, share.scale != 0.0 ? gradient : torch::Tensor());
+      result.sums_L.push_back(sum_L);
+      total += sum_L.sum() * share.scale;
+    }
+  }
+  result.total = differentiable ? AttachGradient::apply(routing.logits_LTE, total, gradient) : total;
+  return result;
 }
 
-torch::Tensor kl_divergence(const torch::Tensor& logits_a_E, const torch::Tensor& logits_b_E) {
-  const torch::Tensor log_a = torch::log_softmax(logits_a_E, 0);
-  const torch::Tensor log_b = torch::log_softmax(logits_b_E, 0);
-  torch::Tensor total = torch::zeros({}, log_a.options());
-  for (std::int64_t expert = 0; expert < log_a.numel(); ++expert) {
-    total = total + log_a[expert].exp() * (log_a[expert] - log_b[expert]);
+torch::Tensor symmetric_kl(RoutingRows& rows, const std::vector<std::int64_t>& lags, double scale,
+                           const torch::Tensor& gradient_LTE) {
+  torch::Tensor total;
+  for (std::size_t first = 0; first < lags.size(); first += SymmetricKlTerm::kMaxLags) {
+    SymmetricKlTerm term;
+    term.num_lags = static_cast<int>(std::min<std::size_t>(SymmetricKlTerm::kMaxLags, lags.size() - first));
+    std::copy_n(lags.begin() + static_cast<std::ptrdiff_t>(first), term.num_lags, std::begin(term.lags));
+    term.share = 0.5 / static_cast<double>(lags.size());
+    const torch::Tensor part = rows.dispatch([&](auto real) {
+      using Real = decltype(real);
+      return rows.sums<Real>(term, scale, gradient_LTE);
+    });
+    total = total.defined() ? total + part : part;
   }
   return total;
+}
+
+torch::Tensor sum_over_counted(const RoutingTensors& routing, const LayoutTensors& layout,
+                               const std::function<torch::Tensor(std::int64_t, std::int64_t)>& term) {
+  return stack_layers(routing.logits_LTE, [&](std::int64_t layer, torch::Tensor& total) {
+    for (const SequenceRun& run : layout.runs()) {
+      for (std::int64_t token = run.begin; token < run.end; ++token) {
+        if (is_counted(layout, token)) {
+          total = total + term(layer, token);
+        }
+      }
+    }
+  });
+}
+
+torch::Tensor sum_over_pairs(const RoutingTensors& routing, const LayoutTensors& layout,
+                             const std::function<torch::Tensor(std::int64_t, std::int64_t, std::int64_t)>& term) {
+  return stack_layers(routing.logits_LTE, [&](std::int64_t layer, torch::Tensor& total) {
+    for (const SequenceRun& run : layout.runs()) {
+      for (std::int64_t token = run.begin + 1; token < run.end; ++token) {
+        if (is_counted(layout, token)) {
+          total = total + term(layer, token, run.begin);
+        }
+      }
+    }
+  });
+}
+
+torch::Tensor sum_over_windows(
+    const RoutingTensors& routing, const LayoutTensors& layout, std::int64_t size,
+    const std::function<torch::Tensor(std::int64_t, const std::vector<std::int64_t>&)>& term) {
+  return stack_layers(routing.logits_LTE, [&](std::int64_t layer, torch::Tensor& total) {
+    std::vector<std::int64_t> window;
+    const auto close = [&] {
+      if (!window.empty()) {
+        total = total + term(layer, window);
+        window.clear();
+      }
+    };
+    for (const SequenceRun& run : layout.runs()) {
+      for (std::int64_t token = run.begin; token < run.end; ++token) {
+        if (is_counted(layout, token)) {
+          window.push_back(token);
+          if (static_cast<std::int64_t>(window.size()) == size) {
+            close();
+          }
+        }
+      }
+      close();
+    }
+  });
+}
+
+torch::Tensor sum_over_runs(const RoutingTensors& routing, const LayoutTensors& layout,
+                            const std::function<torch::Tensor(std::int64_t, const SequenceRun&)>& term) {
+  return stack_layers(routing.logits_LTE, [&](std::int64_t layer, torch::Tensor& total) {
+    for (const SequenceRun& run : layout.runs()) {
+      total = total + term(layer, run);
+    }
+  });
 }
 
 torch::Tensor logit_row(const torch::Tensor& logits_LTE, std::int64_t layer, std::int64_t token) {
   return logits_LTE[layer][token].to(torch::kFloat64);
 }
 
-torch::Tensor stack_layers(const std::vector<torch::Tensor>& sums, const torch::Tensor& logits_LTE) {
-  return torch::stack(sums).to(logits_LTE.scalar_type());
+torch::Tensor probability_row(const torch::Tensor& logits_LTE, std::int64_t layer, std::int64_t token) {
+  return torch::softmax(logit_row(logits_LTE, layer, token), 0);
+}
+
+torch::Tensor log_probability_row(const torch::Tensor& logits_LTE, std::int64_t layer, std::int64_t token) {
+  return torch::log_softmax(logit_row(logits_LTE, layer, token), 0);
+}
+
+torch::Tensor kl_divergence(const torch::Tensor& log_p_E, const torch::Tensor& log_q_E) {
+  torch::Tensor total = torch::zeros({}, log_p_E.options());
+  for (std::int64_t expert = 0; expert < log_p_E.numel(); ++expert) {
+    total = total + log_p_E[expert].exp() * (log_p_E[expert] - log_q_E[expert]);
+  }
+  return total;
 }
 
 }  // namespace hestia

@@ -1,47 +1,51 @@
 #pragma once
 
-#include <string_view>
+#include <functional>
 
 #include "hestia/routing_losses/routing_losses.hpp"
+#include "routing_rows.hpp"
 
 namespace hestia {
 
 /// Throws std::invalid_argument, with the name of the loss, unless shapes, dtypes and devices of `routing` agree with
-/// each other and with `layout`.
-void check_routing(std::string_view loss, const RoutingTensors& routing, const LayoutTensors& layout,
-                   bool needs_reference);
+/// each other and with `layout`, what the loss needs of base routers included. On the CPU also unless the selected
+/// experts of all tokens but padding are experts.
+void check_routing(const RoutingLoss& loss, const RoutingTensors& routing, const LayoutTensors& layout);
 
 /// Zeros [L] that depend on the logits with zero gradient, whatever padding holds: the sum of a term with nothing to
 /// count.
 [[nodiscard]] torch::Tensor zero_sum(const torch::Tensor& logits_LTE);
 
-/// True when a gradient with respect to the logits can be asked for.
-[[nodiscard]] bool wants_gradient(const torch::Tensor& logits_LTE);
-
-/// Sums [L] whose gradient is known: backward gives grad_output[l] * gradient[l, t, e]. First order only.
-/// gradient_LTE may be undefined when wants_gradient(logits_LTE) is false.
-[[nodiscard]] torch::Tensor attach_gradient(const torch::Tensor& logits_LTE, const torch::Tensor& sum_L,
-                                            const torch::Tensor& gradient_LTE);
-
-/// Gradient rows of counted tokens [L, counted, E] put back among all tokens, zero elsewhere.
-[[nodiscard]] torch::Tensor scatter_counted(const torch::Tensor& rows_LNE, const LayoutTensors& layout);
-
 /// Sums [L] of (1/|lags|) * SymKL(p_t, p_{t-lag}) over counted t and the lags for which t-lag is a token of the same
-/// sequence, p = softmax(logits), in nats. The gradient, of both sides, is in closed form.
-[[nodiscard]] torch::Tensor symmetric_kl_sum(const torch::Tensor& logits_LTE, const LayoutTensors& layout,
-                                             const std::vector<std::int64_t>& lags);
+/// sequence, in nats; the gradient of both sides, times `scale`, is added to gradient_LTE unless undefined.
+[[nodiscard]] torch::Tensor symmetric_kl(RoutingRows& rows, const std::vector<std::int64_t>& lags, double scale,
+                                         const torch::Tensor& gradient_LTE);
 
-/// Sums over each window of rows of counted tokens: [L, counted, E] becomes [L, windows, E].
-[[nodiscard]] torch::Tensor window_sums(const torch::Tensor& rows_LNE, const WindowTensors& windows);
+// Plain loops for reference_sum, in float64. Each adds `term` up per layer and gives zero_sum where there is nothing.
 
-/// KL(softmax(a) || softmax(b)) of two vectors of logits [E] by a plain loop, in nats.
-[[nodiscard]] torch::Tensor kl_divergence(const torch::Tensor& logits_a_E, const torch::Tensor& logits_b_E);
+/// Over counted tokens: term(layer, token).
+[[nodiscard]] torch::Tensor sum_over_counted(const RoutingTensors& routing, const LayoutTensors& layout,
+                                             const std::function<torch::Tensor(std::int64_t, std::int64_t)>& term);
+/// Over counted tokens with a token of their sequence before them: term(layer, token, first token of the sequence).
+[[nodiscard]] torch::Tensor sum_over_pairs(
+    const RoutingTensors& routing, const LayoutTensors& layout,
+    const std::function<torch::Tensor(std::int64_t, std::int64_t, std::int64_t)>& term);
+/// Over windows of counted tokens: term(layer, tokens).
+[[nodiscard]] torch::Tensor sum_over_windows(
+    const RoutingTensors& routing, const LayoutTensors& layout, std::int64_t size,
+    const std::function<torch::Tensor(std::int64_t, const std::vector<std::int64_t>&)>& term);
+/// Over sequences: term(layer, sequence).
+[[nodiscard]] torch::Tensor sum_over_runs(const RoutingTensors& routing, const LayoutTensors& layout,
+                                          const std::function<torch::Tensor(std::int64_t, const SequenceRun&)>& term);
 
-/// logits[layer][token] as a vector [E] in float64: what the plain-loop references work on.
+/// logits[layer][token] as a vector [E] in float64.
 [[nodiscard]] torch::Tensor logit_row(const torch::Tensor& logits_LTE, std::int64_t layer, std::int64_t token);
-
-/// Stacks one float64 scalar per layer into sums [L] of the logits' type.
-[[nodiscard]] torch::Tensor stack_layers(const std::vector<torch::Tensor>& sums, const torch::Tensor& logits_LTE);
+/// Its softmax and the softmax's logarithm.
+[[nodiscard]] torch::Tensor probability_row(const torch::Tensor& logits_LTE, std::int64_t layer, std::int64_t token);
+[[nodiscard]] torch::Tensor log_probability_row(const torch::Tensor& logits_LTE, std::int64_t layer,
+                                                std::int64_t token);
+/// KL(p || q) of two rows of log probabilities [E], in nats.
+[[nodiscard]] torch::Tensor kl_divergence(const torch::Tensor& log_p_E, const torch::Tensor& log_q_E);
 
 /// True where the token counts (padding is never asked for).
 [[nodiscard]] inline bool is_counted(const LayoutTensors& layout, std::int64_t token) {

@@ -10,51 +10,45 @@ class Reuse final : public RoutingLoss {
   std::string_view name() const override { return "reuse"; }
   double count(const LayoutTensors& layout) const override { return static_cast<double>(layout.num_pairs()); }
 
-  torch::Tensor sum(const RoutingTensors& routing, const LayoutTensors& layout) const override {
-    check_routing(name(), routing, layout, false);
-    const torch::Tensor& logits = routing.logits_LTE;
-    if (layout.num_pairs() == 0) {
-      return zero_sum(logits);
-    }
-    const std::int64_t top_k = routing.selected_LTK.size(2);
-    const torch::Tensor p = torch::softmax(logits.index_select(1, layout.pair_indices()), -1);
-    const torch::Tensor previous = routing.selected_LTK.index_select(1, layout.pair_indices() - 1);
-    const torch::Tensor reused = p.gather(2, previous).sum(-1) / top_k;  // [L, pairs]
-    const torch::Tensor total = torch::zeros({logits.size(0), layout.run_begins().numel()}, logits.options())
-                                    .index_add(1, layout.pair_runs(), reused);
-    // Runs without a pair: mean 0 of divisor 1, weighted by 0.
-    const torch::Tensor pairs = layout.pairs_per_run().to(logits.scalar_type());
-    const torch::Tensor mean = total / pairs.clamp_min(1.0);
-    return -(pairs * torch::log(mean + kEpsilon)).sum(1);
+  torch::Tensor accumulate(RoutingRows& rows, double scale, const torch::Tensor& gradient_LTE) const override {
+    const LayoutTensors& layout = rows.layout();
+    return rows.dispatch([&](auto real) {
+      using Real = decltype(real);
+      ReuseTerm<Real> term{.selected = rows.selected_LTK().const_data_ptr<std::int64_t>(),
+                           .top_k = rows.top_k(),
+                           .run_of_token = layout.token_runs().const_data_ptr<std::int64_t>(),
+                           .num_runs = layout.run_begins().numel()};
+      const torch::Tensor reused = rows.run_sums(rows.values<Real>(term, 1.0, torch::Tensor()));
+      // Runs without a pair: mean 0 of divisor 1, weighted by 0.
+      const torch::Tensor pairs = layout.pairs_per_run().to(torch::kFloat64);
+      const torch::Tensor mean = reused / pairs.clamp_min(1.0) + kEpsilon;
+      if (gradient_LTE.defined()) {
+        const torch::Tensor weight = (-1.0 / mean).to(rows.options().dtype());
+        term.weight = weight.const_data_ptr<Real>();
+        rows.add_gradient<Real>(term, scale, gradient_LTE);
+      }
+      return -(pairs * mean.log()).sum(1).to(rows.options().dtype());
+    });
   }
 
   torch::Tensor reference_sum(const RoutingTensors& routing, const LayoutTensors& layout) const override {
-    check_routing(name(), routing, layout, false);
-    const torch::Tensor& logits = routing.logits_LTE;
+    check_routing(*this, routing, layout);
     const std::int64_t top_k = routing.selected_LTK.size(2);
-    std::vector<torch::Tensor> sums;
-    for (std::int64_t layer = 0; layer < logits.size(0); ++layer) {
-      torch::Tensor total = torch::zeros({}, logits.options().dtype(torch::kFloat64));
-      for (const SequenceRun& run : layout.runs()) {
-        torch::Tensor reused = torch::zeros({}, total.options());
-        std::int64_t pairs = 0;
-        for (std::int64_t token = run.begin + 1; token < run.end; ++token) {
-          if (!is_counted(layout, token)) {
-            continue;
-          }
-          const torch::Tensor p = torch::softmax(logit_row(logits, layer, token), 0);
-          for (std::int64_t k = 0; k < top_k; ++k) {
-            reused = reused + p[routing.selected_LTK[layer][token - 1][k].item<std::int64_t>()] / top_k;
-          }
-          ++pairs;
+    return sum_over_runs(routing, layout, [&](std::int64_t layer, const SequenceRun& run) {
+      torch::Tensor reused = torch::zeros({}, routing.logits_LTE.options().dtype(torch::kFloat64));
+      std::int64_t pairs = 0;
+      for (std::int64_t token = run.begin + 1; token < run.end; ++token) {
+        if (!is_counted(layout, token)) {
+          continue;
         }
-        if (pairs > 0) {
-          total = total - pairs * torch::log(reused / pairs + kEpsilon);
+        const torch::Tensor p = probability_row(routing.logits_LTE, layer, token);
+        for (std::int64_t k = 0; k < top_k; ++k) {
+          reused = reused + p[routing.selected_LTK[layer][token - 1][k].item<std::int64_t>()] / top_k;
         }
+        ++pairs;
       }
-      sums.push_back(total);
-    }
-    return layout.num_pairs() == 0 ? zero_sum(logits) : stack_layers(sums, logits);
+      return pairs == 0 ? reused : -pairs * torch::log(reused / pairs + kEpsilon);
+    });
   }
 };
 

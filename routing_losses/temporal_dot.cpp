@@ -8,37 +8,19 @@ class TemporalDot final : public RoutingLoss {
   std::string_view name() const override { return "temporal_dot"; }
   double count(const LayoutTensors& layout) const override { return static_cast<double>(layout.num_pairs()); }
 
-  torch::Tensor sum(const RoutingTensors& routing, const LayoutTensors& layout) const override {
-    check_routing(name(), routing, layout, false);
-    const torch::Tensor& logits = routing.logits_LTE;
-    if (layout.num_pairs() == 0) {
-      return zero_sum(logits);
-    }
-    // Rows are picked before the softmax, so that no row of padding is in the graph.
-    const torch::Tensor p = torch::softmax(logits.index_select(1, layout.pair_indices()), -1);
-    const torch::Tensor previous = torch::softmax(logits.index_select(1, layout.pair_indices() - 1), -1);
-    return (1.0 - (p * previous).sum(-1)).sum(1);
+  torch::Tensor accumulate(RoutingRows& rows, double scale, const torch::Tensor& gradient_LTE) const override {
+    return rows.dispatch([&](auto real) {
+      using Real = decltype(real);
+      return rows.sums<Real>(NeighbourTerm{}, scale, gradient_LTE);
+    });
   }
 
   torch::Tensor reference_sum(const RoutingTensors& routing, const LayoutTensors& layout) const override {
-    check_routing(name(), routing, layout, false);
-    const torch::Tensor& logits = routing.logits_LTE;
-    std::vector<torch::Tensor> sums;
-    for (std::int64_t layer = 0; layer < logits.size(0); ++layer) {
-      torch::Tensor total = torch::zeros({}, logits.options().dtype(torch::kFloat64));
-      for (const SequenceRun& run : layout.runs()) {
-        for (std::int64_t token = run.begin + 1; token < run.end; ++token) {
-          if (!is_counted(layout, token)) {
-            continue;
-          }
-          const torch::Tensor p = torch::softmax(logit_row(logits, layer, token), 0);
-          const torch::Tensor previous = torch::softmax(logit_row(logits, layer, token - 1), 0);
-          total = total + 1.0 - p.dot(previous);
-        }
-      }
-      sums.push_back(total);
-    }
-    return layout.num_pairs() == 0 ? zero_sum(logits) : stack_layers(sums, logits);
+    check_routing(*this, routing, layout);
+    return sum_over_pairs(routing, layout, [&](std::int64_t layer, std::int64_t token, std::int64_t /*first*/) {
+      return 1.0 - probability_row(routing.logits_LTE, layer, token)
+                       .dot(probability_row(routing.logits_LTE, layer, token - 1));
+    });
   }
 };
 

@@ -9,41 +9,19 @@ class Trust final : public RoutingLoss {
   bool needs_reference() const override { return true; }
   double count(const LayoutTensors& layout) const override { return static_cast<double>(layout.num_counted()); }
 
-  torch::Tensor sum(const RoutingTensors& routing, const LayoutTensors& layout) const override {
-    check_routing(name(), routing, layout, true);
-    if (layout.num_counted() == 0) {
-      return zero_sum(routing.logits_LTE);
-    }
-    const torch::Tensor& counted = layout.counted_indices();
-    const torch::Tensor log_p = torch::log_softmax(routing.logits_LTE.index_select(1, counted), -1);
-    const torch::Tensor log_reference =
-        torch::log_softmax(routing.reference_logits_LTE.detach().index_select(1, counted), -1);
-    // Finite logarithms even where p underflows to 0, so 0 log 0 comes out as 0.
-    return (log_p.exp() * (log_p - log_reference)).sum({1, 2});
+  torch::Tensor accumulate(RoutingRows& rows, double scale, const torch::Tensor& gradient_LTE) const override {
+    return rows.dispatch([&](auto real) {
+      using Real = decltype(real);
+      return rows.sums<Real>(DivergenceTerm<Real>{rows.reference().rows<Real>()}, scale, gradient_LTE);
+    });
   }
 
   torch::Tensor reference_sum(const RoutingTensors& routing, const LayoutTensors& layout) const override {
-    check_routing(name(), routing, layout, true);
-    const torch::Tensor& logits = routing.logits_LTE;
-    std::vector<torch::Tensor> sums;
-    for (std::int64_t layer = 0; layer < logits.size(0); ++layer) {
-      torch::Tensor total = torch::zeros({}, logits.options().dtype(torch::kFloat64));
-      for (const SequenceRun& run : layout.runs()) {
-        for (std::int64_t token = run.begin; token < run.end; ++token) {
-          if (!is_counted(layout, token)) {
-            continue;
-          }
-          const torch::Tensor log_p = torch::log_softmax(logit_row(logits, layer, token), 0);
-          const torch::Tensor log_reference =
-              torch::log_softmax(logit_row(routing.reference_logits_LTE, layer, token), 0).detach();
-          for (std::int64_t expert = 0; expert < logits.size(2); ++expert) {
-            total = total + log_p[expert].exp() * (log_p[expert] - log_reference[expert]);
-          }
-        }
-      }
-      sums.push_back(total);
-    }
-    return layout.num_counted() == 0 ? zero_sum(logits) : stack_layers(sums, logits);
+    check_routing(*this, routing, layout);
+    return sum_over_counted(routing, layout, [&](std::int64_t layer, std::int64_t token) {
+      return kl_divergence(log_probability_row(routing.logits_LTE, layer, token),
+                           log_probability_row(routing.reference_logits_LTE, layer, token).detach());
+    });
   }
 };
 

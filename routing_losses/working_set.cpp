@@ -10,55 +10,43 @@ class WorkingSet final : public RoutingLoss {
   std::string_view name() const override { return "working_set"; }
   double count(const LayoutTensors& layout) const override { return static_cast<double>(layout.num_counted()); }
 
-  torch::Tensor sum(const RoutingTensors& routing, const LayoutTensors& layout) const override {
-    check_routing(name(), routing, layout, false);
-    const torch::Tensor& logits = routing.logits_LTE;
-    if (layout.num_counted() == 0) {
-      return zero_sum(logits);
-    }
-    const WindowTensors windows = layout.windows(options_.window);
-    const torch::Tensor lengths = windows.lengths.to(logits.scalar_type());
-    const torch::Tensor p = torch::softmax(logits.index_select(1, layout.counted_indices()), -1);
-    const torch::Tensor mean = window_sums(p, windows) / lengths.unsqueeze(1);
+  torch::Tensor accumulate(RoutingRows& rows, double scale, const torch::Tensor& gradient_LTE) const override {
+    const WindowTensors& windows = rows.layout().windows(options_.window);
+    const torch::Tensor lengths = windows.lengths.to(rows.options().dtype());
+    const torch::Tensor mean = rows.window_sums(WindowQuantity::kProbability, 0.0, windows) / lengths.unsqueeze(1);
     // A mean of 0 has p = 0 in every token of the window: whatever finite number stands for its logarithm is
     // multiplied by 0, in the gradient as well.
-    const double smallest = logits.scalar_type() == torch::kFloat64 ? std::numeric_limits<double>::min()
-                                                                    : std::numeric_limits<float>::min();
-    const torch::Tensor entropy = -(mean * mean.clamp_min(smallest).log()).sum(-1);
-    return (entropy * lengths).sum(1);
+    const double smallest =
+        mean.scalar_type() == torch::kFloat64 ? std::numeric_limits<double>::min() : std::numeric_limits<float>::min();
+    const torch::Tensor log_mean = mean.clamp_min(smallest).log();
+    if (gradient_LTE.defined()) {
+      // d/dp of |b| H(mean) is -log mean - 1, and the softmax takes no notice of the 1.
+      const torch::Tensor v = -log_mean;
+      rows.dispatch([&](auto real) {
+        using Real = decltype(real);
+        rows.add_gradient<Real>(
+            PullTerm<Real>{.v = v.const_data_ptr<Real>(),
+                           .vector_of_token = windows.window_of_token.const_data_ptr<std::int64_t>(),
+                           .num_vectors = lengths.numel()},
+            scale, gradient_LTE);
+      });
+    }
+    return -((mean * log_mean).sum(-1) * lengths).sum(1);
   }
 
   torch::Tensor reference_sum(const RoutingTensors& routing, const LayoutTensors& layout) const override {
-    check_routing(name(), routing, layout, false);
-    const torch::Tensor& logits = routing.logits_LTE;
-    std::vector<torch::Tensor> sums;
-    for (std::int64_t layer = 0; layer < logits.size(0); ++layer) {
-      torch::Tensor total = torch::zeros({}, logits.options().dtype(torch::kFloat64));
-      std::vector<torch::Tensor> window;  // log p of its tokens
-      const auto close = [&] {
-        if (!window.empty()) {
+    check_routing(*this, routing, layout);
+    return sum_over_windows(
+        routing, layout, options_.window, [&](std::int64_t layer, const std::vector<std::int64_t>& tokens) {
+          const double length = static_cast<double>(tokens.size());
+          std::vector<torch::Tensor> log_p;
+          for (const std::int64_t token : tokens) {
+            log_p.push_back(log_probability_row(routing.logits_LTE, layer, token));
+          }
           // The logarithm of the mean without leaving logarithms.
-          const torch::Tensor log_mean =
-              torch::logsumexp(torch::stack(window), 0) - std::log(static_cast<double>(window.size()));
-          total = total - static_cast<double>(window.size()) * (log_mean.exp() * log_mean).sum();
-          window.clear();
-        }
-      };
-      for (const SequenceRun& run : layout.runs()) {
-        for (std::int64_t token = run.begin; token < run.end; ++token) {
-          if (!is_counted(layout, token)) {
-            continue;
-          }
-          window.push_back(torch::log_softmax(logit_row(logits, layer, token), 0));
-          if (static_cast<std::int64_t>(window.size()) == options_.window) {
-            close();
-          }
-        }
-        close();
-      }
-      sums.push_back(total);
-    }
-    return layout.num_counted() == 0 ? zero_sum(logits) : stack_layers(sums, logits);
+          const torch::Tensor log_mean = torch::logsumexp(torch::stack(log_p), 0) - std::log(length);
+          return -length * (log_mean.exp() * log_mean).sum();
+        });
   }
 
  private:

@@ -426,22 +426,21 @@ class Loop {
           loss = loss + job_.distillation_weight * value;
         }
       }
+      const auto num_layers = static_cast<double>(routing.logits_LTE.size(0));
+      std::vector<LossShare> shares;
+      std::vector<std::size_t> shown;  // the term of each share
       for (std::size_t term = 0; term < counts.size(); ++term) {
         const WeightedLoss& weighted = job_.losses[term];
-        const double weight = weighted.weight_at(step);
-        if (weighted.weight == 0.0 && !logged) {
-          continue;
-        }
-        const double divisor = counts[term] > 0.0 ? counts[term] : 1.0;
-        if (weighted.weight == 0.0) {
-          const torch::NoGradGuard no_grad;
-          accumulate(term_values[term], weighted.loss->sum(routing, *micro.layout).mean() / divisor);
-        } else {
-          const torch::Tensor value = weighted.loss->sum(routing, *micro.layout).mean() / divisor;
-          accumulate(term_values[term], value);
-          loss = loss + weight * value;
+        if (weighted.weight > 0.0 || logged) {
+          shares.push_back({weighted.loss.get(), weighted.weight_at(step) / (divisor(counts[term]) * num_layers)});
+          shown.push_back(term);
         }
       }
+      const CombinedLoss combined = combine(shares, routing, *micro.layout);
+      for (std::size_t i = 0; i < shown.size(); ++i) {
+        accumulate(term_values[shown[i]], combined.sums_L[i].mean() / divisor(counts[shown[i]]));
+      }
+      loss = loss + combined.total;
       loss.backward();
       accumulate(loss_value, loss);
     }
@@ -470,6 +469,8 @@ class Loop {
     MoeModel base = job_.base_model;
     return base->forward(batch);
   }
+
+  static double divisor(double count) { return count > 0.0 ? count : 1.0; }
 
   static void accumulate(torch::Tensor& total, const torch::Tensor& value) {
     total = total.defined() ? total + value.detach() : value.detach();

@@ -3,7 +3,9 @@
 // Letters: L MoE layers, T tokens (flat over packed rows), E experts, K experts per token.
 
 #include <cstdint>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -28,8 +30,10 @@ struct RoutingTensors {
 /// Non-overlapping windows of one size over the counted tokens of each sequence, in order: the first begins at the
 /// sequence's first counted token, the last may be short.
 struct WindowTensors {
-  torch::Tensor window_of_counted;  ///< int64 [counted], the window (0..windows-1) of each entry of counted_indices.
-  torch::Tensor lengths;            ///< int64 [windows], counted tokens in each; adds up to counted.
+  torch::Tensor window_of_token;  ///< int64 [T], the window (0..windows-1) of each counted token; -1 for all others.
+  torch::Tensor begins;           ///< int64 [windows], first token of each.
+  torch::Tensor ends;             ///< int64 [windows], one past its last counted token.
+  torch::Tensor lengths;          ///< int64 [windows], counted tokens in each; adds up to counted.
 };
 
 /// A SequenceLayout as index tensors, made once per micro-batch and shared by all losses.
@@ -49,21 +53,23 @@ class LayoutTensors {
   [[nodiscard]] const torch::Tensor& token_indices() const noexcept { return token_indices_; }
   /// int64, indices of counted tokens.
   [[nodiscard]] const torch::Tensor& counted_indices() const noexcept { return counted_indices_; }
-  /// int64, indices t of pairs (t, t-1).
-  [[nodiscard]] const torch::Tensor& pair_indices() const noexcept { return pair_indices_; }
-  /// int64 [pairs], the run (0..runs-1) of each pair.
-  [[nodiscard]] const torch::Tensor& pair_runs() const noexcept { return pair_runs_; }
   /// int64 [runs], pairs of each run.
   [[nodiscard]] const torch::Tensor& pairs_per_run() const noexcept { return pairs_per_run_; }
   /// int64 [runs], first token of each run.
   [[nodiscard]] const torch::Tensor& run_begins() const noexcept { return run_begins_; }
   /// int64 [runs], one past the last token of each run.
   [[nodiscard]] const torch::Tensor& run_ends() const noexcept { return run_ends_; }
-  /// int64, counted t whose t-lag is a real token of the same sequence; lag 1 gives pair_indices. Made at each call.
-  /// Throws std::invalid_argument when lag is below 1.
-  [[nodiscard]] torch::Tensor lagged_indices(std::int64_t lag) const;
-  /// Windows of `size` counted tokens. Made at each call. Throws std::invalid_argument when size is below 1.
-  [[nodiscard]] WindowTensors windows(std::int64_t size) const;
+  /// int64 [T], first token of each token's run; 0 for padding.
+  [[nodiscard]] const torch::Tensor& token_begins() const noexcept { return token_begins_; }
+  /// int64 [T], one past the last token of each token's run; 0 for padding.
+  [[nodiscard]] const torch::Tensor& token_ends() const noexcept { return token_ends_; }
+  /// int64 [T], the run (0..runs-1) of each token; -1 for padding.
+  [[nodiscard]] const torch::Tensor& token_runs() const noexcept { return token_runs_; }
+  /// uint8 [T], 1 for counted tokens; 0 for padding, whatever the layout says.
+  [[nodiscard]] const torch::Tensor& counted() const noexcept { return counted_; }
+  /// Windows of `size` counted tokens, made when first asked for and kept. Throws std::invalid_argument when size is
+  /// below 1.
+  [[nodiscard]] const WindowTensors& windows(std::int64_t size) const;
 
  private:
   SequenceLayout layout_;
@@ -73,12 +79,19 @@ class LayoutTensors {
   std::int64_t num_pairs_ = 0;
   torch::Tensor token_indices_;
   torch::Tensor counted_indices_;
-  torch::Tensor pair_indices_;
-  torch::Tensor pair_runs_;
   torch::Tensor pairs_per_run_;
   torch::Tensor run_begins_;
   torch::Tensor run_ends_;
+  torch::Tensor token_begins_;
+  torch::Tensor token_ends_;
+  torch::Tensor token_runs_;
+  torch::Tensor counted_;
+  std::unique_ptr<std::mutex> windows_mutex_;
+  mutable std::map<std::int64_t, WindowTensors> windows_;
 };
+
+/// The routing of a micro-batch prepared for the kernels (routing_losses/routing_rows.hpp).
+class RoutingRows;
 
 /// One routing objective. A term's value over an optimiser step is (sum of `sum` over micro-batches and ranks) / (sum
 /// of `count`), per layer, then the mean over layers; total count 0 gives 0. Stateless and thread-safe.
@@ -87,18 +100,39 @@ class RoutingLoss {
   virtual ~RoutingLoss() = default;
   /// Registry name, for example "cache_simulation".
   [[nodiscard]] virtual std::string_view name() const = 0;
-  /// True when `sum` reads reference_logits_LTE.
+  /// True when the term reads reference_logits_LTE.
   [[nodiscard]] virtual bool needs_reference() const { return false; }
-  /// True when `sum` reads base_forward_logits_LTE, which costs a second forward.
+  /// True when the term reads base_forward_logits_LTE, which costs a second forward.
   [[nodiscard]] virtual bool needs_base_forward() const { return false; }
   /// Divisor of this micro-batch: depends on the layout alone.
   [[nodiscard]] virtual double count(const LayoutTensors& layout) const = 0;
-  /// Per-layer sums [L], differentiable in logits_LTE; zeros (with zero gradient) when count is 0.
-  [[nodiscard]] virtual torch::Tensor sum(const RoutingTensors& routing, const LayoutTensors& layout) const = 0;
-  /// The same by plain loops over tokens, the simplest correct version: the reference of tests.
+  /// Per-layer sums [L], differentiable in logits_LTE (first order); zeros, with zero gradient, when count is 0.
+  /// Throws std::invalid_argument when the tensors do not fit the layout or each other.
+  [[nodiscard]] torch::Tensor sum(const RoutingTensors& routing, const LayoutTensors& layout) const;
+  /// The kernel behind `sum` and `combine`, for a count above 0: returns the sums [L] and adds scale * d(sum over
+  /// layers)/d logits, in closed form, to gradient_LTE unless that is undefined. Not recorded by autograd.
+  [[nodiscard]] virtual torch::Tensor accumulate(RoutingRows& rows, double scale,
+                                                 const torch::Tensor& gradient_LTE) const = 0;
+  /// The sums by plain loops over tokens, the simplest correct version: the reference of tests.
   [[nodiscard]] virtual torch::Tensor reference_sum(const RoutingTensors& routing,
                                                     const LayoutTensors& layout) const = 0;
 };
+
+/// A loss and what its sums are multiplied by in a total.
+struct LossShare {
+  const RoutingLoss* loss = nullptr;  ///< Borrowed.
+  double scale = 0.0;                 ///< 0: only the value is wanted.
+};
+/// Result of `combine`.
+struct CombinedLoss {
+  torch::Tensor total;                ///< Scalar, sum of scale * (sum over layers), differentiable in logits_LTE.
+  std::vector<torch::Tensor> sums_L;  ///< Per-layer sums [L] of each loss, without gradient.
+};
+/// Several losses over one micro-batch with one gradient: what they share is computed once and every term adds into the
+/// same buffer, so beside that buffer memory holds at most one [L, T, E] tensor (the soft cache) and some values per
+/// token. Throws as RoutingLoss::sum.
+[[nodiscard]] CombinedLoss combine(const std::vector<LossShare>& shares, const RoutingTensors& routing,
+                                   const LayoutTensors& layout);
 
 /// MELINOE's cache simulation (arXiv 2602.11192), per layer and sequence
 ///   sum = sum_t sum_i r_{t,i} * (1 - c_{t,i}),   c_t the soft cache before token t (kernels/soft_cache.hpp),

@@ -118,6 +118,29 @@ TEST_CASE("every objective: the GPU equals the CPU in value and gradient", "[gpu
   }
 }
 
+TEST_CASE("combined: the GPU repeats itself bit for bit and equals the CPU", "[gpu]") {
+  if (!gpu_ready()) {
+    return;
+  }
+  std::mt19937 random(64);
+  const Sizes sizes{.num_layers = 2, .num_experts = 70, .top_k = 5};
+  const LayoutTensors cpu(long_layout(), torch::kCPU);
+  const LayoutTensors gpu(long_layout(), torch::kCUDA);
+  const RoutingTensors exact = random_routing(random, sizes, cpu.num_tokens());
+  const RoutingTensors device = converted(exact, torch::kFloat32, torch::kCUDA);
+  std::vector<LossShare> shares;
+  const std::vector<Variant> variants = every_variant(sizes);
+  for (const Variant& variant : variants) {
+    shares.push_back({variant.loss.get(), 0.01});
+  }
+  const auto gradient = [&](const RoutingTensors& routing, const LayoutTensors& layout) {
+    return torch::autograd::grad({combine(shares, routing, layout).total}, {routing.logits_LTE})[0];
+  };
+  const torch::Tensor once = gradient(device, gpu);
+  CHECK(torch::equal(once, gradient(device, gpu)));
+  CHECK(relative_difference(once, gradient(exact, cpu)) < 1e-4);
+}
+
 TEST_CASE("tensors on another device than the layout are refused", "[gpu]") {
   if (!gpu_ready()) {
     return;

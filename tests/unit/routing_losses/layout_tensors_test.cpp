@@ -23,42 +23,36 @@ TEST_CASE("a layout's index tensors: counted tokens, pairs that reach back into 
   CHECK(layout.num_pairs() == 3);
   CHECK(values(layout.token_indices()) == Indices{1, 2, 3, 4, 5, 7, 8, 9});
   CHECK(values(layout.counted_indices()) == Indices{2, 3, 4, 5, 7});
-  CHECK(values(layout.pair_indices()) == Indices{2, 3, 5});
-  CHECK(values(layout.pair_runs()) == Indices{0, 0, 1});
   CHECK(values(layout.pairs_per_run()) == Indices{2, 1, 0, 0});
   CHECK(values(layout.run_begins()) == Indices{1, 4, 7, 8});
   CHECK(values(layout.run_ends()) == Indices{4, 6, 8, 10});
-}
-
-TEST_CASE("lagged tokens: counted, and the token so far before them is of the same sequence") {
-  const LayoutTensors layout(layout_of({{1, 0, true}, {6, 1}, {2, 0, true}, {3, 0}, {4, 4}}), torch::kCPU);
-  CHECK(values(layout.lagged_indices(1)) == values(layout.pair_indices()));
-  CHECK(values(layout.lagged_indices(2)) == Indices{3, 4, 5, 6, 11});
-  CHECK(values(layout.lagged_indices(5)) == Indices{6});
-  CHECK(layout.lagged_indices(6).numel() == 0);
-  CHECK(layout.lagged_indices(1000).sizes() == torch::IntArrayRef({0}));
-  CHECK_THROWS_WITH(layout.lagged_indices(0), Catch::Contains("lag must be at least 1, got 0"));
+  CHECK(values(layout.token_begins()) == Indices{0, 1, 1, 1, 4, 4, 0, 7, 8, 8});
+  CHECK(values(layout.token_ends()) == Indices{0, 4, 4, 4, 6, 6, 0, 8, 10, 10});
+  CHECK(values(layout.token_runs()) == Indices{-1, 0, 0, 0, 1, 1, -1, 2, 3, 3});
+  CHECK(values(layout.counted().to(torch::kInt64)) == Indices{0, 0, 1, 1, 1, 1, 0, 1, 0, 0});
 }
 
 TEST_CASE("windows hold counted tokens only, start at the first of a sequence and may be short at its end") {
   // Counted: 2 .. 6 of the first sequence, none of the second, 11 and 12 of the third, 13 of the fourth.
   const LayoutTensors layout(layout_of({{7, 2}, {2, 2}, {1, 0, true}, {3, 1}, {1, 0}}), torch::kCPU);
-  const WindowTensors two = layout.windows(2);
-  CHECK(values(two.window_of_counted) == Indices{0, 0, 1, 1, 2, 3, 3, 4});
+  const WindowTensors& two = layout.windows(2);
+  CHECK(values(two.window_of_token) == Indices{-1, -1, 0, 0, 1, 1, 2, -1, -1, -1, -1, 3, 3, 4});
+  CHECK(values(two.begins) == Indices{2, 4, 6, 11, 13});
+  CHECK(values(two.ends) == Indices{4, 6, 7, 13, 14});
   CHECK(values(two.lengths) == Indices{2, 2, 1, 2, 1});
-  const WindowTensors one = layout.windows(1);
-  CHECK(values(one.window_of_counted) == Indices{0, 1, 2, 3, 4, 5, 6, 7});
-  CHECK(values(one.lengths) == Indices(8, 1));
-  const WindowTensors large = layout.windows(1000);
-  CHECK(values(large.window_of_counted) == Indices{0, 0, 0, 0, 0, 1, 1, 2});
+  CHECK(values(layout.windows(1).lengths) == Indices(8, 1));
+  const WindowTensors& large = layout.windows(1000);
+  CHECK(values(large.window_of_token) == Indices{-1, -1, 0, 0, 0, 0, 0, -1, -1, -1, -1, 1, 1, 2});
   CHECK(values(large.lengths) == Indices{5, 2, 1});
+  CHECK(&layout.windows(2) == &two);
   CHECK_THROWS_WITH(layout.windows(0), Catch::Contains("size must be at least 1, got 0"));
   // A turn that is not counted inside a sequence takes no place in a window.
   const LayoutTensors turns(SequenceLayout{{5, 5, 5, 5, 5, 5}, {0, 1, 0, 0, 1, 1}}, torch::kCPU);
-  CHECK(values(turns.windows(2).window_of_counted) == Indices{0, 0, 1});
+  CHECK(values(turns.windows(2).window_of_token) == Indices{-1, 0, -1, -1, 0, 1});
+  CHECK(values(turns.windows(2).begins) == Indices{1, 5});
+  CHECK(values(turns.windows(2).ends) == Indices{5, 6});
   CHECK(values(turns.windows(2).lengths) == Indices{2, 1});
   const LayoutTensors nothing(layout_of({{3, 3}, {2, 0, true}}), torch::kCPU);
-  CHECK(nothing.windows(4).window_of_counted.numel() == 0);
   CHECK(nothing.windows(4).lengths.numel() == 0);
 }
 

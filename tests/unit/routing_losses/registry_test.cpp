@@ -242,3 +242,48 @@ TEST_CASE("options that do not fit are refused with key, range and value") {
   options = {};
   CHECK_THROWS_AS(make_routing_losses(options, 4, 5), std::invalid_argument);
 }
+
+TEST_CASE("combined: one gradient for several losses is the weighted sum of theirs") {
+  const Sizes sizes;
+  std::mt19937 random(91);
+  for (const SequenceLayout& packed : {usual_layout(), layout_of({{5, 5}}), layout_of({{3, 0, true}})}) {
+    const LayoutTensors layout(packed, torch::kCPU);
+    const RoutingTensors routing = random_routing(random, sizes, layout.num_tokens());
+    const std::vector<Variant> variants = every_variant(sizes);
+    std::vector<LossShare> shares;
+    torch::Tensor expected = torch::zeros({}, torch::kFloat64);
+    for (std::size_t i = 0; i < variants.size(); ++i) {
+      const double scale = i % 3 == 1 ? 0.0 : 0.1 * static_cast<double>(i + 1);
+      shares.push_back({variants[i].loss.get(), scale});
+      expected = expected + scale * variants[i].loss->sum(routing, layout).sum();
+    }
+    const CombinedLoss combined = combine(shares, routing, layout);
+    REQUIRE(combined.sums_L.size() == variants.size());
+    for (std::size_t i = 0; i < variants.size(); ++i) {
+      CAPTURE(variants[i].label);
+      CHECK_FALSE(combined.sums_L[i].requires_grad());
+      CHECK(torch::equal(combined.sums_L[i], variants[i].loss->sum(routing, layout)));
+    }
+    CHECK(relative_difference(combined.total, expected) < 1e-13);
+    REQUIRE(combined.total.requires_grad());
+    // Through something more than backward() alone: the gradient that arrives must be multiplied in.
+    const torch::Tensor gradient = torch::autograd::grad({combined.total * 3.0}, {routing.logits_LTE})[0];
+    CHECK(relative_difference(gradient, torch::autograd::grad({expected * 3.0}, {routing.logits_LTE})[0]) < 1e-13);
+  }
+}
+
+TEST_CASE("combined: losses that only report have no gradient, and none at all give 0") {
+  const Sizes sizes;
+  std::mt19937 random(92);
+  const LayoutTensors layout(usual_layout(), torch::kCPU);
+  const RoutingTensors routing = random_routing(random, sizes, layout.num_tokens());
+  const auto loss = find_loss({}, "smooth", sizes);
+  CHECK_FALSE(combine({{loss.get(), 0.0}}, routing, layout).total.requires_grad());
+  const CombinedLoss nothing = combine({}, routing, layout);
+  CHECK(nothing.sums_L.empty());
+  CHECK(nothing.total.item<double>() == 0.0);
+  RoutingTensors bad = routing;
+  bad.selected_LTK = routing.selected_LTK + sizes.num_experts;
+  CHECK_THROWS_WITH(combine({{loss.get(), 1.0}}, bad, layout),
+                    Catch::StartsWith("smooth: selected experts must be between 0 and 6"));
+}

@@ -1,4 +1,4 @@
-#include "hestia/kernels/rank_hinge.hpp"
+#include "hestia/kernels/router_rows.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -61,7 +61,59 @@ Token by_definition(const std::vector<double>& p, const std::vector<double>& bas
   return token;
 }
 
+/// Rows of given probabilities: one layer, all tokens counted, in one sequence.
+template <class Real>
+class Rows {
+ public:
+  Rows(const std::vector<Real>& probabilities, std::size_t num_experts)
+      : num_experts_(num_experts), probabilities_(probabilities), logits_(probabilities) {
+    const std::size_t num_tokens = probabilities.size() / num_experts;
+    std::transform(logits_.begin(), logits_.end(), logits_.begin(), [](Real p) { return std::log(p); });
+    zeros_.assign(num_tokens, Real(0));
+    begin_.assign(num_tokens, 0);
+    end_.assign(num_tokens, static_cast<std::int64_t>(num_tokens));
+    counted_.assign(num_tokens, 1);
+  }
+  SoftmaxRows<Real> rows() const { return {logits_.data(), zeros_.data(), zeros_.data(), probabilities_.data()}; }
+  RowLayout layout() const {
+    return {1,
+            static_cast<std::int64_t>(zeros_.size()),
+            static_cast<std::int64_t>(num_experts_),
+            begin_.data(),
+            end_.data(),
+            counted_.data()};
+  }
+
+ private:
+  std::size_t num_experts_;
+  std::vector<Real> probabilities_;
+  std::vector<Real> logits_;
+  std::vector<Real> zeros_;
+  std::vector<std::int64_t> begin_;
+  std::vector<std::int64_t> end_;
+  std::vector<std::uint8_t> counted_;
+};
+
 }  // namespace
+
+TEST_CASE("softmax rows keep their digits for logits of any size") {
+  const std::vector<double> logits = {10000.0, 9999.0, -10000.0, 1.0, 2.0, 3.0};
+  std::vector<double> max(2, -1.0);
+  std::vector<double> log_sum(2, -1.0);
+  softmax_rows_cpu(logits.data(), 3, 0, 2, max.data(), log_sum.data());
+  CHECK(max == std::vector<double>{10000.0, 3.0});
+  CHECK(log_sum[0] == Approx(std::log1p(std::exp(-1.0))).epsilon(1e-15));
+  CHECK(log_sum[1] == Approx(std::log(1.0 + std::exp(-1.0) + std::exp(-2.0))).epsilon(1e-15));
+}
+
+TEST_CASE("segment sums") {
+  const std::vector<double> values = {1, 2, 3, 4, 10, 20, 30, 40};
+  const std::vector<std::int64_t> begins = {0, 3};
+  const std::vector<std::int64_t> ends = {2, 4};
+  std::vector<double> sums(4, -1.0);
+  segment_sums_cpu(values.data(), 2, 4, begins.data(), ends.data(), 2, sums.data());
+  CHECK(sums == std::vector<double>{3, 4, 30, 40});
+}
 
 TEMPLATE_TEST_CASE("the vectorised hinge equals its definition", "", float, double) {
   const double tolerance = std::is_same_v<TestType, float> ? 2e-5 : 1e-12;
@@ -88,22 +140,23 @@ TEMPLATE_TEST_CASE("the vectorised hinge equals its definition", "", float, doub
           std::transform(base_row.begin(), base_row.end(), std::back_inserter(base),
                          [](double x) { return TestType(x); });
         }
+        const Rows<TestType> router(p, num_experts);
+        const Rows<TestType> reference(base, num_experts);
+        const RankHingeTerm<TestType> term{.base = reference.rows(), .margin = margin, .normalise = normalise};
         std::vector<double> value(num_tokens, -1.0);
         std::vector<double> value_alone(num_tokens, -1.0);
-        std::vector<TestType> gradient(num_tokens * num_experts, TestType(-1));
-        rank_hinge_cpu(p.data(), base.data(), 5, static_cast<std::int64_t>(num_experts), margin, normalise,
-                       value.data(), gradient.data());
-        rank_hinge_cpu<TestType>(p.data(), base.data(), 5, static_cast<std::int64_t>(num_experts), margin, normalise,
-                                 value_alone.data(), nullptr);
+        std::vector<TestType> gradient(num_tokens * num_experts, TestType(0.5));
+        row_term_cpu(router.layout(), router.rows(), term, {value.data(), gradient.data(), 2.0}, 0, 5);
+        row_term_cpu<TestType>(router.layout(), router.rows(), term, {value_alone.data(), nullptr, 1.0}, 0, 5);
         CHECK(value == value_alone);
         double worst = 0.0;
         for (std::size_t token = 0; token < num_tokens; ++token) {
           const double size = std::max(1.0, expected[token].value);
           CHECK(value[token] == Approx(expected[token].value).epsilon(tolerance).margin(tolerance));
           for (std::size_t k = 0; k < num_experts; ++k) {
-            worst = std::max(
-                worst,
-                std::abs(static_cast<double>(gradient[token * num_experts + k]) - expected[token].gradient[k]) / size);
+            worst = std::max(worst, std::abs((static_cast<double>(gradient[token * num_experts + k]) - 0.5) / 2.0 -
+                                             expected[token].gradient[k]) /
+                                        size);
           }
         }
         CHECK(worst < tolerance);
