@@ -66,6 +66,7 @@ template void soft_cache_adjoint_cuda<float>(const SoftCacheShape&, const std::i
 template void soft_cache_adjoint_cuda<double>(const SoftCacheShape&, const std::int64_t*, const std::int64_t*,
                                               std::int64_t, double*, void*);
 
+// NOLINTBEGIN(bugprone-macro-parentheses): types cannot stand in parentheses
 #define HESTIA_INSTANTIATE(Real, Term)                                                             \
   template void row_term_cuda<Real, Term>(const RowLayout&, const SoftmaxRows<Real>&, const Term&, \
                                           const RowResult<Real>&, void*);
@@ -80,5 +81,6 @@ HESTIA_FOR_EACH_ROW_TERM(HESTIA_INSTANTIATE)
 HESTIA_INSTANTIATE(float)
 HESTIA_INSTANTIATE(double)
 #undef HESTIA_INSTANTIATE
+// NOLINTEND(bugprone-macro-parentheses)
 
 }  // namespace hestia

@@ -101,7 +101,7 @@ void row_term_cpu(const RowLayout& layout, const SoftmaxRows<Real>& rows, const 
   Real* const p = scratch.values.data();
   Real* const weighted = p + num_experts;
   for (std::int64_t row = first_row; row < last_row; ++row) {
-    Bound<Real, Term> bound{bound_row(layout, rows, row), term};
+    Bound<Real, Term> bound{bound_row(layout, rows, row / layout.num_tokens, row % layout.num_tokens), term};
     if (!bound.active()) {
       if (result.value != nullptr) {
         result.value[row] = 0.0;
@@ -188,6 +188,7 @@ void soft_cache_upstream_cpu(const RowLayout& layout, const std::int64_t* select
   }
 }
 
+// NOLINTBEGIN(bugprone-macro-parentheses): types cannot stand in parentheses
 #define HESTIA_INSTANTIATE(Real, Term)                                                            \
   template void row_term_cpu<Real, Term>(const RowLayout&, const SoftmaxRows<Real>&, const Term&, \
                                          const RowResult<Real>&, std::int64_t, std::int64_t);
@@ -203,5 +204,6 @@ HESTIA_FOR_EACH_ROW_TERM(HESTIA_INSTANTIATE)
 HESTIA_INSTANTIATE(float)
 HESTIA_INSTANTIATE(double)
 #undef HESTIA_INSTANTIATE
+// NOLINTEND(bugprone-macro-parentheses)
 
 }  // namespace hestia

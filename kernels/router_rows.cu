@@ -63,17 +63,19 @@ __global__ void softmax_rows_kernel(const Real* logits, std::int64_t num_experts
   }
 }
 
-/// One warp per row. Shared memory: p, w and, where the term stages something, that; `rows_per_block` rows of each.
+/// One warp per row; grid: (blocks of tokens, layers). Shared memory: p, w and, where the term stages something, that;
+/// `rows_per_block` rows of each. The term stays where parameters live: a copy would cost its bytes once per thread.
 template <class Real, class Term>
-__global__ void row_term_kernel(RowLayout layout, SoftmaxRows<Real> rows, Term term, RowResult<Real> result,
-                                int rows_per_block) {
+__global__ void row_term_kernel(RowLayout layout, SoftmaxRows<Real> rows, const __grid_constant__ Term term,
+                                RowResult<Real> result, int rows_per_block) {
   const int warp = static_cast<int>(threadIdx.x / kWarp);
   const int lane = static_cast<int>(threadIdx.x % kWarp);
-  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * rows_per_block + warp;
-  if (row >= layout.num_layers * layout.num_tokens) {
+  const std::int64_t token = static_cast<std::int64_t>(blockIdx.x) * rows_per_block + warp;
+  if (token >= layout.num_tokens) {
     return;
   }
-  Bound<Real, Term> bound{bound_row(layout, rows, row), term};
+  Bound<Real, Term> bound{bound_row(layout, rows, blockIdx.y, token), term};
+  const std::int64_t row = bound.row;
   if (!bound.active()) {
     if (lane == 0 && result.value != nullptr) {
       result.value[row] = 0.0;
@@ -202,8 +204,7 @@ void softmax_rows_cuda(const Real* logits, std::int64_t num_experts, std::int64_
 template <class Real, class Term>
 void row_term_cuda(const RowLayout& layout, const SoftmaxRows<Real>& rows, const Term& term,
                    const RowResult<Real>& result, void* stream) {
-  const std::int64_t num_rows = layout.num_layers * layout.num_tokens;
-  if (num_rows == 0) {
+  if (layout.num_layers == 0 || layout.num_tokens == 0) {
     return;
   }
   const std::size_t row_bytes =
@@ -213,10 +214,10 @@ void row_term_cuda(const RowLayout& layout, const SoftmaxRows<Real>& rows, const
                    " experts; run on the CPU");
   }
   const int rows_per_block = static_cast<int>(std::min<std::size_t>(kRowsPerBlock, kSharedBytes / row_bytes));
+  const dim3 grid(blocks_for(layout.num_tokens, rows_per_block), static_cast<unsigned>(layout.num_layers));
   row_term_kernel<Real, Term>
-      <<<blocks_for(num_rows, rows_per_block), static_cast<unsigned>(rows_per_block * kWarp),
-         static_cast<std::size_t>(rows_per_block) * row_bytes, static_cast<cudaStream_t>(stream)>>>(
-          layout, rows, term, result, rows_per_block);
+      <<<grid, static_cast<unsigned>(rows_per_block * kWarp), static_cast<std::size_t>(rows_per_block) * row_bytes,
+         static_cast<cudaStream_t>(stream)>>>(layout, rows, term, result, rows_per_block);
   check_launch("row_term_kernel");
 }
 
@@ -258,6 +259,7 @@ void soft_cache_upstream_cuda(const RowLayout& layout, const std::int64_t* selec
   check_launch("soft_cache_upstream_kernel");
 }
 
+// NOLINTBEGIN(bugprone-macro-parentheses): types cannot stand in parentheses
 #define HESTIA_INSTANTIATE(Real, Term)                                                             \
   template void row_term_cuda<Real, Term>(const RowLayout&, const SoftmaxRows<Real>&, const Term&, \
                                           const RowResult<Real>&, void*);
@@ -272,5 +274,6 @@ HESTIA_FOR_EACH_ROW_TERM(HESTIA_INSTANTIATE)
 HESTIA_INSTANTIATE(float)
 HESTIA_INSTANTIATE(double)
 #undef HESTIA_INSTANTIATE
+// NOLINTEND(bugprone-macro-parentheses)
 
 }  // namespace hestia

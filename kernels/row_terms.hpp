@@ -60,12 +60,12 @@ struct BoundRow {
 
 template <class Real>
 HESTIA_HOST_DEVICE inline BoundRow<Real> bound_row(const RowLayout& layout, const SoftmaxRows<Real>& rows,
-                                                   std::int64_t row) {
+                                                   std::int64_t layer, std::int64_t token) {
   BoundRow<Real> bound;
   bound.rows = rows;
-  bound.row = row;
-  bound.layer = row / layout.num_tokens;
-  bound.token = row % layout.num_tokens;
+  bound.row = layer * layout.num_tokens + token;
+  bound.layer = layer;
+  bound.token = token;
   bound.num_experts = layout.num_experts;
   bound.begin = layout.run_begin[bound.token];
   bound.end = layout.run_end[bound.token];
@@ -78,7 +78,7 @@ struct Bound;
 
 template <class Real>
 struct Bound<Real, DivergenceTerm<Real>> : BoundRow<Real> {
-  DivergenceTerm<Real> term;
+  const DivergenceTerm<Real>& term;
   HESTIA_HOST_DEVICE Real weighted(std::int64_t j, Real log_p, RowSums& sums) const {
     // Finite logarithms even where p underflows to 0, so 0 log 0 comes out as 0.
     const Real w = this->p[j] * (log_p - log_probability(term.reference, this->row, this->num_experts, j));
@@ -89,7 +89,7 @@ struct Bound<Real, DivergenceTerm<Real>> : BoundRow<Real> {
 
 template <class Real>
 struct Bound<Real, EntropyTerm> : BoundRow<Real> {
-  EntropyTerm term;
+  const EntropyTerm& term;
   HESTIA_HOST_DEVICE Real weighted(std::int64_t j, Real log_p, RowSums& sums) const {
     const Real w = -this->p[j] * log_p;
     sums.value += static_cast<double>(w);
@@ -99,7 +99,7 @@ struct Bound<Real, EntropyTerm> : BoundRow<Real> {
 
 template <class Real>
 struct Bound<Real, SymmetricKlTerm> : BoundRow<Real> {
-  SymmetricKlTerm term;
+  const SymmetricKlTerm& term;
   HESTIA_HOST_DEVICE bool active() const {
     for (int i = 0; i < term.num_lags; ++i) {
       if (this->has_earlier(term.lags[i]) || this->has_later(term.lags[i])) {
@@ -139,7 +139,7 @@ struct Bound<Real, SymmetricKlTerm> : BoundRow<Real> {
 
 template <class Real>
 struct Bound<Real, NeighbourTerm> : BoundRow<Real> {
-  NeighbourTerm term;
+  const NeighbourTerm& term;
   HESTIA_HOST_DEVICE bool active() const { return this->has_earlier(1) || this->has_later(1); }
   HESTIA_HOST_DEVICE Real weighted(std::int64_t j, Real /*log_p*/, RowSums& sums) const {
     const Real p_j = this->p[j];
@@ -162,7 +162,7 @@ struct Bound<Real, NeighbourTerm> : BoundRow<Real> {
 
 template <class Real>
 struct Bound<Real, ReuseTerm<Real>> : BoundRow<Real> {
-  ReuseTerm<Real> term;
+  const ReuseTerm<Real>& term;
   HESTIA_HOST_DEVICE bool active() const { return this->has_earlier(1); }
   HESTIA_HOST_DEVICE Real weighted(std::int64_t j, Real /*log_p*/, RowSums& /*sums*/) const {
     int uses = 0;
@@ -192,7 +192,7 @@ struct Bound<Real, ReuseTerm<Real>> : BoundRow<Real> {
 
 template <class Real>
 struct Bound<Real, PullTerm<Real>> : BoundRow<Real> {
-  PullTerm<Real> term;
+  const PullTerm<Real>& term;
   HESTIA_HOST_DEVICE bool active() const {
     const bool wanted = term.every_token ? this->end > this->begin : this->counted[this->token] != 0;
     return wanted && vector() >= 0;
@@ -215,7 +215,7 @@ struct Bound<Real, PullTerm<Real>> : BoundRow<Real> {
 
 template <class Real>
 struct Bound<Real, SoftCacheTerm<Real>> : BoundRow<Real> {
-  SoftCacheTerm<Real> term;
+  const SoftCacheTerm<Real>& term;
   HESTIA_HOST_DEVICE Real weighted(std::int64_t j, Real /*log_p*/, RowSums& /*sums*/) const {
     return this->p[j] * missing(j);
   }
@@ -236,7 +236,7 @@ struct Bound<Real, SoftCacheTerm<Real>> : BoundRow<Real> {
 /// pulls it down: counting both at j spares a second pass.
 template <class Real>
 struct Bound<Real, RankHingeTerm<Real>> : BoundRow<Real> {
-  RankHingeTerm<Real> term;
+  const RankHingeTerm<Real>& term;
   static constexpr bool kStages = true;
   HESTIA_HOST_DEVICE void stage(std::int64_t j) const {
     this->extra[j] = probability(term.base, this->row, this->num_experts, j);
@@ -269,12 +269,12 @@ struct Bound<Real, RankHingeTerm<Real>> : BoundRow<Real> {
 };
 
 /// Every term in both types, for explicit instantiation: X(Real, Term).
-#define HESTIA_FOR_EACH_ROW_TERM(X)                                                                          \
-  X(float, DivergenceTerm<float>)                                                                            \
-  X(double, DivergenceTerm<double>) X(float, EntropyTerm) X(double, EntropyTerm) X(float, SymmetricKlTerm)   \
-      X(double, SymmetricKlTerm) X(float, NeighbourTerm) X(double, NeighbourTerm) X(float, ReuseTerm<float>) \
-          X(double, ReuseTerm<double>) X(float, PullTerm<float>) X(double, PullTerm<double>)                 \
-              X(float, SoftCacheTerm<float>) X(double, SoftCacheTerm<double>) X(float, RankHingeTerm<float>) \
-                  X(double, RankHingeTerm<double>)
+#define HESTIA_FOR_EACH_ROW_TERM(X)                                                                            \
+  X(float, DivergenceTerm<float>)                                                                              \
+  X(double, DivergenceTerm<double>)                                                                            \
+  X(float, EntropyTerm) X(double, EntropyTerm) X(float, SymmetricKlTerm) X(double, SymmetricKlTerm)            \
+      X(float, NeighbourTerm) X(double, NeighbourTerm) X(float, ReuseTerm<float>) X(double, ReuseTerm<double>) \
+          X(float, PullTerm<float>) X(double, PullTerm<double>) X(float, SoftCacheTerm<float>)                 \
+              X(double, SoftCacheTerm<double>) X(float, RankHingeTerm<float>) X(double, RankHingeTerm<double>)
 
 }  // namespace hestia

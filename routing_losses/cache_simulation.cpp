@@ -52,16 +52,16 @@ class CacheSimulation final : public RoutingLoss {
   double count(const LayoutTensors& layout) const override { return static_cast<double>(layout.num_counted()); }
 
   torch::Tensor accumulate(RoutingRows& rows, double scale, const torch::Tensor& gradient_LTE) const override {
-    const SoftCacheShape shape = shape_of(rows.selected_LTK(), rows.num_experts());
+    const SoftCacheShape shape = shape_of(rows.selected(), rows.num_experts());
     // The scan leaves rows of padding alone, and nothing below reads them.
     torch::Tensor buffer =
         torch::empty({rows.num_layers(), rows.layout().num_tokens(), rows.num_experts()}, rows.options());
-    scan(shape, rows.selected_LTK(), rows.layout(), buffer);
+    scan(shape, rows.selected(), rows.layout(), buffer);
     return rows.dispatch([&](auto real) {
       using Real = decltype(real);
-      const torch::Tensor sums =
+      torch::Tensor sums =
           rows.sums<Real>(SoftCacheTerm<Real>{.cache = buffer.const_data_ptr<Real>(),
-                                              .selected = rows.selected_LTK().const_data_ptr<std::int64_t>(),
+                                              .selected = rows.selected().const_data_ptr<std::int64_t>(),
                                               .top_k = rows.top_k(),
                                               .clamp = options_.clamp_at_one},
                           scale, gradient_LTE);
@@ -117,7 +117,7 @@ class CacheSimulation final : public RoutingLoss {
   void propagate(RoutingRows& rows, const SoftCacheShape& shape, torch::Tensor& buffer, double scale,
                  const torch::Tensor& gradient_LTE) const {
     const RowLayout layout = rows.row_layout();
-    const std::int64_t* const selected = rows.selected_LTK().const_data_ptr<std::int64_t>();
+    const std::int64_t* const selected = rows.selected().const_data_ptr<std::int64_t>();
     Real* const data = buffer.data_ptr<Real>();
     if (rows.on_gpu()) {
       rows.on_stream([&](void* stream) {

@@ -10,7 +10,7 @@ class LoadBalance final : public RoutingLoss {
 
   torch::Tensor accumulate(RoutingRows& rows, double scale, const torch::Tensor& gradient_LTE) const override {
     const torch::Tensor& counted = rows.layout().counted_indices();
-    const torch::Tensor selected = rows.selected_LTK().index_select(1, counted).flatten(1);
+    const torch::Tensor selected = rows.selected().index_select(1, counted).flatten(1);
     const double ratio = static_cast<double>(rows.num_experts()) / static_cast<double>(rows.top_k());
     // sum = value * count with value = (E/K) sum_e (uses_e / count) P_e: a constant times p, summed over tokens.
     const torch::Tensor v = torch::zeros({rows.num_layers(), rows.num_experts()}, rows.options())

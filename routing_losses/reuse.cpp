@@ -14,7 +14,7 @@ class Reuse final : public RoutingLoss {
     const LayoutTensors& layout = rows.layout();
     return rows.dispatch([&](auto real) {
       using Real = decltype(real);
-      ReuseTerm<Real> term{.selected = rows.selected_LTK().const_data_ptr<std::int64_t>(),
+      ReuseTerm<Real> term{.selected = rows.selected().const_data_ptr<std::int64_t>(),
                            .top_k = rows.top_k(),
                            .run_of_token = layout.token_runs().const_data_ptr<std::int64_t>(),
                            .num_runs = layout.run_begins().numel()};

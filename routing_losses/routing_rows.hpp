@@ -38,7 +38,7 @@ class RoutingRows {
   /// Of the type and device of the logits.
   [[nodiscard]] torch::TensorOptions options() const { return routing_.logits_LTE.options().requires_grad(false); }
   /// int64, contiguous.
-  [[nodiscard]] const torch::Tensor& selected_LTK() const noexcept { return selected_LTK_; }
+  [[nodiscard]] const torch::Tensor& selected() const noexcept { return selected_LTK_; }
   [[nodiscard]] const SoftmaxTensors& router();
   [[nodiscard]] const SoftmaxTensors& reference();
   [[nodiscard]] const SoftmaxTensors& base_forward();

@@ -40,6 +40,7 @@ class WorkingSet final : public RoutingLoss {
         routing, layout, options_.window, [&](std::int64_t layer, const std::vector<std::int64_t>& tokens) {
           const double length = static_cast<double>(tokens.size());
           std::vector<torch::Tensor> log_p;
+          log_p.reserve(tokens.size());
           for (const std::int64_t token : tokens) {
             log_p.push_back(log_probability_row(routing.logits_LTE, layer, token));
           }

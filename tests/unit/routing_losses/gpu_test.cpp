@@ -138,7 +138,9 @@ TEST_CASE("combined: the GPU repeats itself bit for bit and equals the CPU", "[g
   };
   const torch::Tensor once = gradient(device, gpu);
   CHECK(torch::equal(once, gradient(device, gpu)));
-  CHECK(relative_difference(once, gradient(exact, cpu)) < 1e-4);
+  // In float64, where no hinge stands within rounding of its kink.
+  CHECK(relative_difference(gradient(converted(exact, torch::kFloat64, torch::kCUDA), gpu), gradient(exact, cpu)) <
+        1e-12);
 }
 
 TEST_CASE("tensors on another device than the layout are refused", "[gpu]") {
