@@ -175,6 +175,10 @@ class TraceReader {
     if (!rest.empty()) {
       add_comment(rest);
     }
+    if (trace_.num_experts > 0 && trace_.top_k > trace_.num_experts) {
+      throw error(fmt::format("n_expert_used must be at most n_expert ({}), got {}; correct the header",
+                              trace_.num_experts, trace_.top_k));
+    }
   }
 
   void read_layer_line(std::string_view text) {
@@ -218,10 +222,6 @@ class TraceReader {
       throw error(
           "the header lacks n_layer, n_expert or n_expert_used; expected a line \"# model=... n_layer=... "
           "n_expert=... n_expert_used=...\" above the columns");
-    }
-    if (trace_.top_k > trace_.num_experts) {
-      throw error(fmt::format("n_expert_used must be at most n_expert ({}), got {}; correct the header",
-                              trace_.num_experts, trace_.top_k));
     }
     if (!layers_.empty() && layers_.rbegin()->first >= trace_.num_layers) {
       throw error(fmt::format("a \"# layer=\" line must be below n_layer ({}), got {}; correct the header",

@@ -337,7 +337,7 @@ TEST_CASE("damaged traces are refused with file, line and value") {
                Catch::Contains(":2: n_expert must be a whole number between 1 and 65536, got \"-8\""));
     CHECK_THAT(failure(replaced(kHeader, "n_expert=8", "n_expert=99999999") + kRows), Catch::Contains(":2: n_expert"));
     CHECK_THAT(failure(replaced(kHeader, "n_expert_used=2", "n_expert_used=9") + kRows),
-               Catch::Contains("n_expert_used must be at most n_expert (8), got 9"));
+               Catch::Contains(":2: n_expert_used must be at most n_expert (8), got 9"));
     CHECK_THAT(failure(replaced(kHeader, "# layer=1", "# layer=4") + kRows),
                Catch::Contains("must be below n_layer (4), got 4"));
     CHECK_THAT(failure(replaced(kHeader, "# layer=1", "# layer=1\n# layer=1") + kRows),
