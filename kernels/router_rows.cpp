@@ -9,13 +9,23 @@
 namespace hestia {
 namespace {
 
+/// An expert and what the base router gives it.
+template <class Real>
+struct Ranked {
+  Real base = Real(0);
+  std::int32_t expert = 0;
+};
+
 /// Room for one row, kept over many.
 template <class Real>
 struct Scratch {
   explicit Scratch(std::int64_t num_experts)
-      : values(6 * static_cast<std::size_t>(num_experts)), order(static_cast<std::size_t>(num_experts)) {}
+      : values(6 * static_cast<std::size_t>(num_experts)),
+        order(static_cast<std::size_t>(num_experts)),
+        sum_from(static_cast<std::size_t>(num_experts) + 1) {}
   std::vector<Real> values;
-  std::vector<std::int32_t> order;
+  std::vector<Ranked<Real>> order;
+  std::vector<double> sum_from;
 };
 
 /// w_j of all experts of a row.
@@ -41,57 +51,59 @@ Real push_up(const Real* __restrict__ p, std::int64_t count, Real p_upper, Real 
   return static_cast<Real>(pushed);
 }
 
-/// The hinge over experts sorted by their base probability, so that only pairs that count are visited, without
-/// branches.
+/// The hinge over experts sorted by their base probability, so that only pairs that count are visited. An upper expert
+/// with p below the margin pushes all that stand below it, whatever they hold: no pair of it is looked at. At most
+/// 1 / margin experts are above the margin.
 template <class Real>
 void weigh_row(const Bound<Real, RankHingeTerm<Real>>& bound, Real* weighted, RowSums& sums, Scratch<Real>& scratch) {
   const std::int64_t num_experts = bound.num_experts;
-  std::vector<std::int32_t>& order = scratch.order;
+  const Real margin = static_cast<Real>(bound.term.margin);
+  std::vector<Ranked<Real>>& order = scratch.order;
   Real* const p = scratch.values.data() + 3 * num_experts;  // what comes before is the driver's
   Real* const hinge = p + num_experts;
   Real* const slope = hinge + num_experts;
   std::fill(hinge, slope + num_experts, Real(0));
   for (std::int64_t j = 0; j < num_experts; ++j) {
     bound.stage(j);
+    order[static_cast<std::size_t>(j)] = {bound.extra[j], static_cast<std::int32_t>(j)};
   }
-  const Real* const base = bound.extra;
-  std::iota(order.begin(), order.end(), 0);
-  std::sort(order.begin(), order.end(), [base](std::int32_t a, std::int32_t b) { return base[a] > base[b]; });
-  for (std::int64_t rank = 0; rank < num_experts; ++rank) {
-    p[rank] = bound.p[order[static_cast<std::size_t>(rank)]];
+  std::sort(order.begin(), order.end(), [](const auto& a, const auto& b) { return a.base > b.base; });
+  std::vector<double>& sum_from = scratch.sum_from;  // of p, from a rank to the last
+  for (std::int64_t rank = num_experts - 1; rank >= 0; --rank) {
+    p[rank] = bound.p[order[static_cast<std::size_t>(rank)].expert];
+    sum_from[static_cast<std::size_t>(rank)] =
+        sum_from[static_cast<std::size_t>(rank) + 1] + static_cast<double>(p[rank]);
   }
-  const Real margin = static_cast<Real>(bound.term.margin);
-  std::int64_t below = 0;  // first rank whose base probability is really lower
-  for (std::int64_t i = 0; i < num_experts; ++i) {
-    const Real base_i = base[order[static_cast<std::size_t>(i)]];
-    while (below < num_experts && base[order[static_cast<std::size_t>(below)]] >= base_i) {
-      ++below;
+  std::int64_t full_above = 0;  // experts that push everything below them
+  for (std::int64_t begin = 0, end = 0; begin < num_experts; begin = end) {
+    // One group of equal base probabilities.
+    while (end < num_experts &&
+           order[static_cast<std::size_t>(end)].base == order[static_cast<std::size_t>(begin)].base) {
+      ++end;
     }
-    slope[i] -= push_up(p + below, num_experts - below, p[i], margin, hinge + below, slope + below);
-    sums.pairs += static_cast<double>(num_experts - below);
+    const std::int64_t below = num_experts - end;
+    std::int64_t full = 0;
+    for (std::int64_t i = begin; i < end; ++i) {
+      slope[i] += static_cast<Real>(full_above);
+      if (p[i] < margin) {
+        ++full;
+        slope[i] -= static_cast<Real>(below);
+        sums.value +=
+            static_cast<double>(below) * static_cast<double>(margin - p[i]) + sum_from[static_cast<std::size_t>(end)];
+      } else {
+        slope[i] -= push_up(p + end, below, p[i], margin, hinge + end, slope + end);
+      }
+    }
+    full_above += full;
+    sums.pairs += static_cast<double>((end - begin) * below);
   }
   for (std::int64_t rank = 0; rank < num_experts; ++rank) {
     sums.value += static_cast<double>(hinge[rank]);
-    weighted[order[static_cast<std::size_t>(rank)]] = p[rank] * slope[rank];
+    weighted[order[static_cast<std::size_t>(rank)].expert] = p[rank] * slope[rank];
   }
 }
 
 }  // namespace
-
-template <class Real>
-void softmax_rows_cpu(const Real* logits, std::int64_t num_experts, std::int64_t first_row, std::int64_t last_row,
-                      Real* max, Real* log_sum) {
-  for (std::int64_t row = first_row; row < last_row; ++row) {
-    const Real* const z = logits + row * num_experts;
-    const Real largest = *std::max_element(z, z + num_experts);
-    double sum = 0.0;
-    for (std::int64_t j = 0; j < num_experts; ++j) {
-      sum += static_cast<double>(std::exp(z[j] - largest));
-    }
-    max[row] = largest;
-    log_sum[row] = static_cast<Real>(std::log(sum));
-  }
-}
 
 template <class Real, class Term>
 void row_term_cpu(const RowLayout& layout, const SoftmaxRows<Real>& rows, const Term& term,
@@ -196,7 +208,6 @@ HESTIA_FOR_EACH_ROW_TERM(HESTIA_INSTANTIATE)
 #undef HESTIA_INSTANTIATE
 
 #define HESTIA_INSTANTIATE(Real)                                                                                   \
-  template void softmax_rows_cpu<Real>(const Real*, std::int64_t, std::int64_t, std::int64_t, Real*, Real*);       \
   template void window_sums_cpu<Real>(const RowLayout&, const SoftmaxRows<Real>&, WindowQuantity, double,          \
                                       const std::int64_t*, const std::int64_t*, std::int64_t, Real*, std::int64_t, \
                                       std::int64_t);                                                               \

@@ -29,22 +29,20 @@ const SoftmaxTensors& RoutingRows::base_forward() {
 SoftmaxTensors RoutingRows::softmax_of(const torch::Tensor& logits_LTE) const {
   SoftmaxTensors result;
   result.logits_LTE = logits_LTE.detach().contiguous();
+  if (!on_gpu()) {
+    result.probabilities_LTE = torch::softmax(result.logits_LTE, -1);
+    result.max_LT = result.logits_LTE.amax(-1);
+    result.log_sum_LT = -result.probabilities_LTE.amax(-1).log();  // the largest logit's is exp(0) / sum
+    return result;
+  }
   result.max_LT = torch::empty({logits_LTE.size(0), logits_LTE.size(1)}, result.logits_LTE.options());
   result.log_sum_LT = torch::empty_like(result.max_LT);
-  const std::int64_t num_rows = result.max_LT.numel();
   dispatch([&](auto real) {
     using Real = decltype(real);
-    const Real* const logits = result.logits_LTE.const_data_ptr<Real>();
-    Real* const max = result.max_LT.data_ptr<Real>();
-    Real* const log_sum = result.log_sum_LT.data_ptr<Real>();
-    if (on_gpu()) {
-      on_stream([&](void* stream) { softmax_rows_cuda(logits, num_experts(), num_rows, max, log_sum, stream); });
-      return;
-    }
-    at::parallel_for(0, num_rows, 256, [&](std::int64_t first, std::int64_t last) {
-      softmax_rows_cpu(logits, num_experts(), first, last, max, log_sum);
+    on_stream([&](void* stream) {
+      softmax_rows_cuda(result.logits_LTE.const_data_ptr<Real>(), num_experts(), result.max_LT.numel(),
+                        result.max_LT.data_ptr<Real>(), result.log_sum_LT.data_ptr<Real>(), stream);
     });
-    result.probabilities_LTE = torch::softmax(result.logits_LTE, -1);
   });
   return result;
 }

@@ -105,13 +105,10 @@ struct RankHingeTerm {
   bool normalise = false;
 };
 
-/// max and log_sum of rows [first_row, last_row) of `logits` [.., E]. CPU, synchronous, one thread.
-template <class Real>
-void softmax_rows_cpu(const Real* logits, std::int64_t num_experts, std::int64_t first_row, std::int64_t last_row,
-                      Real* max, Real* log_sum);
-/// The same for all `num_rows` rows on the GPU: device pointers, asynchronous on `stream` (a cudaStream_t) of the
-/// current device, one warp per row. Throws RunError with the CUDA error when the launch fails, or when Hestia was
-/// built without its CUDA kernels; so do all functions below that end in _cuda.
+/// max and log_sum of all `num_rows` rows of `logits` [num_rows, E] on the GPU: device pointers, asynchronous on
+/// `stream` (a cudaStream_t) of the current device, one warp per row. Throws RunError with the CUDA error when the
+/// launch fails, or when Hestia was built without its CUDA kernels; so do all functions below that end in _cuda. (On
+/// the CPU, where probabilities are kept, max is their logits' and log_sum is -log of the largest.)
 template <class Real>
 void softmax_rows_cuda(const Real* logits, std::int64_t num_experts, std::int64_t num_rows, Real* max, Real* log_sum,
                        void* stream);
