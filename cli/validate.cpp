@@ -13,6 +13,7 @@
 #include "hestia/core/safetensors.hpp"
 #include "hestia/data/tokenizer.hpp"
 #include "hestia/model/tensors.hpp"
+#include "hestia/trainer/data_source.hpp"
 #include "hestia/trainer/recipes.hpp"
 
 namespace hestia {
@@ -95,7 +96,13 @@ void check_model(const LoadedRecipe<FinetuneRecipe>& loaded, Complaints& complai
       }
     });
   });
-  complaints.collect([&] { static_cast<void>(open_tokenizer(path)); });
+  complaints.collect([&] {
+    const std::unique_ptr<Tokenizer> tokenizer = open_tokenizer(path);
+    for (std::size_t i = 0; i < loaded.recipe.data.corpora.size(); ++i) {
+      complaints.collect(
+          [&] { check_template_tokens(loaded.recipe.data.corpora[i], fmt::format("data.corpora.{}", i), *tokenizer); });
+    }
+  });
 }
 
 void check_recipe(const std::string& path, const std::vector<std::string>& overrides, bool with_files,

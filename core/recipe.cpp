@@ -22,6 +22,7 @@ namespace {
 
 constexpr std::int64_t kRecipeVersion = 1;
 constexpr const char* kVersionKey = "recipe_version";
+constexpr const char* kOnCommandLine = " on the command line";
 constexpr double kLargestExactInteger = 9007199254740992.0;  // 2^53
 
 template <class... Visitors>
@@ -208,7 +209,7 @@ class Reader {
     for (auto entry = locations_.lower_bound(key + "."); entry != locations_.end() && below(entry->first, key);) {
       entry = locations_.erase(entry);
     }
-    locations_[key] = command_line_.empty() ? place(node) : command_line_ + " on the command line";
+    locations_[key] = command_line_.empty() ? place(node) : command_line_ + kOnCommandLine;
   }
 
   // After recipe and command line: which required keys did neither set?
@@ -829,6 +830,12 @@ std::string RecipeSource::location(const std::string& key) const {
 bool RecipeSource::is_set(const std::string& key) const {
   return std::any_of(locations_.begin(), locations_.end(),
                      [&](const auto& entry) { return entry.first == key || entry.first.rfind(key + ".", 0) == 0; });
+}
+
+bool RecipeSource::is_overridden(const std::string& key) const {
+  const std::string where = location(key);
+  return std::any_of(overrides_.begin(), overrides_.end(),
+                     [&](const std::string& text) { return where == text + kOnCommandLine; });
 }
 
 RecipeSource read_recipe(const std::filesystem::path& path, const std::vector<std::string>& overrides,

@@ -4,6 +4,7 @@
 #include <zlib.h>
 
 #include <algorithm>
+#include <numeric>
 #include <regex>
 #include <set>
 
@@ -14,6 +15,7 @@
 #include "hestia/core/files.hpp"
 #include "hestia/core/json_lines.hpp"
 #include "hestia/core/random.hpp"
+#include "templates.hpp"
 
 namespace hestia {
 
@@ -24,6 +26,12 @@ constexpr const char* kWildcards = "*?[{";
 constexpr std::string_view kPlaceholder = "{prompt}";
 // std::regex recurses once per character: a line of 100 kB would overflow the stack.
 constexpr std::size_t kMaxMatchedBytes = 1000;
+
+// Names of fields in the data sets that are about, used where a recipe names none.
+const std::vector<std::string> kQuestionFields = {"question", "instruction", "prompt"};
+const std::vector<std::string> kContextFields = {"context", "input"};
+const std::vector<std::string> kAnswerFields = {"answer", "response", "output", "completion"};
+const std::vector<std::string> kMessagesFields = {"messages", "conversations"};
 
 struct SourceFile {
   std::filesystem::path path;
@@ -108,14 +116,14 @@ std::vector<SourceFile> find_files(const CorpusOptions& options, const std::stri
     if (found.empty()) {
       const std::string ending =
           options.suffixes.empty() ? "" : fmt::format(" with names ending in {}", fmt::join(options.suffixes, ", "));
-      throw InputError(
-          options.package.empty()
-              ? fmt::format("{}.paths: nothing matches \"{}\"{}; point {}.paths elsewhere", recipe_key, pattern, ending,
-                            recipe_key)
-              : fmt::format(
-                    "{}.paths: nothing matches \"{}\"{}; install the Debian package (apt-get install {}) or point "
-                    "{}.paths elsewhere",
-                    recipe_key, pattern, ending, options.package, recipe_key));
+      std::string remedy;
+      if (!options.package.empty()) {
+        remedy = fmt::format("install the Debian package (apt-get install {}) or ", options.package);
+      } else if (!options.origin.empty()) {
+        remedy = fmt::format("fetch it from {} or ", options.origin);
+      }
+      throw InputError(fmt::format("{}.paths: nothing matches \"{}\"{}; {}point {}.paths elsewhere", recipe_key,
+                                   pattern, ending, remedy, recipe_key));
     }
   }
   return files;
@@ -330,17 +338,17 @@ class CorpusReader {
   void add_parts(const std::string& id, const std::string& text) {
     const auto limit = static_cast<std::size_t>(options_.max_document_bytes);
     if (text.size() <= limit) {
-      add({id, options_.domain, "", text});
+      add(Document(id, options_.domain, "", text));
       return;
     }
     std::size_t number = 0;
     for (std::string& part : cut(text, limit)) {
-      add({fmt::format("{}#part{}", id, number++), options_.domain, "", std::move(part)});
+      add(Document(fmt::format("{}#part{}", id, number++), options_.domain, "", std::move(part)));
     }
   }
 
   void add(Document document) {
-    bytes_ += static_cast<std::int64_t>(document.prompt.size() + document.completion.size());
+    bytes_ += document.num_bytes();
     documents_.push_back(std::move(document));
   }
 
@@ -369,17 +377,37 @@ class CorpusReader {
     }
   }
 
+  // One line of a JSON-lines file, for messages.
+  struct Place {
+    const std::filesystem::path& path;
+    std::int64_t line = 0;
+    [[nodiscard]] std::string text() const { return fmt::format("{}:{}", path.string(), line); }
+  };
+
   void add_json(const SourceFile& file, std::int64_t line, std::string_view content) {
+    const Place place{file.path, line};
     const Json object = Json::parse(content, nullptr, /*allow_exceptions=*/false);
     if (!object.is_object()) {
-      throw InputError(fmt::format("{}:{}: not a JSON object, got \"{}\"; every line must be one JSON object",
-                                   file.path.string(), line, content.substr(0, 60)));
+      const bool array = content[content.find_first_not_of(" \t\r")] == '[';
+      throw InputError(fmt::format("{}: not a JSON object, got \"{}\"; every line must be one JSON object{}",
+                                   place.text(), content.substr(0, 60),
+                                   array ? " (`jq -c '.[]'` makes lines of an array)" : ""));
     }
     // Wrong lines of either split are told, so that a run does not first meet one at its evaluation.
     const std::string id = fmt::format("{}#{}", file.id, line);
-    const std::string completion = field(object, options_.text_field, file.path, line);
+    if (options_.format == "question_answer") {
+      add_example(id, question_and_answer(object, place));
+    } else if (options_.format == "chat") {
+      add_example(id, conversation(object, place));
+    } else {
+      add_json_text(id, object, place);
+    }
+  }
+
+  void add_json_text(const std::string& id, const Json& object, const Place& place) {
+    const std::string completion = field(object, options_.text_field, {}, "text_field", place);
     const std::string prompt =
-        options_.prompt_field.empty() ? "" : field(object, options_.prompt_field, file.path, line);
+        options_.prompt_field.empty() ? "" : field(object, options_.prompt_field, {}, "prompt_field", place);
     if (!in_split(id) || completion.empty()) {
       return;
     }
@@ -387,24 +415,141 @@ class CorpusReader {
       add_parts(id, completion);
       return;
     }
-    Document document{id, options_.domain, options_.prompt_template, completion};
-    document.prompt.replace(document.prompt.find(kPlaceholder), kPlaceholder.size(), prompt);
+    std::string laid_out = options_.prompt_template;
+    laid_out.replace(laid_out.find(kPlaceholder), kPlaceholder.size(), prompt);
+    add(Document(id, options_.domain, std::move(laid_out), completion));
+  }
+
+  void add_example(const std::string& id, std::vector<Message> messages) {
+    const bool has_answer = std::any_of(messages.begin(), messages.end(), [](const Message& message) {
+      return message.role == Role::kAssistant && !message.content.empty();
+    });
+    if (!in_split(id) || !has_answer) {
+      return;
+    }
+    if (!options_.system_message.empty() && messages.front().role != Role::kSystem) {
+      messages.insert(messages.begin(), {Role::kSystem, options_.system_message});
+    }
+    Document document;
+    document.id = id;
+    document.domain = options_.domain;
+    render_messages(options_.chat_template, messages, document);
     add(std::move(document));
   }
 
-  [[nodiscard]] std::string field(const Json& object, const std::string& name, const std::filesystem::path& path,
-                                  std::int64_t line) const {
-    const auto found = object.find(name);
-    if (found == object.end() || !found->is_string()) {
-      std::vector<std::string> names;
-      for (const auto& [key, value] : object.items()) {
-        names.push_back(key);
-      }
-      throw InputError(fmt::format(
-          "{}:{}: there is no text field \"{}\", got {}; set {}.text_field and prompt_field to fields of this file",
-          path.string(), line, name, fmt::join(names, ", "), recipe_key_));
+  [[nodiscard]] std::vector<Message> question_and_answer(const Json& object, const Place& place) const {
+    const std::string question = field(object, options_.question_field, kQuestionFields, "question_field", place);
+    const std::string answer = field(object, options_.answer_field, kAnswerFields, "answer_field", place);
+    std::string context;
+    const std::string name = known_name(object, options_.context_field, kContextFields);
+    if (!name.empty() && object.contains(name) && !object.at(name).is_null()) {
+      context = text_of(object.at(name), name, place);
     }
-    return found->get<std::string>();
+    return {{Role::kUser, question, context}, {Role::kAssistant, answer}};
+  }
+
+  [[nodiscard]] std::vector<Message> conversation(const Json& object, const Place& place) const {
+    const std::string name = known_name(object, options_.messages_field, kMessagesFields);
+    if (name.empty() || !object.contains(name)) {
+      throw_missing(object, options_.messages_field, kMessagesFields, "list", "messages_field", place);
+    }
+    const Json& list = object.at(name);
+    if (!list.is_array() || list.empty()) {
+      throw InputError(fmt::format("{}: \"{}\" must be a list of messages, got {}; mend or remove this line",
+                                   place.text(), name, shown(list)));
+    }
+    std::vector<Message> messages;
+    for (std::size_t i = 0; i < list.size(); ++i) {
+      messages.push_back(message(list[i], fmt::format("{}.{}", name, i), i == 0, place));
+    }
+    if (std::none_of(messages.begin(), messages.end(),
+                     [](const Message& message) { return message.role == Role::kAssistant; })) {
+      throw InputError(fmt::format("{}: \"{}\" has no message of the assistant, got {} messages; remove this line",
+                                   place.text(), name, messages.size()));
+    }
+    return messages;
+  }
+
+  // {"role": ..., "content": ...}, or {"from": ..., "value": ...} of ShareGPT.
+  [[nodiscard]] static Message message(const Json& object, const std::string& key, bool first, const Place& place) {
+    if (!object.is_object()) {
+      throw InputError(fmt::format("{}: \"{}\" must be an object with role and content, got {}; mend this line",
+                                   place.text(), key, shown(object)));
+    }
+    const auto part = [&](const char* name, const char* other) {
+      const char* present = object.contains(name) ? name : other;
+      if (!object.contains(present)) {
+        throw InputError(fmt::format("{}: \"{}\" has neither \"{}\" nor \"{}\", got {}; mend this line", place.text(),
+                                     key, name, other, shown(object)));
+      }
+      return text_of(object.at(present), fmt::format("{}.{}", key, present), place);
+    };
+    const std::string role = part("role", "from");
+    Message message;
+    message.content = part("content", "value");
+    if (role == "assistant" || role == "gpt") {
+      message.role = Role::kAssistant;
+    } else if (role == "user" || role == "human") {
+      message.role = Role::kUser;
+    } else if (role == "system" && first) {
+      message.role = Role::kSystem;
+    } else {
+      throw InputError(fmt::format(
+          "{}: the role of \"{}\" must be user (human), assistant (gpt) or, in the first message, system, got \"{}\"; "
+          "mend or remove this line",
+          place.text(), key, role));
+    }
+    return message;
+  }
+
+  // How a JSON value is quoted back to the user.
+  static std::string shown(const Json& value) {
+    constexpr std::size_t kMost = 60;
+    std::string text = value.dump(-1, ' ', false, Json::error_handler_t::replace);
+    if (text.size() > kMost) {
+      text = valid_utf8(text.substr(0, kMost)) + "...";
+    }
+    return text;
+  }
+
+  static std::string text_of(const Json& value, const std::string& key, const Place& place) {
+    if (!value.is_string()) {
+      throw InputError(
+          fmt::format("{}: \"{}\" must be text, got {}; mend or remove this line", place.text(), key, shown(value)));
+    }
+    return value.get<std::string>();
+  }
+
+  // The field that a recipe names, or else the first known one that this record has; may be empty.
+  [[nodiscard]] static std::string known_name(const Json& object, const std::string& name,
+                                              const std::vector<std::string>& known) {
+    if (!name.empty()) {
+      return name;
+    }
+    const auto found =
+        std::find_if(known.begin(), known.end(), [&](const std::string& other) { return object.contains(other); });
+    return found == known.end() ? "" : *found;
+  }
+
+  [[noreturn]] void throw_missing(const Json& object, const std::string& name, const std::vector<std::string>& known,
+                                  const std::string& kind, const std::string& option, const Place& place) const {
+    std::vector<std::string> names;
+    for (const auto& [key, value] : object.items()) {
+      names.push_back(key);
+    }
+    throw InputError(
+        fmt::format("{}: there is no {} field \"{}\", got {}; set {}.{} to a field of this file", place.text(), kind,
+                    name.empty() ? fmt::format("{}", fmt::join(known, "\" or \"")) : name,
+                    names.empty() ? "none" : fmt::format("{}", fmt::join(names, ", ")), recipe_key_, option));
+  }
+
+  [[nodiscard]] std::string field(const Json& object, const std::string& name, const std::vector<std::string>& known,
+                                  const std::string& option, const Place& place) const {
+    const std::string present = known_name(object, name, known);
+    if (present.empty() || !object.contains(present)) {
+      throw_missing(object, name, known, "text", option, place);
+    }
+    return text_of(object.at(present), present, place);
   }
 
   // Keeps documents until the byte limit is reached.
@@ -415,7 +560,7 @@ class CorpusReader {
     std::int64_t total = 0;
     std::size_t keep = 0;
     while (keep < documents_.size() && total < options_.max_bytes) {
-      total += static_cast<std::int64_t>(documents_[keep].prompt.size() + documents_[keep].completion.size());
+      total += documents_[keep].num_bytes();
       ++keep;
     }
     documents_.resize(keep);
@@ -432,13 +577,55 @@ class CorpusReader {
 
 }  // namespace
 
+Document::Document(std::string document_id, std::string document_domain, std::string prompt, std::string completion)
+    : id(std::move(document_id)), domain(std::move(document_domain)) {
+  append_text(prompt, false);
+  append_text(completion, true);
+  append_token("", true);
+}
+
+void Document::append_text(std::string_view text, bool completion) {
+  if (text.empty()) {
+    return;
+  }
+  if (!pieces.empty() && pieces.back().kind == PieceKind::kText && pieces.back().completion == completion) {
+    pieces.back().text += text;
+  } else {
+    pieces.push_back({PieceKind::kText, std::string(text), completion});
+  }
+}
+
+void Document::append_token(std::string_view name, bool completion) {
+  pieces.push_back({name.empty() ? PieceKind::kEndOfSequence : PieceKind::kToken, std::string(name), completion});
+}
+
+std::string Document::text() const {
+  std::string all;
+  for (const Piece& piece : pieces) {
+    all += piece.kind == PieceKind::kText ? piece.text : "";
+  }
+  return all;
+}
+
+std::int64_t Document::num_bytes() const {
+  return std::accumulate(pieces.begin(), pieces.end(), std::int64_t{0}, [](std::int64_t sum, const Piece& piece) {
+    return sum + (piece.kind == PieceKind::kText ? static_cast<std::int64_t>(piece.text.size()) : 0);
+  });
+}
+
+bool Document::has_prompt() const {
+  return std::any_of(pieces.begin(), pieces.end(), [](const Piece& piece) { return !piece.completion; });
+}
+
 FieldList CorpusOptions::fields() {
   FieldList list;
   list.add("domain", domain, "label in every report").required();
-  list.add("format", format, "plain text, or JSON lines", {"text", "jsonl"});
+  list.add("format", format, "plain text, or JSON lines of texts, of questions with answers, of conversations",
+           {"text", "jsonl", "question_answer", "chat"});
   list.add("paths", paths, "files, folders (read recursively) or globs; .gz and .dz are inflated").required();
   list.add("suffixes", suffixes, "in folders keep names that end in one of these; empty: all");
   list.add("package", package, "Debian package that provides it, named when it is missing");
+  list.add("origin", origin, "where else to get it, named when it is missing");
   list.add("separator", separator, "text: a line matching this regular expression may start a new document");
   list.add("max_bytes", max_bytes, "stop after this much text; 0: all", {.low = 0});
   list.add("min_document_bytes", min_document_bytes,
@@ -447,6 +634,14 @@ FieldList CorpusOptions::fields() {
   list.add("text_field", text_field, "jsonl: the text, or the completion when prompt_field is set");
   list.add("prompt_field", prompt_field, "jsonl: the prompt, never trained on; empty: plain text");
   list.add("prompt_template", prompt_template, "jsonl: {prompt} is replaced by the prompt");
+  list.add("question_field", question_field, "question_answer: empty: question, instruction or prompt");
+  list.add("context_field", context_field, "question_answer: may be missing in a line; empty: context or input");
+  list.add("answer_field", answer_field, "question_answer: empty: answer, response, output or completion");
+  list.add("messages_field", messages_field, "chat: empty: messages or conversations");
+  list.add("template", chat_template, "question_answer, chat: how turns are laid out", template_names());
+  list.add("system_message", system_message, "question_answer, chat: for lines that have none");
+  list.add("overlong", overlong, "examples longer than sequence_length: cut them, or leave them out",
+           {"truncate", "drop"});
   return list;
 }
 

@@ -23,65 +23,159 @@ constexpr std::int64_t kIgnored = -100;
 constexpr std::size_t kMaxMisfits = 16;
 constexpr std::size_t kDocumentsPerRound = 256;
 
-std::int64_t bytes_of_labels(const std::vector<std::int32_t>& tokens, std::int64_t first_label,
-                             const Tokenizer& tokenizer) {
-  std::vector<std::int32_t> labels;
-  for (std::size_t i = static_cast<std::size_t>(first_label); i < tokens.size(); ++i) {
-    if (tokens[i] != tokenizer.eos_id() && tokens[i] != tokenizer.bos_id()) {
-      labels.push_back(tokens[i]);
-    }
+// A document, or a part of it, as tokens with what each of them is.
+struct FlatTokens {
+  std::vector<std::int32_t> ids;
+  std::vector<std::uint8_t> completion;
+  std::vector<std::uint8_t> text;  // 0: a special token, which stands for no bytes.
+
+  [[nodiscard]] std::size_t size() const { return ids.size(); }
+  void append(const std::vector<std::int32_t>& more, bool is_completion, bool is_text) {
+    ids.insert(ids.end(), more.begin(), more.end());
+    completion.resize(ids.size(), is_completion ? 1 : 0);
+    text.resize(ids.size(), is_text ? 1 : 0);
   }
-  return tokenizer.count_bytes(labels);
+  void append(const FlatTokens& other, std::size_t begin, std::size_t end) {
+    const auto add = [&](auto& to, const auto& from) {
+      to.insert(to.end(), from.begin() + static_cast<std::ptrdiff_t>(begin),
+                from.begin() + static_cast<std::ptrdiff_t>(end));
+    };
+    add(ids, other.ids);
+    add(completion, other.completion);
+    add(text, other.text);
+  }
+  void resize(std::size_t size) {
+    ids.resize(size);
+    completion.resize(size);
+    text.resize(size);
+  }
+  [[nodiscard]] std::size_t leading_prompt() const {
+    return static_cast<std::size_t>(std::find(completion.begin(), completion.end(), 1) - completion.begin());
+  }
+};
+
+FlatTokens flatten(const Document& document, const Tokenizer& tokenizer) {
+  FlatTokens flat;
+  bool after_text = false;
+  for (const Piece& piece : document.pieces) {
+    if (piece.kind == PieceKind::kText) {
+      flat.append(after_text ? tokenizer.encode_continuation(piece.text) : tokenizer.encode(piece.text),
+                  piece.completion, true);
+    } else if (piece.kind == PieceKind::kToken) {
+      const std::int32_t id = tokenizer.token_id(piece.text);
+      if (id < 0) {
+        throw RunError(
+            fmt::format("document {} of domain \"{}\": the vocabulary has no token \"{}\"; choose another template",
+                        document.id, document.domain, piece.text));
+      }
+      flat.append({id}, piece.completion, false);
+    } else if (tokenizer.eos_id() >= 0) {
+      flat.append({tokenizer.eos_id()}, piece.completion, false);
+    }
+    after_text = piece.kind == PieceKind::kText;
+  }
+  return flat;
 }
 
-std::vector<TokenSequence> tokenize(const Document& document, const Tokenizer& tokenizer, std::int64_t sequence_length,
-                                    std::int32_t domain) {
+TokenSequence sequence_of(const FlatTokens& flat, const Tokenizer& tokenizer, std::int32_t domain) {
+  TokenSequence sequence;
+  sequence.tokens = flat.ids;
+  sequence.domain = domain;
+  sequence.num_prompt_tokens = static_cast<std::int64_t>(flat.leading_prompt());
+  std::vector<std::int32_t> labels;
+  for (std::size_t i = flat.leading_prompt(); i < flat.size(); ++i) {
+    if (flat.completion[i] == 0) {
+      if (flat.completion[i - 1] != 0) {
+        sequence.later_prompts.push_back({static_cast<std::int64_t>(i), static_cast<std::int64_t>(i)});
+      }
+      sequence.later_prompts.back().end = static_cast<std::int64_t>(i) + 1;
+    } else if (i > 0 && flat.text[i] != 0) {  // The first token is nobody's label.
+      labels.push_back(flat.ids[i]);
+    }
+  }
+  sequence.num_bytes = tokenizer.count_bytes(labels);
+  return sequence;
+}
+
+struct Tokenized {
   std::vector<TokenSequence> sequences;
-  const bool has_bos = tokenizer.bos_id() >= 0;
-  std::vector<std::int32_t> prompt;
-  if (!document.prompt.empty()) {
-    prompt = tokenizer.encode(document.prompt);
-    const auto most = static_cast<std::size_t>(sequence_length / 2);
-    if (prompt.size() > most) {
-      log_warning(fmt::format("prompts longer than half of data.sequence_length ({}) are cut from their left",
-                              sequence_length));
-      prompt.erase(prompt.begin(), prompt.end() - static_cast<std::ptrdiff_t>(most));
+  ExampleCounts counts;
+};
+
+// Plain text: as many sequences as it takes.
+Tokenized tokenize_text(const FlatTokens& flat, const FlatTokens& begin, const Tokenizer& tokenizer,
+                        std::size_t sequence_length, std::int32_t domain) {
+  Tokenized result;
+  for (std::size_t at = 0; at < flat.size();) {
+    FlatTokens part = begin;
+    const std::size_t count = std::min(sequence_length - part.size(), flat.size() - at);
+    part.append(flat, at, at + count);
+    at += count;
+    // One without a label teaches nothing: a last token alone.
+    if (part.size() > 1) {
+      result.sequences.push_back(sequence_of(part, tokenizer, domain));
     }
   }
-  std::vector<std::int32_t> text = tokenizer.encode(document.completion);
-  if (tokenizer.eos_id() >= 0) {
-    text.push_back(tokenizer.eos_id());
+  return result;
+}
+
+// An example: one sequence or none.
+Tokenized tokenize_example(const FlatTokens& flat, FlatTokens begin, const Tokenizer& tokenizer,
+                           std::size_t sequence_length, std::int32_t domain, Overlong overlong) {
+  Tokenized result;
+  result.counts.read = 1;
+  const std::size_t total = begin.size() + flat.size();
+  std::size_t first = 0;
+  if (total > sequence_length) {
+    if (overlong == Overlong::kDrop) {
+      result.counts.dropped = 1;
+      return result;
+    }
+    const std::size_t prompt = flat.leading_prompt();
+    const std::size_t least = std::min(prompt, sequence_length / 2);
+    first = std::min(prompt - least, total - sequence_length);
   }
-  std::size_t begin = 0;
-  while (begin < text.size()) {
-    TokenSequence sequence;
-    sequence.domain = domain;
-    if (has_bos) {
-      sequence.tokens.push_back(tokenizer.bos_id());
-    }
-    if (begin == 0) {
-      sequence.tokens.insert(sequence.tokens.end(), prompt.begin(), prompt.end());
-      sequence.num_prompt_tokens = prompt.empty() ? 0 : static_cast<std::int64_t>(sequence.tokens.size());
-    }
-    const std::size_t room = static_cast<std::size_t>(sequence_length) - sequence.tokens.size();
-    const std::size_t count = std::min(room, text.size() - begin);
-    sequence.tokens.insert(sequence.tokens.end(), text.begin() + static_cast<std::ptrdiff_t>(begin),
-                           text.begin() + static_cast<std::ptrdiff_t>(begin + count));
-    begin += count;
-    sequence.num_bytes =
-        bytes_of_labels(sequence.tokens, std::max<std::int64_t>(1, sequence.num_prompt_tokens), tokenizer);
-    // One without a label teaches nothing: a last token alone, or a prompt that left no room.
-    if (sequence.tokens.size() > std::max<std::size_t>(1, static_cast<std::size_t>(sequence.num_prompt_tokens))) {
-      sequences.push_back(std::move(sequence));
-    }
-    if (!prompt.empty() && begin < text.size()) {
-      // The rest of an answer without its question would be another task.
+  if (flat.leading_prompt() > 0) {
+    std::fill(begin.completion.begin(), begin.completion.end(), std::uint8_t{0});
+  }
+  begin.append(flat, first, flat.size());
+  begin.resize(std::min(begin.size(), sequence_length));
+  while (begin.size() > 0 && begin.completion.back() == 0) {
+    begin.resize(begin.size() - 1);  // What no answer follows.
+  }
+  if (begin.size() > std::max<std::size_t>(1, begin.leading_prompt())) {
+    result.sequences.push_back(sequence_of(begin, tokenizer, domain));
+    result.counts.truncated = total > sequence_length ? 1 : 0;
+  } else {
+    result.counts.dropped = 1;
+  }
+  return result;
+}
+
+Tokenized tokenize(const Document& document, const Tokenizer& tokenizer, std::int64_t sequence_length,
+                   std::int32_t domain, Overlong overlong) {
+  const FlatTokens flat = flatten(document, tokenizer);
+  FlatTokens begin;
+  if (document.begin_sequence && tokenizer.bos_id() >= 0) {
+    begin.append({tokenizer.bos_id()}, true, false);
+  }
+  const auto length = static_cast<std::size_t>(sequence_length);
+  return document.has_prompt() ? tokenize_example(flat, std::move(begin), tokenizer, length, domain, overlong)
+                               : tokenize_text(flat, begin, tokenizer, length, domain);
+}
+
+void report_overlong(const PackedData& data, const std::vector<ExampleCounts>& before, std::int64_t sequence_length) {
+  for (std::size_t domain = 0; domain < data.examples.size(); ++domain) {
+    const ExampleCounts& now = data.examples[domain];
+    const ExampleCounts then = domain < before.size() ? before[domain] : ExampleCounts();
+    if (now.truncated > then.truncated || now.dropped > then.dropped) {
       log_warning(
-          fmt::format("answers that do not fit data.sequence_length ({}) with their prompt are cut", sequence_length));
-      break;
+          fmt::format("domain \"{}\": of {} examples, {} longer than data.sequence_length ({}) were truncated and {} "
+                      "dropped",
+                      data.domains[domain], now.read - then.read, now.truncated - then.truncated, sequence_length,
+                      now.dropped - then.dropped));
     }
   }
-  return sequences;
 }
 
 // Rows of sequence indices, first fit.
@@ -136,12 +230,13 @@ PackedBatch build_batch(const PackedData& data, const std::vector<std::vector<st
       const auto id = static_cast<std::int64_t>(batch.domains.size());
       batch.domains.push_back(sequence.domain);
       batch.num_bytes += sequence.num_bytes;
+      const std::vector<std::uint8_t> completion = sequence.completion_mask();
       for (std::size_t t = 0; t < sequence.tokens.size(); ++t, ++at) {
         batch.tokens[at] = sequence.tokens[t];
         batch.sequence_ids[at] = id;
         batch.positions[at] = static_cast<std::int64_t>(t);
-        batch.counted[at] = static_cast<std::int64_t>(t) >= sequence.num_prompt_tokens ? 1 : 0;
-        if (t + 1 < sequence.tokens.size() && static_cast<std::int64_t>(t) + 1 >= sequence.num_prompt_tokens) {
+        batch.counted[at] = completion[t];
+        if (t + 1 < sequence.tokens.size() && completion[t + 1] != 0) {
           batch.labels[at] = sequence.tokens[t + 1];
         }
       }
@@ -156,6 +251,15 @@ std::int64_t PackedBatch::num_labels() const {
   return std::count_if(labels.begin(), labels.end(), [](std::int64_t label) { return label != kIgnored; });
 }
 
+std::vector<std::uint8_t> TokenSequence::completion_mask() const {
+  std::vector<std::uint8_t> mask(tokens.size(), 1);
+  std::fill(mask.begin(), mask.begin() + num_prompt_tokens, std::uint8_t{0});
+  for (const TokenRange& range : later_prompts) {
+    std::fill(mask.begin() + range.begin, mask.begin() + range.end, std::uint8_t{0});
+  }
+  return mask;
+}
+
 std::int64_t PackedData::num_tokens() const {
   std::int64_t total = 0;
   for (const TokenSequence& sequence : sequences) {
@@ -166,14 +270,16 @@ std::int64_t PackedData::num_tokens() const {
 
 void tokenize_documents(const std::vector<Document>& documents, const Tokenizer& tokenizer,
                         std::int64_t sequence_length, std::int64_t max_tokens, std::int64_t num_threads,
-                        PackedData& data) {
+                        PackedData& data, Overlong overlong) {
   if (sequence_length < 2) {
     throw std::invalid_argument("tokenize_documents: sequence_length must be at least 2");
   }
+  const std::vector<ExampleCounts> before = data.examples;
   std::int64_t total = 0;
-  for (std::size_t first = 0; first < documents.size(); first += kDocumentsPerRound) {
+  const auto enough = [&] { return max_tokens > 0 && total >= max_tokens; };
+  for (std::size_t first = 0; first < documents.size() && !enough(); first += kDocumentsPerRound) {
     const std::size_t last = std::min(documents.size(), first + kDocumentsPerRound);
-    std::vector<std::vector<TokenSequence>> results(last - first);
+    std::vector<Tokenized> results(last - first);
     std::vector<std::int32_t> domains(last - first);
     for (std::size_t i = first; i < last; ++i) {
       auto known = std::find(data.domains.begin(), data.domains.end(), documents[i].domain);
@@ -189,7 +295,7 @@ void tokenize_documents(const std::vector<Document>& documents, const Tokenizer&
     const auto work = [&] {
       try {
         for (std::size_t i = next.fetch_add(1); i < last; i = next.fetch_add(1)) {
-          results[i - first] = tokenize(documents[i], tokenizer, sequence_length, domains[i - first]);
+          results[i - first] = tokenize(documents[i], tokenizer, sequence_length, domains[i - first], overlong);
         }
       } catch (...) {
         const std::scoped_lock lock(failure_mutex);
@@ -207,16 +313,22 @@ void tokenize_documents(const std::vector<Document>& documents, const Tokenizer&
     if (failure) {
       std::rethrow_exception(failure);
     }
-    for (std::vector<TokenSequence>& sequences : results) {
-      for (TokenSequence& sequence : sequences) {
-        if (max_tokens > 0 && total >= max_tokens) {
-          return;
+    data.examples.resize(data.domains.size());
+    for (std::size_t i = 0; i < results.size() && !enough(); ++i) {
+      ExampleCounts& counts = data.examples[static_cast<std::size_t>(domains[i])];
+      counts.read += results[i].counts.read;
+      counts.truncated += results[i].counts.truncated;
+      counts.dropped += results[i].counts.dropped;
+      for (TokenSequence& sequence : results[i].sequences) {
+        if (enough()) {
+          break;
         }
         total += static_cast<std::int64_t>(sequence.tokens.size());
         data.sequences.push_back(std::move(sequence));
       }
     }
   }
+  report_overlong(data, before, sequence_length);
 }
 
 PackedSampler::PackedSampler(const PackedData& data, std::int64_t rows_per_batch, std::int64_t row_length,
@@ -313,6 +425,24 @@ std::vector<std::vector<std::size_t>> PackedSampler::next_rows() {
 
 PackedBatch PackedSampler::next() {
   return build_batch(*data_, next_rows(), row_length_);
+}
+
+std::int64_t PackedSampler::batches_for(double epochs) const {
+  if (!(epochs > 0.0)) {
+    throw std::invalid_argument("PackedSampler: epochs must be above 0");
+  }
+  PackedSampler replay(*this);
+  replay.reset();
+  const double target = epochs * static_cast<double>(data_->num_tokens());
+  std::int64_t tokens = 0;
+  while (static_cast<double>(tokens) < target) {
+    for (const std::vector<std::size_t>& row : replay.next_rows()) {
+      for (const std::size_t index : row) {
+        tokens += length_of(*data_, index);
+      }
+    }
+  }
+  return replay.position();
 }
 
 void PackedSampler::seek(std::int64_t position) {

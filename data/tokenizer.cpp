@@ -8,6 +8,7 @@
 #include <unordered_map>
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include "hestia/core/error.hpp"
 #include "hestia/core/files.hpp"
@@ -17,8 +18,9 @@ namespace hestia {
 namespace {
 
 constexpr std::string_view kSpace = "\xE2\x96\x81";  // How pieces spell a space.
+const std::string kLineBreak = "\n";
 
-class SentencePieceTokenizer : public Tokenizer {
+class SentencePieceTokenizer final : public Tokenizer {
  public:
   explicit SentencePieceTokenizer(const std::filesystem::path& path) {
     const std::string bytes = read_text_file(path);
@@ -31,6 +33,12 @@ class SentencePieceTokenizer : public Tokenizer {
     for (int id = 0; id < processor_.GetPieceSize(); ++id) {
       bytes_of_.push_back(bytes_of_piece(id));
     }
+    // What the vocabulary puts in front of a text shows in front of a line break, which no piece joins to its
+    // neighbour.
+    lead_ = encode(kLineBreak);
+    if (lead_.size() < 2 || decode({lead_.back()}) != kLineBreak) {
+      lead_.clear();
+    }
   }
 
   [[nodiscard]] std::vector<std::int32_t> encode(std::string_view text) const override {
@@ -41,6 +49,18 @@ class SentencePieceTokenizer : public Tokenizer {
           fmt::format("tokenizer: the text cannot be encoded, {}; check that it is UTF-8", status.ToString()));
     }
     return {ids.begin(), ids.end()};
+  }
+
+  [[nodiscard]] std::vector<std::int32_t> encode_continuation(std::string_view text) const override {
+    std::vector<std::int32_t> ids = encode(lead_.empty() ? std::string(text) : kLineBreak + std::string(text));
+    if (lead_.empty()) {
+      return ids;
+    }
+    if (ids.size() < lead_.size() || !std::equal(lead_.begin(), lead_.end(), ids.begin())) {
+      return encode(text);  // This text begins with a piece that holds a line break.
+    }
+    ids.erase(ids.begin(), ids.begin() + static_cast<std::ptrdiff_t>(lead_.size()));
+    return ids;
   }
 
   [[nodiscard]] std::string decode(const std::vector<std::int32_t>& ids) const override {
@@ -60,6 +80,10 @@ class SentencePieceTokenizer : public Tokenizer {
   }
 
   [[nodiscard]] std::int64_t vocab_size() const override { return processor_.GetPieceSize(); }
+  [[nodiscard]] std::int32_t token_id(std::string_view name) const override {
+    const int id = processor_.PieceToId(absl::string_view(name.data(), name.size()));  // The unknown token otherwise.
+    return processor_.IdToPiece(id) == name ? id : -1;
+  }
   [[nodiscard]] std::int32_t bos_id() const override { return processor_.bos_id(); }
   [[nodiscard]] std::int32_t eos_id() const override { return processor_.eos_id(); }
   [[nodiscard]] std::int32_t pad_id() const override { return processor_.pad_id(); }
@@ -82,6 +106,7 @@ class SentencePieceTokenizer : public Tokenizer {
 
   sentencepiece::SentencePieceProcessor processor_;
   std::vector<std::int64_t> bytes_of_;  // By id.
+  std::vector<std::int32_t> lead_;      // A line break with what stands in front of every text; empty: nothing does.
 };
 
 // Hands documents to sentencepiece line by line: a sentence there is a line, and line breaks are symbols of their own.
@@ -151,7 +176,7 @@ std::unique_ptr<Tokenizer> open_tokenizer(const std::filesystem::path& path) {
 
 void train_tokenizer(const std::function<bool(std::string& sentence)>& next, const TokenizerTraining& options,
                      const std::filesystem::path& path) {
-  const std::unordered_map<std::string, std::string> arguments = {
+  std::unordered_map<std::string, std::string> arguments = {
       {"model_type", "bpe"},
       {"vocab_size", std::to_string(options.vocab_size)},
       {"byte_fallback", "true"},
@@ -173,6 +198,9 @@ void train_tokenizer(const std::function<bool(std::string& sentence)>& next, con
       {"num_threads", std::to_string(options.num_threads)},
       {"minloglevel", "2"},
   };
+  if (!options.special_tokens.empty()) {
+    arguments["control_symbols"] = fmt::format("{}", fmt::join(options.special_tokens, ","));
+  }
   LineIterator lines(next, static_cast<std::size_t>(options.max_sentence_bytes));
   std::string model;
   const auto status = sentencepiece::SentencePieceTrainer::Train(arguments, &lines, &model);

@@ -247,7 +247,8 @@ ArmFigures measure_arm(MoeModel& model, const std::string& name, const PackedDat
 
 Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const std::filesystem::path& bundle, bool quiet) {
   const auto start = std::chrono::steady_clock::now();
-  const FinetuneRecipe& recipe = loaded.recipe;
+  FinetuneRecipe recipe = loaded.recipe;
+  resolve_steps_from_run(recipe.train, recipe.run_dir);
   at::set_num_threads(static_cast<int>(
       recipe.model.threads > 0
           ? recipe.model.threads

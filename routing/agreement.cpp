@@ -94,6 +94,13 @@ void check_pair(const SequenceRouting& reference, const SequenceRouting& tuned) 
           "router agreement: sequence {} has {} selections and {} probabilities, expected {} and {}", routing->id,
           routing->selected.size(), routing->probabilities.size(), rows * routing->top_k, rows * routing->num_experts));
     }
+    if (!routing->counted.empty() && routing->counted.size() != static_cast<std::size_t>(routing->num_tokens)) {
+      throw std::invalid_argument(fmt::format("router agreement: sequence {} has {} flags of counted tokens for {}",
+                                              routing->id, routing->counted.size(), routing->num_tokens));
+    }
+  }
+  if (reference.counted != tuned.counted) {
+    throw mismatch("which tokens count", reference.num_counted(), tuned.num_counted());
   }
 }
 
@@ -134,6 +141,9 @@ void RouterAgreement::add(const SequenceRouting& reference, const SequenceRoutin
   const auto num_tokens = static_cast<std::size_t>(tuned.num_tokens);
   for (std::size_t layer = 0; layer < static_cast<std::size_t>(tuned.num_layers); ++layer) {
     for (std::size_t token = first_counted; token < num_tokens; ++token) {
+      if (!tuned.is_counted(static_cast<std::int64_t>(token))) {
+        continue;
+      }
       const std::size_t row = layer * num_tokens + token;
       const std::span<const std::uint16_t> chosen(tuned.selected.data() + row * top_k, top_k);
       std::int64_t common = 0;
@@ -150,7 +160,7 @@ void RouterAgreement::add(const SequenceRouting& reference, const SequenceRoutin
       }
     }
   }
-  num_counted_ += tuned.num_tokens - tuned.num_prompt_tokens;
+  num_counted_ += tuned.num_counted();
 }
 
 double RouterAgreement::kendall_tau() const {

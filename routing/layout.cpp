@@ -7,6 +7,14 @@
 
 namespace hestia {
 
+std::int64_t SequenceRouting::num_counted() const {
+  std::int64_t total = 0;
+  for (std::int64_t token = num_prompt_tokens; token < num_tokens; ++token) {
+    total += is_counted(token) ? 1 : 0;
+  }
+  return total;
+}
+
 std::vector<SequenceRun> sequence_runs(const SequenceLayout& layout) {
   if (layout.counted.size() != layout.sequence_ids.size()) {
     throw std::invalid_argument(fmt::format("sequence layout: {} sequence ids but {} counted flags",

@@ -206,11 +206,14 @@ void RoutingMetrics::add(const SequenceRouting& sequence) {
     std::int64_t* const counts = counts_.data() + layer * num_experts;
     const std::uint16_t* const selected = sequence.selected.data() + layer * num_tokens * top_k;
     for (std::size_t i = first_counted * top_k; i < num_tokens * top_k; ++i) {
-      counts[selected[i]] += 1;
+      counts[selected[i]] += sequence.is_counted(static_cast<std::int64_t>(i / top_k)) ? 1 : 0;
     }
     if (!sequence.probabilities.empty()) {
       double* const sums = probability_sums_.data() + layer * num_experts;
       for (std::size_t token = first_counted; token < num_tokens; ++token) {
+        if (!sequence.is_counted(static_cast<std::int64_t>(token))) {
+          continue;
+        }
         const float* const row = sequence.probabilities.data() + (layer * num_tokens + token) * num_experts;
         for (std::size_t expert = 0; expert < num_experts; ++expert) {
           sums[expert] += static_cast<double>(row[expert]);
@@ -218,9 +221,10 @@ void RoutingMetrics::add(const SequenceRouting& sequence) {
       }
     }
   }
-  has_probabilities_ = has_probabilities_ || (!sequence.probabilities.empty() && first_counted < num_tokens);
+  const std::int64_t num_counted = sequence.num_counted();
+  has_probabilities_ = has_probabilities_ || (!sequence.probabilities.empty() && num_counted > 0);
   num_sequences_ += 1;
-  num_counted_ += sequence.num_tokens - sequence.num_prompt_tokens;
+  num_counted_ += num_counted;
 }
 
 double RoutingMetrics::expert_overlap_ratio() const {

@@ -46,6 +46,10 @@ void check_sequence(const SequenceRouting& sequence, std::string_view router, st
   const auto rows = static_cast<std::size_t>(num_layers * sequence.num_tokens);
   const std::size_t selected = rows * static_cast<std::size_t>(sequence.top_k);
   const std::size_t probabilities = rows * static_cast<std::size_t>(num_experts);
+  if (!sequence.counted.empty() && sequence.counted.size() != static_cast<std::size_t>(sequence.num_tokens)) {
+    throw std::invalid_argument(
+        fmt::format("{}: {} flags of counted tokens for {}", subject(), sequence.counted.size(), sequence.num_tokens));
+  }
   if (sequence.selected.size() != selected || sequence.probabilities.size() != probabilities) {
     throw std::invalid_argument(fmt::format("{}: expected {} selections and {} probabilities, got {} and {}", subject(),
                                             selected, probabilities, sequence.selected.size(),
@@ -70,7 +74,6 @@ SequenceCounts count_sequence(const SequenceRouting& sequence, PreferenceAggrega
   const auto num_layers = static_cast<std::size_t>(sequence.num_layers);
   const auto num_experts = static_cast<std::size_t>(sequence.num_experts);
   const auto num_tokens = static_cast<std::size_t>(sequence.num_tokens);
-  const auto num_prompt = static_cast<std::size_t>(sequence.num_prompt_tokens);
   const auto top_k = static_cast<std::size_t>(sequence.top_k);
   SequenceCounts counts{std::vector<std::int64_t>(num_layers * num_experts, 0),
                         std::vector<std::int64_t>(num_layers * num_experts, 0),
@@ -79,7 +82,7 @@ SequenceCounts count_sequence(const SequenceRouting& sequence, PreferenceAggrega
     for (std::size_t token = 0; token < num_tokens; ++token) {
       const std::size_t row = layer * num_tokens + token;
       const std::span<const std::uint16_t> served(sequence.selected.data() + row * top_k, top_k);
-      if (token < num_prompt) {
+      if (!sequence.is_counted(static_cast<std::int64_t>(token))) {
         for (const std::uint16_t expert : served) {
           counts.prompt_count[layer * num_experts + expert] += 1;
         }
@@ -188,7 +191,7 @@ PreferenceRecorder::PreferenceRecorder(std::int64_t num_layers, std::int64_t num
 
 void PreferenceRecorder::add(const SequenceRouting& baseline, const SequenceRouting& tuned) {
   if (baseline.id != tuned.id || baseline.num_tokens != tuned.num_tokens ||
-      baseline.num_prompt_tokens != tuned.num_prompt_tokens) {
+      baseline.num_prompt_tokens != tuned.num_prompt_tokens || baseline.counted != tuned.counted) {
     throw std::invalid_argument(fmt::format(
         "preferences: the routers saw different sequences, {} of {} tokens ({} of prompt) and {} of {} ({})",
         baseline.id, baseline.num_tokens, baseline.num_prompt_tokens, tuned.id, tuned.num_tokens,
@@ -216,7 +219,7 @@ void PreferenceRecorder::add(const SequenceRouting& baseline, const SequenceRout
     }
   }
 
-  const std::int64_t num_completion = baseline.num_tokens - baseline.num_prompt_tokens;
+  const std::int64_t num_completion = baseline.num_counted();
   const auto record = [&](Router& router, const SequenceRouting& sequence) {
     SequenceCounts counts = count_sequence(sequence, router.total);
     router.tokens += num_completion;

@@ -602,6 +602,10 @@ void append_sequence(RoutingTrace& trace, const SequenceRouting& sequence) {
     throw std::invalid_argument(
         fmt::format("{}: {} prompt tokens of {}", subject(), sequence.num_prompt_tokens, sequence.num_tokens));
   }
+  if (!sequence.counted.empty() && sequence.counted.size() != num_tokens) {
+    throw std::invalid_argument(
+        fmt::format("{}: {} flags of counted tokens for {}", subject(), sequence.counted.size(), num_tokens));
+  }
   if (!trace.entries.empty() && trace.entries.back().sequence == sequence.id) {
     throw std::invalid_argument(fmt::format("{}: the sequence before has the same id", subject()));
   }
@@ -619,8 +623,7 @@ void append_sequence(RoutingTrace& trace, const SequenceRouting& sequence) {
   }
 
   for (std::size_t token = 0; token < num_tokens; ++token) {
-    const Phase phase =
-        static_cast<std::int64_t>(token) < sequence.num_prompt_tokens ? Phase::kPrefill : Phase::kDecode;
+    const Phase phase = sequence.is_counted(static_cast<std::int64_t>(token)) ? Phase::kDecode : Phase::kPrefill;
     for (std::size_t layer = 0; layer < num_layers; ++layer) {
       const std::size_t from = (layer * num_tokens + token) * top_k;
       trace.entries.push_back({sequence.id, static_cast<std::int64_t>(token),

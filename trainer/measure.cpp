@@ -1,5 +1,6 @@
 #include "hestia/trainer/measure.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
@@ -76,6 +77,10 @@ class BatchRouting {
     while (routing.num_prompt_tokens < run.length() &&
            batch.counted[static_cast<std::size_t>(run.begin + routing.num_prompt_tokens)] == 0) {
       ++routing.num_prompt_tokens;
+    }
+    const auto first = batch.counted.begin() + run.begin;
+    if (std::find(first + routing.num_prompt_tokens, first + run.length(), 0) != first + run.length()) {
+      routing.counted.assign(first, first + run.length());
     }
     routing.num_layers = static_cast<std::int64_t>(selected_.size());
     routing.num_experts = num_experts_;

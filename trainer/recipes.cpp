@@ -1,9 +1,14 @@
 #include "hestia/trainer/recipes.hpp"
 
 #include <algorithm>
+#include <cmath>
+#include <functional>
 #include <set>
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include "hestia/trainer/trainer.hpp"
 
 namespace hestia {
 
@@ -43,12 +48,15 @@ FieldList DataOptions::fields() {
 FieldList TrainOptions::fields() {
   FieldList list;
   list.add("trainable", trainable, "which parameters train", {"router", "all"});
-  list.add("steps", steps, "optimiser steps", {.low = 1});
+  list.add("steps", steps, "optimiser steps; 0: as many as epochs take", {.low = 0});
+  list.add("epochs", epochs, "passes over the training data, instead of steps; 0: none", {.low = 0.0, .high = 1e6});
   list.add("rows_per_batch", rows_per_batch, "rows of sequence_length tokens in a micro-batch", {.low = 1});
   list.add("accumulate", accumulate, "micro-batches per optimiser step", {.low = 1});
   list.add("learning_rate", learning_rate, "peak of AdamW's learning rate",
            {.low = 0.0, .high = kMaxRate, .exclusive_low = true});
   list.add("warmup_steps", warmup_steps, "linear warm-up", {.low = 0});
+  list.add("warmup_ratio", warmup_ratio, "the same as a share of all steps, rounded up; 0: none",
+           {.low = 0.0, .high = 1.0});
   list.add("schedule", schedule, "after the warm-up", {"linear", "cosine", "constant"});
   list.add("decay_steps", decay_steps, "step at which the decay is over, the rate stays after it; 0: the last step",
            {.low = 0});
@@ -140,6 +148,7 @@ FieldList TokenizerOptions::fields() {
   list.add("path", path, "an existing tokenizer.model; empty: train one on the training split");
   list.add("vocab_size", vocab_size, "tokens of a trained vocabulary", {.low = 300, .high = 1 << 20});
   list.add("sample_bytes", sample_bytes, "text to train it on, shared equally among the domains", {.low = 1000});
+  list.add("special_tokens", special_tokens, "tokens of chat templates that a trained vocabulary gets");
   return list;
 }
 
@@ -181,6 +190,46 @@ std::string recipe_task(const std::filesystem::path& path) {
 
 namespace {
 
+// Keys that mean something for some formats of a corpus only.
+const std::vector<std::pair<std::string, std::vector<std::string>>>& keys_of_formats() {
+  static const std::vector<std::pair<std::string, std::vector<std::string>>> keys = {
+      {"separator", {"text"}},
+      {"text_field", {"jsonl"}},
+      {"prompt_field", {"jsonl"}},
+      {"prompt_template", {"jsonl"}},
+      {"question_field", {"question_answer"}},
+      {"context_field", {"question_answer"}},
+      {"answer_field", {"question_answer"}},
+      {"messages_field", {"chat"}},
+      {"template", {"question_answer", "chat"}},
+      {"system_message", {"question_answer", "chat"}},
+      {"overlong", {"jsonl", "question_answer", "chat"}},
+  };
+  return keys;
+}
+
+// A key that would be ignored is a mistake. Saved recipes hold every key, so only other values than the default count.
+void check_corpus_keys(const DataOptions& data, const RecipeSource& source, Problems& problems) {
+  for (std::size_t i = 0; i < data.corpora.size(); ++i) {
+    CorpusOptions corpus = data.corpora[i];
+    CorpusOptions defaults;
+    const FieldList now = corpus.fields();
+    const FieldList plain = defaults.fields();
+    for (const auto& [name, formats] : keys_of_formats()) {
+      const auto value = [&name = name](const FieldList& list) {
+        const auto field = std::find_if(list.fields().begin(), list.fields().end(),
+                                        [&](const Field& candidate) { return candidate.name == name; });
+        return *std::get<std::string*>(field->target);
+      };
+      const std::string key = fmt::format("data.corpora.{}.{}", i, name);
+      if (value(now) != value(plain) && std::find(formats.begin(), formats.end(), corpus.format) == formats.end()) {
+        problems.add(fmt::format("{}: {} is for format {} only, got format {}; remove the key or change the format",
+                                 source.location(key), key, fmt::join(formats, " or "), corpus.format));
+      }
+    }
+  }
+}
+
 void check_data(const DataOptions& data, const RecipeSource& source, Problems& problems) {
   std::vector<std::string> known;
   for (std::size_t i = 0; i < data.corpora.size(); ++i) {
@@ -208,6 +257,7 @@ void check_data(const DataOptions& data, const RecipeSource& source, Problems& p
       }
     }
   };
+  check_corpus_keys(data, source, problems);
   check_domains(data.train, "data.train");
   check_domains(data.evaluate, "data.evaluate");
   if (data.train.empty()) {
@@ -219,7 +269,61 @@ void check_data(const DataOptions& data, const RecipeSource& source, Problems& p
   }
 }
 
+// Of two keys that say the same, the one on the command line counts; the other becomes 0.
+template <class First, class Second>
+void settle(First& first, const std::string& first_key, Second& second, const std::string& second_key,
+            const RecipeSource& source, Problems& problems) {
+  if (first == First{} || second == Second{}) {
+    return;
+  }
+  if (!source.is_set(first_key)) {
+    first = First{};  // Its default.
+  } else if (source.is_overridden(first_key) == source.is_overridden(second_key)) {
+    problems.add(fmt::format("{}: {} and {} say the same in two ways, got {} and {}; remove one",
+                             source.location(second_key), first_key, second_key, first, second));
+  } else if (source.is_overridden(first_key)) {
+    second = Second{};
+  } else {
+    first = First{};
+  }
+}
+
+std::int64_t steps_of_share(double share, std::int64_t steps) {
+  constexpr double kRounding = 1e-9;  // 0.07 * 100 is a little more than 7.
+  return static_cast<std::int64_t>(std::ceil(share * static_cast<double>(steps) - kRounding));
+}
+
+void settle_train(TrainOptions& train, const RecipeSource& source, Problems& problems) {
+  settle(train.steps, "train.steps", train.epochs, "train.epochs", source, problems);
+  settle(train.warmup_steps, "train.warmup_steps", train.warmup_ratio, "train.warmup_ratio", source, problems);
+  if (train.steps == 0 && train.epochs == 0.0) {
+    problems.add(fmt::format("{}: train.steps must be at least 1, got 0; set it or train.epochs",
+                             source.location("train.steps")));
+  }
+  if (train.steps > 0 && train.warmup_ratio > 0.0) {
+    train.warmup_steps = steps_of_share(train.warmup_ratio, train.steps);
+    train.warmup_ratio = 0.0;
+  }
+}
+
+void check_losses(const RoutingLossOptions& losses, const RecipeSource& source, Problems& problems) {
+  const std::vector<std::int64_t>& lags = losses.lag.lags;
+  if (lags.empty() || std::adjacent_find(lags.begin(), lags.end(), std::greater_equal<>()) != lags.end()) {
+    problems.add(fmt::format("{}: losses.lag.lags must be a strictly increasing list, got [{}]; sort it",
+                             source.location("losses.lag.lags"), fmt::join(lags, ", ")));
+  }
+}
+
 void check_train(const TrainOptions& train, const RecipeSource& source, Problems& problems) {
+  if (train.steps == 0) {
+    if (train.decay_steps > 0) {
+      problems.add(
+          fmt::format("{}: train.decay_steps needs train.steps, got {} with train.epochs; give the steps, or leave it "
+                      "out to decay over all of them",
+                      source.location("train.decay_steps"), train.decay_steps));
+    }
+    return;
+  }
   if (train.warmup_steps > train.steps) {
     problems.add(fmt::format("{}: train.warmup_steps must be at most train.steps ({}), got {}",
                              source.location("train.warmup_steps"), train.steps, train.warmup_steps));
@@ -247,6 +351,8 @@ LoadedRecipe<FinetuneRecipe> load_finetune_recipe(const std::filesystem::path& p
   loaded.source = read_recipe(path, overrides, loaded.recipe.fields(), problems);
   const FinetuneRecipe& recipe = loaded.recipe;
   check_data(recipe.data, loaded.source, problems);
+  check_losses(recipe.losses, loaded.source, problems);
+  settle_train(loaded.recipe.train, loaded.source, problems);
   check_train(recipe.train, loaded.source, problems);
   if (recipe.model.path.empty()) {
     problems.add(fmt::format("{}: model.path is missing; give the directory of the checkpoint to tune",
@@ -267,6 +373,8 @@ LoadedRecipe<PretrainRecipe> load_pretrain_recipe(const std::filesystem::path& p
   loaded.source = read_recipe(path, overrides, loaded.recipe.fields(), problems);
   const PretrainRecipe& recipe = loaded.recipe;
   check_data(recipe.data, loaded.source, problems);
+  check_losses(recipe.losses, loaded.source, problems);
+  settle_train(loaded.recipe.train, loaded.source, problems);
   check_train(recipe.train, loaded.source, problems);
   const ArchitectureOptions& architecture = recipe.architecture;
   if (architecture.top_k > architecture.num_experts) {
@@ -305,6 +413,38 @@ LoadedRecipe<PretrainRecipe> load_pretrain_recipe(const std::filesystem::path& p
   }
   problems.throw_usage_if_any();
   return loaded;
+}
+
+void resolve_steps(TrainOptions& options, const PackedData& data, const std::vector<double>& mix,
+                   std::int64_t sequence_length, std::uint64_t seed) {
+  if (options.steps > 0) {
+    return;
+  }
+  const PackedSampler sampler(data, options.rows_per_batch, sequence_length, data_order_seed(seed), mix);
+  const std::int64_t batches = sampler.batches_for(options.epochs);
+  options.steps = (batches + options.accumulate - 1) / options.accumulate;
+  if (options.warmup_ratio > 0.0) {
+    options.warmup_steps = steps_of_share(options.warmup_ratio, options.steps);
+    options.warmup_ratio = 0.0;
+  }
+  if (options.warmup_steps > options.steps) {
+    throw UsageError(
+        fmt::format("train.warmup_steps must be at most the {} steps that train.epochs ({}) come to, got {}",
+                    options.steps, options.epochs, options.warmup_steps));
+  }
+  options.epochs = 0.0;
+}
+
+void resolve_steps_from_run(TrainOptions& options, const std::filesystem::path& run_dir) {
+  const std::filesystem::path saved = run_dir / "recipe.yaml";
+  if (options.steps > 0 || !std::filesystem::exists(saved)) {
+    return;
+  }
+  const TrainOptions run = load_finetune_recipe(saved, {}).recipe.train;
+  options.steps = run.steps;
+  options.warmup_steps = run.warmup_steps;
+  options.epochs = 0.0;
+  options.warmup_ratio = 0.0;
 }
 
 std::pair<const CorpusOptions*, std::string> find_corpus(const DataOptions& data, const std::string& domain) {

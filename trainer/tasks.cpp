@@ -66,13 +66,24 @@ void log_model(MoeModel& model, const std::vector<torch::Tensor>& trainable) {
              {"device", device_text(model->device())}});
 }
 
+// "; 3 truncated, 1 dropped of 700 examples"; empty where there is nothing to tell.
+std::string examples_text(const PackedData& data) {
+  ExampleCounts all;
+  for (const ExampleCounts& counts : data.examples) {
+    all.read += counts.read;
+    all.truncated += counts.truncated;
+    all.dropped += counts.dropped;
+  }
+  return all.read == 0 ? ""
+                       : fmt::format("; {} truncated, {} dropped of {} examples", all.truncated, all.dropped, all.read);
+}
+
 void log_data(const PackedData& train, const PackedData& held_out) {
-  log_block("Data", {{"training", fmt::format("{} tokens in {} sequences of {}",
-                                              format_count(static_cast<double>(train.num_tokens())),
-                                              train.sequences.size(), fmt::join(train.domains, ", "))},
-                     {"held out", fmt::format("{} tokens in {} sequences of {}",
-                                              format_count(static_cast<double>(held_out.num_tokens())),
-                                              held_out.sequences.size(), fmt::join(held_out.domains, ", "))}});
+  const auto row = [](const PackedData& data) {
+    return fmt::format("{} tokens in {} sequences of {}{}", format_count(static_cast<double>(data.num_tokens())),
+                       data.sequences.size(), fmt::join(data.domains, ", "), examples_text(data));
+  };
+  log_block("Data", {{"training", row(train)}, {"held out", row(held_out)}});
 }
 
 void log_plan(const TrainOptions& options, std::int64_t sequence_length) {
@@ -213,12 +224,13 @@ void make_tokenizer(const PretrainRecipe& recipe, const std::filesystem::path& p
     bounded.max_bytes = bounded.max_bytes == 0 ? share : std::min(bounded.max_bytes, share);
     const SplitOptions split{recipe.data.held_out_fraction, static_cast<std::uint64_t>(recipe.data.split_seed)};
     for (Document& document : read_corpus(bounded, split, Split::kTrain, key)) {
-      lines.push_back(document.prompt + document.completion);
+      lines.push_back(document.text());
     }
   }
   TokenizerTraining training;
   training.vocab_size = recipe.tokenizer.vocab_size;
   training.num_threads = threads;
+  training.special_tokens = recipe.tokenizer.special_tokens;
   std::size_t next = 0;
   log_info(fmt::format("training a tokenizer of {} tokens on {} documents", training.vocab_size, lines.size()));
   train_tokenizer(
@@ -299,6 +311,8 @@ void run_finetune(const LoadedRecipe<FinetuneRecipe>& loaded, const RunFlags& fl
   const PackedData held_out =
       load_held_out_data(recipe.data, recipe.data.evaluate, *tokenizer, recipe.train.evaluate_tokens, threads);
   log_data(train_data, held_out);
+  resolve_steps(recipe.train, train_data, recipe.data.train_mix, recipe.data.sequence_length,
+                static_cast<std::uint64_t>(recipe.seed));
   if (flags.overwrite) {
     // What belongs to the earlier run: evaluate would take it for this one's.
     for (const char* name : {"control", "bundle", "results.json"}) {
@@ -348,6 +362,8 @@ void run_pretrain(const LoadedRecipe<PretrainRecipe>& loaded, const RunFlags& fl
   const PackedData held_out =
       load_held_out_data(recipe.data, recipe.data.evaluate, *tokenizer, recipe.train.evaluate_tokens, threads);
   log_data(train_data, held_out);
+  resolve_steps(recipe.train, train_data, recipe.data.train_mix, recipe.data.sequence_length,
+                static_cast<std::uint64_t>(recipe.seed));
   const torch::Device device = device_from_recipe(recipe.model.device);
   MoeModel model =
       create_model(architecture_from(recipe.architecture, *tokenizer), dtype_from_recipe(recipe.model.dtype), device,
@@ -406,14 +422,17 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, con
                                  bool quiet) {
   FinetuneRecipe recipe = loaded.recipe;
   const std::int64_t threads = use_threads(recipe.model.threads);
+  resolve_steps_from_run(recipe.train, recipe.run_dir);
   const auto latest = latest_checkpoint(recipe.run_dir);
   if (!latest || latest->first < recipe.train.steps) {
     std::string command = "hestia finetune " + loaded.source.path().string();
     for (const std::string& override_text : loaded.source.overrides()) {
       command += " " + override_text;
     }
-    throw UsageError(fmt::format("{}: the run is not finished ({} of {} steps); finish it with `{}{}`", recipe.run_dir,
-                                 latest ? latest->first : 0, recipe.train.steps, command, latest ? " --resume" : ""));
+    const std::string whole = recipe.train.steps > 0 ? fmt::format("{} steps", recipe.train.steps)
+                                                     : fmt::format("{} epochs", recipe.train.epochs);
+    throw UsageError(fmt::format("{}: the run is not finished ({} of {}); finish it with `{}{}`", recipe.run_dir,
+                                 latest ? latest->first : 0, whole, command, latest ? " --resume" : ""));
   }
   if (recipe.train.trainable != "router") {
     throw UsageError(

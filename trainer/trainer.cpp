@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cmath>
 #include <numbers>
+#include <stdexcept>
 
 #include <fcntl.h>
 #include <unistd.h>
@@ -269,7 +270,7 @@ class Loop {
         model_(job.model),
         parameters_(select_trainable(model_, job.options.trainable)),
         optimizer_(parameters_, job.options),
-        sampler_(*job.train_data, job.options.rows_per_batch, job.sequence_length, derive_seed(job.seed, "data order"),
+        sampler_(*job.train_data, job.options.rows_per_batch, job.sequence_length, data_order_seed(job.seed),
                  job.train_mix) {
     if (job.held_out != nullptr) {
       for (std::size_t domain = 0; domain < job.held_out->domains.size(); ++domain) {
@@ -282,6 +283,9 @@ class Loop {
   TrainingResult run() {
     const std::int64_t first = open_run();
     JsonLinesWriter metrics(job_.run_dir / "metrics.jsonl");
+    if (first == 0) {
+      metrics.write(start_event());
+    }
     TrainingResult result;
     Progress progress(job_.label, job_.options.steps - first, "step", job_.quiet);
     for (std::int64_t step = first + 1; step <= job_.options.steps; ++step) {
@@ -501,6 +505,36 @@ class Loop {
     return json;
   }
 
+  // What the run is about to do; without a step, so that resuming keeps it.
+  Json start_event() const {
+    Json data = Json::object();
+    for (std::size_t domain = 0; domain < job_.train_data->domains.size(); ++domain) {
+      std::int64_t sequences = 0;
+      std::int64_t tokens = 0;
+      std::int64_t completion_tokens = 0;
+      for (const TokenSequence& sequence : job_.train_data->sequences) {
+        if (static_cast<std::size_t>(sequence.domain) == domain) {
+          const std::vector<std::uint8_t> mask = sequence.completion_mask();
+          sequences += 1;
+          tokens += static_cast<std::int64_t>(mask.size());
+          completion_tokens += std::count(mask.begin(), mask.end(), 1);
+        }
+      }
+      Json entry = {{"sequences", sequences}, {"tokens", tokens}, {"completion_tokens", completion_tokens}};
+      if (domain < job_.train_data->examples.size() && job_.train_data->examples[domain].read > 0) {
+        const ExampleCounts& examples = job_.train_data->examples[domain];
+        entry["examples"] = examples.read;
+        entry["truncated"] = examples.truncated;
+        entry["dropped"] = examples.dropped;
+      }
+      data[job_.train_data->domains[domain]] = std::move(entry);
+    }
+    return {{"event", "start"},
+            {"steps", job_.options.steps},
+            {"warmup_steps", job_.options.warmup_steps},
+            {"data", std::move(data)}};
+  }
+
   Json step_event(std::int64_t step, const StepValues& values, double norm, double rate, double seconds,
                   std::int64_t tokens) const {
     Json event = {{"event", "step"}, {"step", step}, {"loss", values.loss}, {"nll", values.nll}};
@@ -578,6 +612,10 @@ double learning_rate_at(const TrainOptions& options, std::int64_t step) {
   return options.final_learning_rate + (1.0 - options.final_learning_rate) * falling;
 }
 
+std::uint64_t data_order_seed(std::uint64_t seed) {
+  return derive_seed(seed, "data order");
+}
+
 std::vector<torch::Tensor> select_trainable(MoeModel& model, const std::string& trainable) {
   for (torch::Tensor& parameter : model->all_parameters()) {
     parameter.set_requires_grad(trainable == "all");
@@ -601,6 +639,9 @@ std::optional<std::pair<std::int64_t, std::filesystem::path>> latest_checkpoint(
 }
 
 TrainingResult train(const TrainingJob& job) {
+  if (job.options.steps < 1) {
+    throw std::invalid_argument("train: the number of steps is not known");
+  }
   return Loop(job).run();
 }
 

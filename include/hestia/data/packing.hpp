@@ -9,6 +9,12 @@
 
 namespace hestia {
 
+/// Token positions [begin, end) of a sequence.
+struct TokenRange {
+  std::int64_t begin = 0;
+  std::int64_t end = 0;
+};
+
 /// One tokenised sequence (a document, or a part of a long one).
 struct TokenSequence {
   std::vector<std::int32_t> tokens;  ///< <s> first when the vocabulary has one, </s> last when the document ended here.
@@ -16,6 +22,11 @@ struct TokenSequence {
       0;                    ///< Leading tokens that are prompt (the <s> counts as prompt only when there is a prompt).
   std::int32_t domain = 0;  ///< Index into PackedData::domains.
   std::int64_t num_bytes = 0;  ///< UTF-8 bytes of the text its labels stand for (for bits per byte).
+  /// Prompt after the first completion token: later questions of a conversation, and what its template writes between
+  /// the turns. In order, apart, none at the end.
+  std::vector<TokenRange> later_prompts{};
+  /// 1 per token: a completion token.
+  [[nodiscard]] std::vector<std::uint8_t> completion_mask() const;
 };
 
 /// A packed batch of rows, B x S, row-major.
@@ -33,19 +44,33 @@ struct PackedBatch {
   [[nodiscard]] std::int64_t num_labels() const;
 };
 
+/// What became of the examples (documents with a prompt) of one domain.
+struct ExampleCounts {
+  std::int64_t read = 0;
+  std::int64_t truncated = 0;
+  std::int64_t dropped = 0;  ///< Too long, or nothing to learn was left of them.
+};
+
 /// Tokenised sequences of one split of one or more corpora.
 struct PackedData {
   std::vector<std::string> domains;
   std::vector<TokenSequence> sequences;
+  std::vector<ExampleCounts> examples{};  ///< Per domain; shorter where sequences were not made from documents.
   [[nodiscard]] std::int64_t num_tokens() const;
 };
 
-/// Tokenises documents into sequences of at most `sequence_length` tokens (a longer document becomes several, each
-/// starting with <s>; a prompt longer than half the length is cut from its left and an answer that does not fit at its
-/// end, with a warning). Stops after `max_tokens` (0: all). The result does not depend on the number of threads.
+/// What happens to an example that is longer than a sequence.
+enum class Overlong { kTruncate, kDrop };
+
+/// Tokenises documents into sequences of at most `sequence_length` tokens. Plain text that is longer becomes several,
+/// each starting with <s>. An example stays one: what is too long is dropped, or loses first the left part of its
+/// leading prompt, down to half the length, then its end. Every piece of a document is encoded by itself, so the tokens
+/// of a prompt do not depend on the answer. Truncated and dropped examples are counted in `data.examples` and told in
+/// one warning per domain. Stops after `max_tokens` (0: all). The result does not depend on the number of threads.
+/// Throws RunError when a document needs a token that the vocabulary lacks.
 void tokenize_documents(const std::vector<Document>& documents, const Tokenizer& tokenizer,
                         std::int64_t sequence_length, std::int64_t max_tokens, std::int64_t num_threads,
-                        PackedData& data);
+                        PackedData& data, Overlong overlong = Overlong::kTruncate);
 
 /// Draws rows for training: sequences in a seeded shuffle per epoch, packed first-fit into rows of `row_length`; a
 /// sequence is never split over two rows. Every state change is in `position`, so resume is exact.
@@ -59,6 +84,9 @@ class PackedSampler {
   [[nodiscard]] PackedBatch next();
   /// Batches drawn so far.
   [[nodiscard]] std::int64_t position() const noexcept { return position_; }
+  /// Batches, from the first on, that hold at least `epochs` times the tokens of all sequences (replays the draw). With
+  /// a mix, domains are then seen unequally often. Throws std::invalid_argument when `epochs` is not above 0.
+  [[nodiscard]] std::int64_t batches_for(double epochs) const;
   /// Goes to the state after `position` batches (replays the draw without building tensors).
   void seek(std::int64_t position);
 

@@ -16,8 +16,15 @@ class Tokenizer {
   virtual ~Tokenizer() = default;
   /// Token ids of `text`, no special tokens added.
   [[nodiscard]] virtual std::vector<std::int32_t> encode(std::string_view text) const = 0;
+  /// The same for text that goes on after other text, so that nothing is put in front of it: some vocabularies begin
+  /// every text with a space.
+  [[nodiscard]] virtual std::vector<std::int32_t> encode_continuation(std::string_view text) const {
+    return encode(text);
+  }
   [[nodiscard]] virtual std::string decode(const std::vector<std::int32_t>& ids) const = 0;
   [[nodiscard]] virtual std::int64_t vocab_size() const = 0;
+  /// The id of the token spelt exactly like `name`, for example `<|im_end|>`; -1 when there is none.
+  [[nodiscard]] virtual std::int32_t token_id(std::string_view name) const = 0;
   /// Special ids; -1 when the vocabulary has none.
   [[nodiscard]] virtual std::int32_t bos_id() const = 0;
   [[nodiscard]] virtual std::int32_t eos_id() const = 0;
@@ -36,13 +43,14 @@ struct TokenizerTraining {
   std::int64_t vocab_size = 4096;
   std::int64_t max_sentence_bytes = 4096;  ///< Longer lines are cut.
   std::int64_t num_threads = 2;
+  std::vector<std::string> special_tokens{};  ///< Further tokens that no text is encoded into: those of chat templates.
 };
 
 /// Trains a byte-fallback BPE sentencepiece model that keeps every byte of UTF-8 text (no normalisation, no dummy
 /// prefix, whitespace and line breaks kept; only U+2581, sentencepiece's own sign for a space, becomes one) on the
 /// texts that `next` yields (it returns false at the end) and writes it whole or not at all to `path`. The same texts
-/// and options give the same bytes. ids: 0 unknown, 1 <s>, 2 </s>, 3 <pad>. Throws RunError with sentencepiece's
-/// reason.
+/// and options give the same bytes. ids: 0 unknown, 1 <s>, 2 </s>, 3 <pad>, then `special_tokens`. Throws RunError with
+/// sentencepiece's reason.
 void train_tokenizer(const std::function<bool(std::string& sentence)>& next, const TokenizerTraining& options,
                      const std::filesystem::path& path);
 

@@ -43,6 +43,16 @@ struct SequenceRouting {
   std::vector<std::uint16_t> selected;  ///< [L, T, K], by falling weight (rank 0 highest).
   std::vector<float> weights;           ///< [L, T, K], mixing weights in the same order.
   std::vector<float> probabilities;     ///< [L, T, E] softmax of the router logits; empty when not recorded.
+  /// [T] 1 where the token counts; empty: every token after the leading prompt does. Conversations have prompt between
+  /// their answers.
+  std::vector<std::uint8_t> counted{};
+
+  /// Whether token `token` counts (is a decode step).
+  [[nodiscard]] bool is_counted(std::int64_t token) const {
+    return token >= num_prompt_tokens && (counted.empty() || counted[static_cast<std::size_t>(token)] != 0);
+  }
+  /// Tokens that count.
+  [[nodiscard]] std::int64_t num_counted() const;
 };
 
 }  // namespace hestia

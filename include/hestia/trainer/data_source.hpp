@@ -10,7 +10,12 @@
 
 namespace hestia {
 
-/// Tokenised training split of the recipe's `data.train` domains. Throws what read_corpus throws.
+/// Throws UsageError when the corpus lays its turns out with a template whose tokens the vocabulary lacks; `recipe_key`
+/// as in read_corpus.
+void check_template_tokens(const CorpusOptions& corpus, const std::string& recipe_key, const Tokenizer& tokenizer);
+
+/// Tokenised training split of the recipe's `data.train` domains. Throws what read_corpus and
+/// check_template_tokens throw.
 [[nodiscard]] PackedData load_training_data(const DataOptions& options, const Tokenizer& tokenizer,
                                             std::int64_t threads);
 

@@ -8,6 +8,7 @@
 #include "hestia/architecture/architecture.hpp"
 #include "hestia/core/recipe.hpp"
 #include "hestia/data/corpus.hpp"
+#include "hestia/data/packing.hpp"
 #include "hestia/routing/cache_policy.hpp"
 #include "hestia/routing_losses/routing_losses.hpp"
 
@@ -39,11 +40,13 @@ struct DataOptions {
 /// Section `train`: the optimiser and the loop.
 struct TrainOptions {
   std::string trainable = "router";  ///< router | all
-  std::int64_t steps = 100;
-  std::int64_t rows_per_batch = 8;  ///< Rows of `data.sequence_length` tokens in one micro-batch.
-  std::int64_t accumulate = 1;      ///< Micro-batches per optimiser step.
-  double learning_rate = 1e-3;      ///< Peak.
+  std::int64_t steps = 100;          ///< 0: not known before the data is read, as many as `epochs` take.
+  double epochs = 0.0;               ///< Passes over the training data, instead of `steps`; 0: `steps` counts.
+  std::int64_t rows_per_batch = 8;   ///< Rows of `data.sequence_length` tokens in one micro-batch.
+  std::int64_t accumulate = 1;       ///< Micro-batches per optimiser step.
+  double learning_rate = 1e-3;       ///< Peak.
   std::int64_t warmup_steps = 0;
+  double warmup_ratio = 0.0;         ///< Share of the steps, instead of `warmup_steps`; 0: `warmup_steps` counts.
   std::string schedule = "linear";   ///< linear | cosine | constant, after the warm-up.
   std::int64_t decay_steps = 0;      ///< Step at which the decay is over; 0: the last one.
   double final_learning_rate = 0.0;  ///< Share of the peak once the decay is over.
@@ -129,7 +132,8 @@ struct ArchitectureOptions {
 struct TokenizerOptions {
   std::string path;  ///< An existing tokenizer.model; empty: train one on the training split.
   std::int64_t vocab_size = 4096;
-  std::int64_t sample_bytes = 20'000'000;  ///< Text to train it on, shared equally among the domains.
+  std::int64_t sample_bytes = 20'000'000;   ///< Text to train it on, shared equally among the domains.
+  std::vector<std::string> special_tokens;  ///< Tokens of chat templates that a trained vocabulary gets.
   FieldList fields();
 };
 
@@ -166,12 +170,23 @@ struct LoadedRecipe {
 };
 
 /// Reads and checks a fine-tuning recipe: field rules plus what spans fields (domains that exist, mixes that match,
-/// slots within E is checked once the model is known). Throws UsageError with all problems, each with file:line.
+/// slots within E is checked once the model is known). Of `steps` and `epochs`, and of `warmup_steps` and
+/// `warmup_ratio`, the one on the command line counts; afterwards at most one of each pair is not 0, and a ratio of
+/// known steps is in `warmup_steps`. Throws UsageError with all problems, each with file:line.
 [[nodiscard]] LoadedRecipe<FinetuneRecipe> load_finetune_recipe(const std::filesystem::path& path,
                                                                 const std::vector<std::string>& overrides);
 /// The same for a pretraining recipe.
 [[nodiscard]] LoadedRecipe<PretrainRecipe> load_pretrain_recipe(const std::filesystem::path& path,
                                                                 const std::vector<std::string>& overrides);
+
+/// Replaces `epochs` and `warmup_ratio` by the steps they come to: the fewest that train on at least `epochs` times the
+/// tokens of `data`, in the order that a run with this seed draws them; warm-up steps are rounded up. Changes nothing
+/// where the steps are known. Throws UsageError when `warmup_steps` is more than these steps.
+void resolve_steps(TrainOptions& options, const PackedData& data, const std::vector<double>& mix,
+                   std::int64_t sequence_length, std::uint64_t seed);
+/// The same from the recipe that the run in `run_dir` saved, for verbs that come after it. Without a saved recipe
+/// `steps` stays 0.
+void resolve_steps_from_run(TrainOptions& options, const std::filesystem::path& run_dir);
 
 /// The corpus options of `domain`, with its recipe key ("data.corpora.2").
 [[nodiscard]] std::pair<const CorpusOptions*, std::string> find_corpus(const DataOptions& data,

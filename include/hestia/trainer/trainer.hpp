@@ -54,7 +54,11 @@ struct TrainingResult {
   std::int64_t tokens = 0;  ///< Tokens trained on by this process (padding left out).
 };
 
-/// Trains `job.model` in place and leaves a run directory: recipe.yaml, metrics.jsonl, checkpoints/step_N.
+/// Seed of the order in which a run with `seed` draws its data.
+[[nodiscard]] std::uint64_t data_order_seed(std::uint64_t seed);
+
+/// Trains `job.model` in place and leaves a run directory: recipe.yaml, metrics.jsonl, checkpoints/step_N. The steps in
+/// `job.options` must be known (resolve_steps).
 /// Throws UsageError when the directory holds another run (or one to be resumed without `resume`), RunError on a
 /// non-finite loss or gradient, before the update, InterruptedError after `stop`.
 TrainingResult train(const TrainingJob& job);

@@ -19,6 +19,8 @@
 namespace hestia {
 namespace {
 
+using testing::completion_of;
+using testing::prompt_of;
 using testing::random_characters;
 using testing::random_line;
 using testing::random_lines;
@@ -56,7 +58,7 @@ std::vector<std::string> ids_of(const std::vector<Document>& documents) {
 std::map<std::string, std::string> texts_by_id(const std::vector<Document>& documents) {
   std::map<std::string, std::string> texts;
   for (const Document& document : documents) {
-    CHECK(texts.emplace(document.id, document.completion).second);
+    CHECK(texts.emplace(document.id, completion_of(document)).second);
   }
   return texts;
 }
@@ -91,7 +93,7 @@ std::string deflated(const std::string& text, bool dictzip = false) {
 
 bool same(const std::vector<Document>& a, const std::vector<Document>& b) {
   return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const Document& x, const Document& y) {
-    return x.id == y.id && x.domain == y.domain && x.prompt == y.prompt && x.completion == y.completion;
+    return x.id == y.id && x.domain == y.domain && prompt_of(x) == prompt_of(y) && completion_of(x) == completion_of(y);
   });
 }
 
@@ -119,7 +121,7 @@ TEST_CASE("Every file of a folder is a document with its path, domain and text")
     CHECK(texts_by_id(documents) == texts);
     for (const Document& document : documents) {
       CHECK(document.domain == "some domain");
-      CHECK(document.prompt.empty());
+      CHECK(prompt_of(document).empty());
     }
   }
 }
@@ -224,7 +226,7 @@ TEST_CASE("Folders may hold files of the same name: both come, in the same order
   const std::vector<Document> documents = read_all(options);
   std::multiset<std::string> found;
   for (const Document& document : documents) {
-    found.insert(document.completion);
+    found.insert(completion_of(document));
   }
   CHECK(found == expected);
   CHECK(same(documents, read_all(options)));
@@ -321,7 +323,7 @@ TEST_CASE("Bytes that are not UTF-8 become U+FFFD, all others stay") {
   };
   for (const auto& [bytes, text] : cases) {
     put(path, bytes);
-    CHECK(read_all(corpus_of({path.string()})).at(0).completion == text);
+    CHECK(completion_of(read_all(corpus_of({path.string()})).at(0)) == text);
   }
 }
 
@@ -355,7 +357,7 @@ TEST_CASE("Random bytes come out as UTF-8, random characters as they are") {
   SplitMix64 random(6);
   const auto through = [&](const std::string& bytes) {
     put(path, bytes);
-    return read_all(corpus_of({path.string()})).at(0).completion;
+    return completion_of(read_all(corpus_of({path.string()})).at(0));
   };
   for (int i = 0; i < 100; ++i) {
     const std::string good = random_characters(random, 1 + random.below(50));
@@ -501,7 +503,7 @@ TEST_CASE("JSON lines hold one document each, with a text field of any name") {
                                                                      {"a.jsonl#4", "second"},
                                                                      {"a.jsonl#6", "last \U0001F600"}});
   CHECK(documents[0].domain == "some domain");
-  CHECK(documents[0].prompt.empty());
+  CHECK(prompt_of(documents[0]).empty());
   options.text_field = "body";
   CHECK(texts_by_id(read_all(options)).at("a.jsonl#5") == "THIRD");
 }
@@ -516,14 +518,14 @@ TEST_CASE("A prompt field makes prompt and answer, through the template") {
   std::vector<Document> documents = read_all(options);
   std::sort(documents.begin(), documents.end(), [](const auto& a, const auto& b) { return a.id < b.id; });
   REQUIRE(documents.size() == 2);
-  CHECK(documents[0].prompt == "why {prompt}?");
-  CHECK(documents[0].completion == "because");
+  CHECK(prompt_of(documents[0]) == "why {prompt}?");
+  CHECK(completion_of(documents[0]) == "because");
   options.prompt_template = "Question: {prompt}\nAnswer: ";
   documents = read_all(options);
   std::sort(documents.begin(), documents.end(), [](const auto& a, const auto& b) { return a.id < b.id; });
-  CHECK(documents[0].prompt == "Question: why {prompt}?\nAnswer: ");
-  CHECK(documents[1].prompt == "Question: how?\nAnswer: ");
-  CHECK(documents[1].completion == "so");
+  CHECK(prompt_of(documents[0]) == "Question: why {prompt}?\nAnswer: ");
+  CHECK(prompt_of(documents[1]) == "Question: how?\nAnswer: ");
+  CHECK(completion_of(documents[1]) == "so");
   options.prompt_template = "Question: {promt}";
   CHECK(error_text<UsageError>([&] { (void)read_all(options); }) ==
         "data.corpora.0.prompt_template must contain {prompt}, got \"Question: {promt}\"; add it");
@@ -549,16 +551,18 @@ TEST_CASE("A JSON line without the field is named by file and line, whichever sp
     put(path, "{\"text\": \"fine\"}\n\n{\"body\": \"x\", \"title\": \"y\"}\n");
     CHECK(message(split) ==
           path.string() +
-              ":3: there is no text field \"text\", got body, title; set data.corpora.3.text_field and "
-              "prompt_field to fields of this file");
+              ":3: there is no text field \"text\", got body, title; set data.corpora.3.text_field to a field of this "
+              "file");
     put(path, "{\"text\": 7}\n");
-    CHECK(contains(message(split), ":1: there is no text field \"text\", got text; set data.corpora.3.text_field"));
+    CHECK(message(split) == path.string() + ":1: \"text\" must be text, got 7; mend or remove this line");
     put(path, "{\"text\": \"fine\"}\n{\"text\": \n");
     CHECK(message(split) ==
           path.string() + ":2: not a JSON object, got \"{\"text\": \"; every line must be one JSON object");
     put(path, "[\"text\"]\n");
     CHECK(message(split) ==
-          path.string() + ":1: not a JSON object, got \"[\"text\"]\"; every line must be one JSON object");
+          path.string() +
+              ":1: not a JSON object, got \"[\"text\"]\"; every line must be one JSON object (`jq -c '.[]'` makes "
+              "lines of an array)");
     options.prompt_field = "question";
     put(path, "{\"text\": \"fine\"}\n");
     CHECK(contains(message(split), path.string() + ":1: there is no text field \"question\", got text; set"));
@@ -773,7 +777,7 @@ TEST_CASE("Answers to a prompt stay whole") {
   options.prompt_field = "question";
   const std::vector<Document> documents = read_all(options);
   REQUIRE(documents.size() == 1);
-  CHECK(documents[0].completion == answer);
+  CHECK(completion_of(documents[0]) == answer);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -796,9 +800,8 @@ TEST_CASE("max_bytes keeps the first documents of the order, as many as it takes
   CorpusOptions questions = json_corpus_of({(folder.path() / "a.jsonl").string()});
   questions.prompt_field = "question";
   const auto bytes = [](const std::vector<Document>& documents) {
-    return std::accumulate(documents.begin(), documents.end(), std::int64_t{0}, [](std::int64_t sum, const auto& d) {
-      return sum + static_cast<std::int64_t>(d.prompt.size() + d.completion.size());
-    });
+    return std::accumulate(documents.begin(), documents.end(), std::int64_t{0},
+                           [](std::int64_t sum, const auto& d) { return sum + d.num_bytes(); });
   };
   for (CorpusOptions options : {corpus_of({(folder.path() / "texts").string()}), pieces, questions}) {
     const std::vector<Document> all = read_all(options);

@@ -7,10 +7,33 @@
 #include <vector>
 
 #include "hestia/core/random.hpp"
+#include "hestia/data/corpus.hpp"
 #include "hestia/data/tokenizer.hpp"
 #include "tests/unit/core/core_fixtures.hpp"
 
 namespace hestia::testing {
+
+/// Text of one side of a document; a special token is written as [its name], </s> as [].
+inline std::string side_of(const Document& document, bool completion) {
+  std::string text;
+  for (const Piece& piece : document.pieces) {
+    if (piece.completion == completion) {
+      text += piece.kind == PieceKind::kText ? piece.text : "[" + piece.text + "]";
+    }
+  }
+  return text;
+}
+inline std::string prompt_of(const Document& document) {
+  return side_of(document, false);
+}
+/// Without the </s> at its end.
+inline std::string completion_of(const Document& document) {
+  std::string text = side_of(document, true);
+  if (text.size() >= 2 && text.compare(text.size() - 2, 2, "[]") == 0) {
+    text.resize(text.size() - 2);
+  }
+  return text;
+}
 
 /// UTF-8 of one code point.
 inline std::string utf8(std::uint32_t code) {

@@ -16,6 +16,7 @@
 namespace hestia {
 namespace {
 
+using testing::completion_of;
 using testing::random_characters;
 using testing::random_lines;
 using testing::small_tokenizer;
@@ -44,6 +45,7 @@ class ByteTokenizer : public Tokenizer {
     return std::count_if(ids.begin(), ids.end(), [](std::int32_t id) { return id >= kSpecial; });
   }
   [[nodiscard]] std::int64_t vocab_size() const override { return kSpecial + 256; }
+  [[nodiscard]] std::int32_t token_id(std::string_view name) const override { return name == "<turn>" ? 3 : -1; }
   [[nodiscard]] std::int32_t bos_id() const override { return bos_; }
   [[nodiscard]] std::int32_t eos_id() const override { return eos_; }
   [[nodiscard]] std::int32_t pad_id() const override { return -1; }
@@ -56,7 +58,7 @@ class ByteTokenizer : public Tokenizer {
 
 bool same(const TokenSequence& a, const TokenSequence& b) {
   return a.tokens == b.tokens && a.num_prompt_tokens == b.num_prompt_tokens && a.domain == b.domain &&
-         a.num_bytes == b.num_bytes;
+         a.num_bytes == b.num_bytes && a.completion_mask() == b.completion_mask();
 }
 
 bool same(const PackedData& a, const PackedData& b) {
@@ -111,7 +113,7 @@ TEST_CASE("A document's sequences hold all of its tokens in order, each after it
       const auto length = static_cast<std::int64_t>(2 + random.below(40));
       const std::vector<Document> documents = random_documents(random, 1, 200);
       const PackedData data = tokenized(documents, tokenizer, length);
-      std::vector<std::int32_t> expected = tokenizer.encode(documents[0].completion);
+      std::vector<std::int32_t> expected = tokenizer.encode(completion_of(documents[0]));
       const auto text_size = static_cast<std::int64_t>(expected.size());
       if (eos >= 0) {
         expected.push_back(eos);
@@ -172,13 +174,17 @@ TEST_CASE("A prompt is no part of the text that is learnt") {
       REQUIRE(data.sequences.size() == 1);
       const TokenSequence& sequence = data.sequences[0];
       std::vector<std::int32_t> question = tokenizer.encode(prompt);
-      const auto most = static_cast<std::size_t>(length / 2);
-      if (question.size() > most) {  // the end of the prompt stays
-        question.erase(question.begin(), question.end() - static_cast<std::ptrdiff_t>(most));
-      }
       std::vector<std::int32_t> expected = tokenizer.encode(answer);
       if (eos >= 0) {
         expected.push_back(eos);
+      }
+      // What is too long loses the left of its prompt, down to half the length.
+      const std::size_t most =
+          std::max(static_cast<std::size_t>(length / 2),
+                   static_cast<std::size_t>(std::max<std::int64_t>(
+                       0, length - (bos >= 0 ? 1 : 0) - static_cast<std::int64_t>(expected.size()))));
+      if (question.size() > most) {
+        question.erase(question.begin(), question.end() - static_cast<std::ptrdiff_t>(most));
       }
       if (bos >= 0) {
         question.insert(question.begin(), bos);
@@ -204,21 +210,38 @@ TEST_CASE("A sequence that would have no label is not made") {
   CHECK(tokenized({{"a", "d", "why", "because"}}, tokenizer, 3).sequences.size() == 1);
 }
 
-TEST_CASE("Cut prompts and answers are told once each") {
+TEST_CASE("Truncated and dropped examples are counted, and told once per domain") {
   const QuietScope quiet;
   const ByteTokenizer tokenizer;
   const std::string long_text(100, 'x');
+  const std::string half(16, 'y');
+  const std::vector<Document> documents = {{"a", "d", "why?", "so"},         {"b", "d", "", long_text},
+                                           {"c", "d", long_text, "so"},      {"e", "d", "why?", long_text},
+                                           {"f", "e", half, "fifteen ltrs"}, {"g", "f", long_text, "so"}};
   clear_degradations();
-  (void)tokenized({{"a", "d", "why?", "so"}, {"b", "d", "", long_text}}, tokenizer, 32);
+  PackedData cut = tokenized(documents, tokenizer, 32);
+  REQUIRE(cut.examples.size() == 3);
+  CHECK((cut.examples[0].read == 3 && cut.examples[0].truncated == 2 && cut.examples[0].dropped == 0));
+  CHECK((cut.examples[1].read == 1 && cut.examples[1].truncated == 0 && cut.examples[1].dropped == 0));
+  CHECK(degradations() ==
+        std::vector<std::string>{
+            "domain \"d\": of 3 examples, 2 longer than data.sequence_length (32) were truncated and 0 dropped",
+            "domain \"f\": of 1 examples, 1 longer than data.sequence_length (32) were truncated and 0 dropped"});
+  // The prompt of `c` keeps what has room beside the whole answer, that of `g` as well.
+  CHECK(cut.sequences.back().tokens.size() == 32);
+  CHECK(cut.sequences.back().num_prompt_tokens == 29);
+  clear_degradations();
+  PackedData dropped;
+  tokenize_documents(documents, tokenizer, 32, 0, 2, dropped, Overlong::kDrop);
+  CHECK((dropped.examples[0].read == 3 && dropped.examples[0].truncated == 0 && dropped.examples[0].dropped == 2));
+  CHECK(dropped.examples[2].dropped == 1);
+  CHECK(dropped.sequences.size() == cut.sequences.size() - 3);  // plain text is not dropped
+  CHECK(degradations().size() == 2);
+  // A second call, as for another corpus, tells of its own examples only.
+  clear_degradations();
+  tokenize_documents({{"h", "d", "why?", "so"}}, tokenizer, 32, 0, 1, dropped, Overlong::kDrop);
+  CHECK(dropped.examples[0].read == 4);
   CHECK(degradations().empty());
-  (void)tokenized({{"a", "d", long_text, "so"}, {"b", "d", long_text, "so"}}, tokenizer, 32);
-  CHECK(degradations() ==
-        std::vector<std::string>{"prompts longer than half of data.sequence_length (32) are cut from their left"});
-  clear_degradations();
-  (void)tokenized({{"a", "d", "why?", long_text}, {"b", "d", "why?", long_text}}, tokenizer, 32);
-  CHECK(degradations() ==
-        std::vector<std::string>{"answers that do not fit data.sequence_length (32) with their prompt are cut"});
-  clear_degradations();
 }
 
 TEST_CASE("Domains are numbered as they come, also over several calls") {
@@ -262,7 +285,7 @@ TEST_CASE("The number of threads changes nothing") {
   const ByteTokenizer tokenizer;
   std::vector<Document> documents = random_documents(random, 700, 200);
   for (std::size_t i = 0; i < documents.size(); i += 3) {
-    documents[i].prompt = random_characters(random, 3);
+    documents[i] = {documents[i].id, documents[i].domain, random_characters(random, 3), completion_of(documents[i])};
   }
   const PackedData one = tokenized(documents, tokenizer, 64);
   CHECK(one.sequences.size() > documents.size());
@@ -284,8 +307,8 @@ class FailingTokenizer : public ByteTokenizer {
 };
 
 TEST_CASE("A tokenizer's error reaches the caller from any thread") {
-  std::vector<Document> documents(300, {"a", "d", "", "good"});
-  documents[270].completion = "bad";
+  std::vector<Document> documents(300, Document("a", "d", "", "good"));
+  documents[270] = {"b", "d", "", "bad"};
   for (const std::int64_t threads : {1, 4}) {
     CHECK(error_text<RunError>([&] { (void)tokenized(documents, FailingTokenizer(), 16, 0, threads); }) ==
           "tokenizer: bad text");
@@ -341,6 +364,11 @@ PackedData random_data(SplitMix64& random, const DataShape& shape) {
     }
     if (random.uniform() < shape.prompts) {
       sequence.num_prompt_tokens = static_cast<std::int64_t>(1 + random.below(length - 1));
+      const std::int64_t room = static_cast<std::int64_t>(length) - sequence.num_prompt_tokens;
+      if (room > 2 && random.uniform() < 0.5) {  // a second question
+        const std::int64_t begin = sequence.num_prompt_tokens + 1;
+        sequence.later_prompts = {{begin, begin + 1 + static_cast<std::int64_t>(random.below(room - 2))}};
+      }
     }
     sequence.domain = static_cast<std::int32_t>(random.below(data.domains.size()));
     sequence.num_bytes = static_cast<std::int64_t>(1 + random.below(99));
@@ -373,12 +401,18 @@ std::vector<std::size_t> check_batch(const PackedData& data, const PackedBatch& 
       const TokenSequence& sequence = data.sequences[static_cast<std::size_t>(mark)];
       const std::size_t length = sequence.tokens.size();
       REQUIRE(at + length <= end);  // never split over two rows
+      const auto is_completion = [&](std::size_t t) {
+        const auto token = static_cast<std::int64_t>(t);
+        return token >= sequence.num_prompt_tokens &&
+               std::none_of(sequence.later_prompts.begin(), sequence.later_prompts.end(),
+                            [&](const TokenRange& range) { return token >= range.begin && token < range.end; });
+      };
       for (std::size_t t = 0; t < length; ++t) {
-        const bool has_label = t + 1 < length && static_cast<std::int64_t>(t) + 1 >= sequence.num_prompt_tokens;
+        const bool has_label = t + 1 < length && is_completion(t + 1);
         REQUIRE(batch.tokens[at + t] == sequence.tokens[t]);
         REQUIRE(batch.sequence_ids[at + t] == static_cast<std::int64_t>(indices.size()));
         REQUIRE(batch.positions[at + t] == static_cast<std::int64_t>(t));
-        REQUIRE(batch.counted[at + t] == (static_cast<std::int64_t>(t) >= sequence.num_prompt_tokens ? 1 : 0));
+        REQUIRE(batch.counted[at + t] == (is_completion(t) ? 1 : 0));
         REQUIRE(batch.labels[at + t] == (has_label ? sequence.tokens[t + 1] : kIgnored));
         labels += has_label ? 1 : 0;
       }
