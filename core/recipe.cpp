@@ -833,9 +833,11 @@ bool RecipeSource::is_set(const std::string& key) const {
 }
 
 bool RecipeSource::is_overridden(const std::string& key) const {
-  const std::string where = location(key);
-  return std::any_of(overrides_.begin(), overrides_.end(),
-                     [&](const std::string& text) { return where == text + kOnCommandLine; });
+  return std::any_of(locations_.begin(), locations_.end(), [&](const auto& entry) {
+    return entry.first == key &&
+           std::any_of(overrides_.begin(), overrides_.end(),
+                       [&](const std::string& text) { return entry.second == text + kOnCommandLine; });
+  });
 }
 
 RecipeSource read_recipe(const std::filesystem::path& path, const std::vector<std::string>& overrides,

@@ -264,6 +264,40 @@ TEST_CASE("an interrupted run says so and resumes to the very same routers") {
   CHECK(losses[0] == losses[1]);
 }
 
+TEST_CASE("epochs become steps once the data is read, and every later verb knows them") {
+  const SmallProject project;
+  project.pretrain();
+  std::string text = replaced(SmallProject::kFinetune, "train: {steps: 6,", "train: {epochs: 2, warmup_ratio: 0.5,");
+  text = replaced(text, "control: {enabled: true", "control: {enabled: false");
+  project.write("epochs.yaml", text);
+  CHECK(done(project.run({"validate", "epochs.yaml"})) == "epochs.yaml: OK\n");
+  check_complaint(project.run({"export", "epochs.yaml"}), 2, {"the run is not finished (0 of 2 epochs)"});
+  done(project.run({"finetune", "epochs.yaml", "--quiet"}));
+  std::int64_t steps = 0;
+  std::int64_t warmup_steps = 0;
+  read_json_lines(project.path() / "runs/tuned/metrics.jsonl", [&](std::int64_t line, const Json& event) {
+    if (line == 1) {
+      REQUIRE(event.at("event") == "start");
+      steps = event.at("steps");
+      warmup_steps = event.at("warmup_steps");
+      // Two passes, and no step more than they take.
+      const double tokens = 2.0 * event.at("data").at("letters").at("tokens").get<double>();
+      CHECK(static_cast<double>(steps * 2 * 64) >= tokens);
+    }
+  });
+  REQUIRE(steps > 1);
+  CHECK(warmup_steps == (steps + 1) / 2);
+  const std::string saved = project.read("runs/tuned/recipe.yaml");
+  CHECK_THAT(saved, Catch::Contains("  steps: " + std::to_string(steps) + "\n") && Catch::Contains("  epochs: 0\n"));
+  const Outcome again = project.run({"finetune", "epochs.yaml", "--resume"});
+  CHECK(again.code == 0);
+  CHECK_THAT(again.err, Catch::Contains("all " + std::to_string(steps) + " steps are done already"));
+  done(project.run({"export", "epochs.yaml", "--quiet"}));
+  done(project.run({"evaluate", "epochs.yaml", "--quiet"}));
+  // Other steps are another run.
+  check_complaint(project.run({"finetune", "epochs.yaml", "--resume", "train.epochs=3"}), 2, {"the recipe changed"});
+}
+
 TEST_CASE("a run killed before its first checkpoint is not a dead end") {
   const SmallProject project;
   project.pretrain();

@@ -95,7 +95,7 @@ class RecipeSource {
   [[nodiscard]] const std::filesystem::path& path() const noexcept { return path_; }
   /// True when the recipe or an override sets `key` (a section counts when any key below it is set).
   [[nodiscard]] bool is_set(const std::string& key) const;
-  /// True when `key` or a section around it has its value from the command line.
+  /// True when the value of `key` was written on the command line.
   [[nodiscard]] bool is_overridden(const std::string& key) const;
   /// SHA-256 of the recipe file's bytes.
   [[nodiscard]] const std::string& hash() const noexcept { return hash_; }

@@ -1,10 +1,15 @@
 #include "hestia/trainer/recipes.hpp"
 
+#include <algorithm>
+#include <cmath>
+
 #include <catch2/catch.hpp>
 
 #include "hestia/core/error.hpp"
 #include "hestia/core/files.hpp"
+#include "hestia/trainer/trainer.hpp"
 #include "temporary_folder.hpp"
+#include "tiny_model.hpp"
 
 using namespace hestia;
 
@@ -86,4 +91,105 @@ TEST_CASE("a pretraining recipe refuses what needs a base router") {
   CHECK_THROWS_WITH(load_pretrain_recipe(write_recipe(folder, text), {}),
                     Catch::Contains("losses.trust.weight must be 0"));
   CHECK(recipe_task(folder.path() / "recipe.yaml") == "pretrain");
+}
+
+TEST_CASE("epochs and warmup_ratio stand for steps, the command line before the recipe") {
+  const TemporaryFolder folder;
+  const auto load = [&](const std::string& train, const std::vector<std::string>& overrides = {}) {
+    return load_finetune_recipe(write_recipe(folder, replaced(kGood, "  steps: 12\n", train)), overrides).recipe.train;
+  };
+  TrainOptions train = load("  epochs: 2.5\n  warmup_ratio: 0.1\n");
+  CHECK((train.steps == 0 && train.epochs == 2.5 && train.warmup_steps == 0 && train.warmup_ratio == 0.1));
+  train = load("  epochs: 2.5\n  warmup_ratio: 0.03\n", {"train.steps=2"});
+  CHECK((train.steps == 2 && train.epochs == 0.0 && train.warmup_steps == 1 && train.warmup_ratio == 0.0));
+  train = load("  steps: 100\n  warmup_steps: 9\n", {"train.epochs=3", "train.warmup_ratio=0.5"});
+  CHECK((train.steps == 0 && train.epochs == 3.0 && train.warmup_steps == 0 && train.warmup_ratio == 0.5));
+  train = load("  steps: 100\n  warmup_ratio: 0.07\n");
+  CHECK((train.steps == 100 && train.warmup_steps == 7));  // 0.07 * 100 is a little more than 7
+  train = load("  steps: 100\n  warmup_ratio: 0.001\n");
+  CHECK(train.warmup_steps == 1);  // rounded up
+  train = load("  epochs: 2\n", {"train={steps: 8}"});
+  CHECK((train.steps == 8 && train.epochs == 0.0));
+  CHECK(load("").steps == 100);  // the default
+
+  CHECK_THROWS_WITH(load("  steps: 12\n  epochs: 2\n"),
+                    Catch::Contains(":18: train.steps and train.epochs say the same in two ways, got 12 and 2"));
+  CHECK_THROWS_WITH(load("", {"train.steps=12", "train.epochs=2"}),
+                    Catch::Contains("train.epochs=2 on the command line: train.steps and train.epochs say"));
+  CHECK_THROWS_WITH(load("  steps: 12\n  warmup_steps: 1\n  warmup_ratio: 0.1\n"),
+                    Catch::Contains(":19: train.warmup_steps and train.warmup_ratio say the same in two ways"));
+  CHECK_THROWS_WITH(load("  epochs: 2\n  decay_steps: 5\n"),
+                    Catch::Contains(":18: train.decay_steps needs train.steps"));
+  CHECK_THROWS_WITH(load("  epochs: -1\n"), Catch::Contains(":17: train.epochs must be between 0 and"));
+  CHECK_THROWS_WITH(load("  warmup_ratio: 1.5\n"), Catch::Contains("train.warmup_ratio must be"));
+  // What an unresolved recipe saves reads back.
+  auto loaded = load_finetune_recipe(write_recipe(folder, replaced(kGood, "steps: 12", "epochs: 3")), {});
+  const auto again = load_finetune_recipe(write_recipe(folder, save_recipe(loaded.recipe.fields())), {});
+  CHECK((again.recipe.train.epochs == 3.0 && again.recipe.train.steps == 0));
+}
+
+TEST_CASE("epochs come to the fewest steps that see the data so often") {
+  SplitMix64 random(4);
+  for (int round = 0; round < 20; ++round) {
+    const PackedData data = testing::tiny_data(random.next(), 30 + static_cast<std::int64_t>(random.below(60)), 32);
+    TrainOptions options;
+    options.steps = 0;
+    options.epochs = 0.3 + 3.0 * random.uniform();
+    options.rows_per_batch = static_cast<std::int64_t>(1 + random.below(4));
+    options.accumulate = static_cast<std::int64_t>(1 + random.below(3));
+    options.warmup_ratio = 0.25;
+    const double epochs = options.epochs;
+    const std::vector<double> mix = round % 2 == 0 ? std::vector<double>{} : std::vector<double>{0.7, 0.3};
+    const std::uint64_t seed = random.next();
+    resolve_steps(options, data, mix, 40, seed);
+    CHECK(options.steps > 0);
+    CHECK((options.epochs == 0.0 && options.warmup_ratio == 0.0));
+    CHECK(options.warmup_steps == static_cast<std::int64_t>(std::ceil(0.25 * static_cast<double>(options.steps))));
+    // Draw as the run does.
+    PackedSampler sampler(data, options.rows_per_batch, 40, data_order_seed(seed), mix);
+    double tokens = 0.0;
+    double before_last = 0.0;
+    for (std::int64_t batch = 0; batch < options.steps * options.accumulate; ++batch) {
+      if (batch == (options.steps - 1) * options.accumulate) {
+        before_last = tokens;
+      }
+      const PackedBatch drawn = sampler.next();
+      tokens += static_cast<double>(
+          std::count_if(drawn.sequence_ids.begin(), drawn.sequence_ids.end(), [](std::int64_t id) { return id >= 0; }));
+    }
+    CHECK(tokens >= epochs * static_cast<double>(data.num_tokens()));
+    CHECK(before_last < epochs * static_cast<double>(data.num_tokens()));
+    TrainOptions known = options;
+    resolve_steps(known, data, mix, 40, seed);
+    CHECK(known.steps == options.steps);
+  }
+  TrainOptions wrong;
+  wrong.steps = 0;
+  wrong.epochs = 1.0;
+  wrong.warmup_steps = 1000;
+  CHECK_THROWS_WITH(resolve_steps(wrong, testing::tiny_data(1, 20, 32), {}, 32, 1),
+                    Catch::Contains("train.warmup_steps must be at most the") && Catch::Contains("got 1000"));
+}
+
+TEST_CASE("what spans keys of losses and corpora is checked without any file") {
+  const TemporaryFolder folder;
+  const auto load = [&](const std::string& from, const std::string& to) {
+    (void)load_finetune_recipe(write_recipe(folder, replaced(kGood, from, to)), {});
+  };
+  CHECK_THROWS_WITH(load("cache_simulation: {weight: 0.1}", "lag: {weight: 0.1, lags: [1, 4, 2]}"),
+                    Catch::Contains(":15: losses.lag.lags must be a strictly increasing list, got [1, 4, 2]; sort it"));
+  CHECK_THROWS_WITH(load("cache_simulation: {weight: 0.1}", "lag: {lags: [2, 2]}"), Catch::Contains("got [2, 2]"));
+  CHECK_THROWS_WITH(load("cache_simulation: {weight: 0.1}", "lag: {lags: []}"), Catch::Contains("got []"));
+  CHECK_THROWS_WITH(
+      load("{domain: beta, paths: [b.txt]}", "{domain: beta, paths: [b.txt], template: chatml}"),
+      Catch::Contains(":13: data.corpora.1.template is for format question_answer or chat only, got format text"));
+  CHECK_THROWS_WITH(load("{domain: beta, paths: [b.txt]}",
+                         "{domain: beta, paths: [b.txt], format: chat, question_field: q, text_field: t}"),
+                    Catch::Contains("data.corpora.1.question_field is for format question_answer only") &&
+                        Catch::Contains("data.corpora.1.text_field is for format jsonl only, got format chat"));
+  CHECK_THROWS_WITH(
+      load("{domain: beta, paths: [b.txt]}", "{domain: beta, paths: [b.txt], format: chat, template: chatlm}"),
+      Catch::Contains("data.corpora.1.template must be one of plain") && Catch::Contains("did you mean \"chatml\"?"));
+  CHECK_NOTHROW(load("{domain: beta, paths: [b.txt]}",
+                     "{domain: beta, paths: [b.txt], format: chat, template: chatml, overlong: drop}"));
 }

@@ -164,9 +164,16 @@ TEST_CASE("a resumed run is bit-identical to one that never stopped") {
   }
   // The log reads as one run.
   std::vector<std::int64_t> steps;
-  read_json_lines(folder.path() / "halves" / "metrics.jsonl",
-                  [&](std::int64_t, const Json& event) { steps.push_back(event.at("step").get<std::int64_t>()); });
+  std::vector<std::int64_t> starts;
+  read_json_lines(folder.path() / "halves" / "metrics.jsonl", [&](std::int64_t line, const Json& event) {
+    if (event.at("event") == "start") {
+      starts.push_back(line);
+    } else {
+      steps.push_back(event.at("step").get<std::int64_t>());
+    }
+  });
   CHECK(steps == std::vector<std::int64_t>{1, 2, 3, 4, 5, 6, 7});
+  CHECK(starts == std::vector<std::int64_t>{1});
 }
 
 TEST_CASE("accumulating micro-batches equals one large batch") {
@@ -328,6 +335,35 @@ TEST_CASE("the chunked loss equals cross-entropy in value and gradient") {
   CHECK(value.item<double>() == Approx(expected.item<double>()).epsilon(1e-5));
   CHECK(torch::allclose(gradient, hidden.grad(), 1e-4, 1e-6));
   CHECK(torch::allclose(weight_gradient, weight.grad(), 1e-4, 1e-6));
+}
+
+TEST_CASE("measure hands out which tokens of a conversation count") {
+  PackedData data = testing::tiny_data(8, 9, 24);
+  std::vector<std::vector<std::uint8_t>> masks;
+  for (std::size_t i = 0; i < data.sequences.size(); ++i) {
+    TokenSequence& sequence = data.sequences[i];
+    sequence.tokens.resize(12 + i, 7);
+    if (i % 3 > 0) {
+      sequence.num_prompt_tokens = 2;
+    }
+    if (i % 3 > 1) {
+      sequence.later_prompts = {{4, 7}, {9, 10}};
+    }
+    masks.push_back(sequence.completion_mask());
+  }
+  MoeModel model = testing::tiny_model();
+  std::vector<SequenceRouting> seen;
+  (void)measure(model, data, pack_for_evaluation(data, -1, 2, 48), false,
+                [&](SequenceRouting&& routing) { seen.push_back(std::move(routing)); });
+  REQUIRE(seen.size() == masks.size());
+  for (const SequenceRouting& routing : seen) {
+    const std::vector<std::uint8_t>& mask = masks[static_cast<std::size_t>(routing.id)];
+    CHECK(routing.num_tokens == static_cast<std::int64_t>(mask.size()));
+    CHECK(routing.counted.empty() == (routing.id % 3 < 2));
+    for (std::int64_t token = 0; token < routing.num_tokens; ++token) {
+      CHECK(routing.is_counted(token) == (mask[static_cast<std::size_t>(token)] != 0));
+    }
+  }
 }
 
 TEST_CASE("measure reports the same loss as a plain forward and hands out every sequence once") {
