@@ -298,6 +298,31 @@ TEST_CASE("epochs become steps once the data is read, and every later verb knows
   check_complaint(project.run({"finetune", "epochs.yaml", "--resume", "train.epochs=3"}), 2, {"the recipe changed"});
 }
 
+TEST_CASE("a template needs its tokens in the vocabulary, which pretraining can give it") {
+  const SmallProject project;
+  const std::vector<std::string> chat = {
+      "data.corpora.1={domain: colours, paths: [colours.jsonl], format: "
+      "question_answer, template: chatml, text_field: text, prompt_field: ''}",
+      "data.train=[colours]"};
+  const auto with = [&](std::vector<std::string> arguments) {
+    arguments.insert(arguments.end(), chat.begin(), chat.end());
+    return project.run(arguments);
+  };
+  project.pretrain();
+  for (const char* verb : {"validate", "finetune"}) {
+    INFO(verb);
+    check_complaint(with({verb, "finetune.yaml"}), 2,
+                    {"data.corpora.1.template: the model's vocabulary has no token <|im_start|>, <|im_end|>, which "
+                     "\"chatml\" needs; choose the template of this model's family"});
+  }
+  CHECK_FALSE(std::filesystem::exists(project.path() / "runs/tuned"));
+  done(project.run({"pretrain", "pretrain.yaml", "--quiet", "--overwrite",
+                    "tokenizer.special_tokens=['<|im_start|>', '<|im_end|>']"}));
+  CHECK(done(with({"validate", "finetune.yaml"})) == "finetune.yaml: OK\n");
+  done(with({"finetune", "finetune.yaml", "--quiet", "control.enabled=false"}));
+  done(with({"export", "finetune.yaml", "--quiet"}));
+}
+
 TEST_CASE("a run killed before its first checkpoint is not a dead end") {
   const SmallProject project;
   project.pretrain();

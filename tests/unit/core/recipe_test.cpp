@@ -363,6 +363,10 @@ corpora:
   CHECK_FALSE(read.source.is_set("losses"));
   CHECK_FALSE(read.source.is_set("train.step"));
   CHECK(read.source.is_set("cache"));
+  CHECK(read.source.is_overridden("train.weight_decay"));
+  CHECK(read.source.is_overridden("corpora.0.domain"));
+  CHECK_FALSE(read.source.is_overridden("train.steps"));
+  CHECK_FALSE(read.source.is_overridden("train.schedule"));
   CHECK(read.source.path() == read.path());
   const std::string text = read_text_file(read.path());
   CHECK(read.source.hash() == sha256_hex(as_bytes(text)));
