@@ -579,8 +579,12 @@ class CorpusReader {
 
 Document::Document(std::string document_id, std::string document_domain, std::string prompt, std::string completion)
     : id(std::move(document_id)), domain(std::move(document_domain)) {
-  append_text(prompt, false);
-  append_text(completion, true);
+  if (!prompt.empty()) {
+    pieces.push_back({PieceKind::kText, std::move(prompt), false});
+  }
+  if (!completion.empty()) {
+    pieces.push_back({PieceKind::kText, std::move(completion), true});
+  }
   append_token("", true);
 }
 
