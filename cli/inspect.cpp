@@ -117,6 +117,13 @@ void inspect_model(const std::filesystem::path& directory, const std::string& me
   print(directory.string() + ": model directory", rows);
 }
 
+std::string predictor_text(const PreferencePredictor& predictor) {
+  return fmt::format("{} x {} x ({} x {}), of {} sequences; {} held out: best at {} slots is {}",
+                     predictor.embedding_size, predictor.hidden_size, predictor.num_layers, predictor.num_experts,
+                     predictor.report.num_train, predictor.report.num_held_out, predictor.report.decisive_slots,
+                     predictor.report.best_by_requests);
+}
+
 void inspect_bundle(const std::filesystem::path& directory) {
   const BundleManifest manifest = read_manifest(directory);
   Rows rows = {{"family", manifest.model_family},
@@ -130,9 +137,12 @@ void inspect_bundle(const std::filesystem::path& directory) {
   const SafetensorsFile routers(directory / "router.safetensors");
   rows.emplace_back("router.safetensors", fmt::format("{} routers", routers.names().size()));
   if (std::filesystem::exists(directory / "preferences.h5")) {
-    const Preferences preferences = read_preferences(directory / "preferences.h5");
+    const PreferenceReader preferences(directory / "preferences.h5");
     rows.emplace_back("preferences.h5", fmt::format("{} sequences in the aggregate, {} kept one by one",
-                                                    preferences.num_sequences_total, preferences.ids.size()));
+                                                    preferences.num_sequences_total(), preferences.num_stored()));
+    if (const auto predictor = preferences.predictor()) {
+      rows.emplace_back("predictor", predictor_text(*predictor));
+    }
   }
   print(directory.string() + ": router bundle", rows);
 }
@@ -180,11 +190,15 @@ void inspect_trace(const std::filesystem::path& file) {
 }
 
 void inspect_preferences(const std::filesystem::path& file) {
-  const Preferences preferences = read_preferences(file);
-  print(file.string() + ": expert preferences", {{"sequences", std::to_string(preferences.num_sequences_total)},
-                                                 {"kept one by one", std::to_string(preferences.ids.size())},
-                                                 {"layers", std::to_string(preferences.baseline.num_layers)},
-                                                 {"experts", std::to_string(preferences.baseline.num_experts)}});
+  const PreferenceReader preferences(file);
+  Rows rows = {{"sequences", std::to_string(preferences.num_sequences_total())},
+               {"kept one by one", std::to_string(preferences.num_stored())},
+               {"layers", std::to_string(preferences.num_layers())},
+               {"experts", std::to_string(preferences.num_experts())}};
+  if (const auto predictor = preferences.predictor()) {
+    rows.emplace_back("predictor", predictor_text(*predictor));
+  }
+  print(file.string() + ": expert preferences", rows);
 }
 
 void inspect_recipe(const std::filesystem::path& file) {

@@ -15,6 +15,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "hestia/core/atomic_file.hpp"
 #include "hestia/core/error.hpp"
 
 namespace hestia {
@@ -121,29 +122,40 @@ std::string read_text_file(const std::filesystem::path& path) {
   throw InputError(fmt::format("{}: cannot be read, {}; check the path", path.string(), reason()));
 }
 
+AtomicFile::AtomicFile(std::filesystem::path path) : path_(std::move(path)) {
+  static std::atomic<std::uint64_t> counter{0};
+  temporary_ =
+      path_.parent_path() / fmt::format(".{}.{}.{}.tmp", path_.filename().string(), ::getpid(), counter.fetch_add(1));
+}
+
+AtomicFile::~AtomicFile() {
+  if (!committed_) {
+    std::error_code ignored;
+    std::filesystem::remove(temporary_, ignored);
+  }
+}
+
+void AtomicFile::commit() {
+  const std::filesystem::path folder = path_.parent_path();
+  fsync_path(temporary_, O_RDONLY, path_);
+  std::error_code problem;
+  std::filesystem::rename(temporary_, path_, problem);
+  if (problem) {
+    throw write_error(path_, problem.message());
+  }
+  committed_ = true;
+  fsync_path(folder.empty() ? "." : folder, O_RDONLY | O_DIRECTORY, path_);
+}
+
 void write_file_atomically(const std::filesystem::path& path,
                            const std::function<void(const std::filesystem::path& temporary)>& write) {
-  static std::atomic<std::uint64_t> counter{0};
-  std::filesystem::path folder = path.parent_path();
-  if (folder.empty()) {
-    folder = ".";
-  }
-  const std::filesystem::path temporary =
-      folder / fmt::format(".{}.{}.{}.tmp", path.filename().string(), ::getpid(), counter.fetch_add(1));
+  AtomicFile file(path);
   try {
-    write(temporary);
-    fsync_path(temporary, O_RDONLY, path);
-    std::filesystem::rename(temporary, path);
-    fsync_path(folder, O_RDONLY | O_DIRECTORY, path);
+    write(file.temporary());
   } catch (const std::filesystem::filesystem_error& error) {
-    std::error_code ignored;
-    std::filesystem::remove(temporary, ignored);
     throw write_error(path, error.code().message());
-  } catch (...) {
-    std::error_code ignored;
-    std::filesystem::remove(temporary, ignored);
-    throw;
   }
+  file.commit();
 }
 
 void write_text_atomically(const std::filesystem::path& path, std::string_view content) {

@@ -177,6 +177,15 @@ struct H5File::Impl {
     H5Sget_simple_extent_dims(space.get(), dimensions.data(), nullptr);
     return {dimensions.begin(), dimensions.end()};
   }
+  // Deflate packs a thousand bytes into one at best: a damaged header that claims more must not take all memory.
+  void check_claim(const Handle& dataset, const std::string& name, std::size_t count) const {
+    const Handle stored(H5Dget_type(dataset.get()), H5Tclose);
+    const std::size_t largest = kLargestExpansion * (std::filesystem::file_size(path) + kSmallestLimit);
+    if (count > largest / std::max<std::size_t>(1, H5Tget_size(stored.get()))) {
+      throw InputError(fmt::format("{}: dataset {} claims more elements than its file can hold, got {}; {}",
+                                   path.string(), name, count, "write the file again"));
+    }
+  }
   template <class Value>
   [[nodiscard]] std::vector<Value> read(const std::string& name, hid_t memory_type) const {
     const Handle dataset = open_dataset(name);
@@ -186,18 +195,132 @@ struct H5File::Impl {
       throw read_error("dataset " + name);
     }
     const auto count = static_cast<std::size_t>(found);
-    // Deflate packs a thousand bytes into one at best: a damaged header that claims more must not take all memory.
-    const Handle stored(H5Dget_type(dataset.get()), H5Tclose);
-    const std::size_t largest = kLargestExpansion * (std::filesystem::file_size(path) + kSmallestLimit);
-    if (count > largest / std::max<std::size_t>(1, H5Tget_size(stored.get()))) {
-      throw InputError(fmt::format("{}: dataset {} claims more elements than its file can hold, got {}; {}",
-                                   path.string(), name, count, "write the file again"));
-    }
+    check_claim(dataset, name, count);
     std::vector<Value> values(count);
     if (count > 0 && H5Dread(dataset.get(), memory_type, H5S_ALL, H5S_ALL, H5P_DEFAULT, values.data()) < 0) {
       throw read_error("dataset " + name);
     }
     return values;
+  }
+  // The file space of rows [first, first + count) of a dataset, selected, and its memory counterpart.
+  struct RowSpaces {
+    Handle file;
+    Handle memory;
+    std::size_t elements;
+  };
+  [[nodiscard]] RowSpaces rows(const Handle& dataset, const std::string& name, std::int64_t first,
+                               std::int64_t count) const {
+    Handle file(H5Dget_space(dataset.get()), H5Sclose);
+    const int rank = H5Sget_simple_extent_ndims(file.get());
+    if (rank < 1) {
+      throw read_error("dataset " + name);
+    }
+    std::vector<hsize_t> extent(static_cast<std::size_t>(rank));
+    H5Sget_simple_extent_dims(file.get(), extent.data(), nullptr);
+    if (first < 0 || count < 0 || static_cast<hsize_t>(first) + static_cast<hsize_t>(count) > extent[0]) {
+      throw std::out_of_range(
+          fmt::format("hdf5: rows {} to {} of dataset {}, which has {}", first, first + count, name, extent[0]));
+    }
+    std::vector<hsize_t> start(extent.size(), 0);
+    start[0] = static_cast<hsize_t>(first);
+    extent[0] = static_cast<hsize_t>(count);
+    std::size_t elements = 1;
+    for (const hsize_t dimension : extent) {
+      elements *= dimension;
+    }
+    Handle memory(H5Screate_simple(rank, extent.data(), nullptr), H5Sclose);
+    if (elements > 0) {
+      H5Sselect_hyperslab(file.get(), H5S_SELECT_SET, start.data(), nullptr, extent.data(), nullptr);
+    }
+    return {std::move(file), std::move(memory), elements};
+  }
+  template <class Value>
+  [[nodiscard]] std::vector<Value> read_rows(const std::string& name, hid_t memory_type, std::int64_t first,
+                                             std::int64_t count) const {
+    const Handle dataset = open_dataset(name);
+    const RowSpaces spaces = rows(dataset, name, first, count);
+    check_claim(dataset, name, spaces.elements);
+    std::vector<Value> values(spaces.elements);
+    if (!values.empty() &&
+        H5Dread(dataset.get(), memory_type, spaces.memory.get(), spaces.file.get(), H5P_DEFAULT, values.data()) < 0) {
+      throw read_error("dataset " + name);
+    }
+    return values;
+  }
+  void create_rows(const std::string& name, const Handle& type, const std::vector<std::int64_t>& row_shape,
+                   const H5RowStorage& storage) const {
+    std::vector<hsize_t> extent = {0};
+    extent.insert(extent.end(), row_shape.begin(), row_shape.end());
+    std::vector<hsize_t> largest = extent;
+    largest[0] = H5S_UNLIMITED;
+    std::vector<hsize_t> chunk = extent;
+    chunk[0] = static_cast<hsize_t>(storage.chunk_rows);
+    const auto rank = static_cast<int>(extent.size());
+    const Handle space(H5Screate_simple(rank, extent.data(), largest.data()), H5Sclose);
+    const Handle properties(H5Pcreate(H5P_DATASET_CREATE), H5Pclose);
+    H5Pset_chunk(properties.get(), rank, chunk.data());
+    if (storage.deflate_level > 0) {
+      if (storage.shuffle) {
+        H5Pset_shuffle(properties.get());
+      }
+      H5Pset_deflate(properties.get(), static_cast<unsigned>(storage.deflate_level));
+    }
+    const Handle links = link_creation();
+    const Handle dataset(
+        H5Dcreate2(id, name.c_str(), type.get(), space.get(), links.get(), properties.get(), H5P_DEFAULT), H5Dclose);
+    if (!dataset.valid()) {
+      throw write_error("dataset " + name);
+    }
+  }
+  void write_rows(const std::string& name, const Handle& type, std::int64_t first, std::int64_t count,
+                  const void* data) const {
+    if (first < 0 || count < 0) {
+      throw std::invalid_argument(fmt::format("hdf5: {} rows from {} of dataset {}", count, first, name));
+    }
+    const Handle dataset = open_dataset(name);
+    std::vector<std::int64_t> extent = dataset_shape(name);
+    if (extent.empty()) {
+      throw write_error("dataset " + name);
+    }
+    if (first + count > extent[0]) {
+      std::vector<hsize_t> grown(extent.begin(), extent.end());
+      grown[0] = static_cast<hsize_t>(first + count);
+      if (H5Dset_extent(dataset.get(), grown.data()) < 0) {
+        throw write_error("dataset " + name);
+      }
+    }
+    const RowSpaces spaces = rows(dataset, name, first, count);
+    if (spaces.elements > 0 &&
+        H5Dwrite(dataset.get(), type.get(), spaces.memory.get(), spaces.file.get(), H5P_DEFAULT, data) < 0) {
+      throw write_error("dataset " + name);
+    }
+  }
+  // A dataset of texts is read as stored: HDF5 does not convert between character sets.
+  [[nodiscard]] Handle text_type(const std::string& name) const {
+    Handle stored(H5Dget_type(open_dataset(name).get()), H5Tclose);
+    if (H5Tget_class(stored.get()) != H5T_STRING || H5Tis_variable_str(stored.get()) <= 0) {
+      throw InputError(fmt::format("{}: dataset {} does not hold variable-length strings; write the file again",
+                                   path.string(), name));
+    }
+    return stored;
+  }
+  static std::vector<std::string> take_texts(const std::vector<char*>& pointers) {
+    std::vector<std::string> values;
+    values.reserve(pointers.size());
+    for (char* pointer : pointers) {
+      values.emplace_back(pointer == nullptr ? "" : pointer);
+      H5free_memory(pointer);
+    }
+    return values;
+  }
+  [[nodiscard]] std::vector<const char*> c_texts(const std::vector<std::string>& values,
+                                                 const std::string& object) const {
+    std::vector<const char*> pointers;
+    pointers.reserve(values.size());
+    for (const std::string& value : values) {
+      pointers.push_back(c_text(value, object));
+    }
+    return pointers;
   }
   // HDF5 strings end at the first zero byte: better no file than a shortened text in it.
   [[nodiscard]] const char* c_text(const std::string& value, const std::string& object) const {
@@ -310,11 +433,7 @@ void H5File::write(const std::string& name, H5Type type, const std::vector<std::
 }
 
 void H5File::write_strings(const std::string& name, const std::vector<std::string>& values) {
-  std::vector<const char*> pointers;
-  pointers.reserve(values.size());
-  for (const std::string& value : values) {
-    pointers.push_back(impl_->c_text(value, "dataset " + name));
-  }
+  const std::vector<const char*> pointers = impl_->c_texts(values, "dataset " + name);
   const hsize_t count = values.size();
   const Handle space(H5Screate_simple(1, &count, nullptr), H5Sclose);
   const Handle type = string_type();
@@ -325,6 +444,26 @@ void H5File::write_strings(const std::string& name, const std::vector<std::strin
       (count > 0 && H5Dwrite(dataset.get(), type.get(), H5S_ALL, H5S_ALL, H5P_DEFAULT, pointers.data()) < 0)) {
     throw impl_->write_error("dataset " + name);
   }
+}
+
+void H5File::create_rows(const std::string& name, H5Type type, const std::vector<std::int64_t>& row_shape,
+                         const H5RowStorage& storage) {
+  impl_->create_rows(name, file_type(type), row_shape, storage);
+}
+
+void H5File::create_string_rows(const std::string& name, std::int64_t chunk_rows) {
+  // What is stored in the rows is places of a heap, which filters do not see.
+  impl_->create_rows(name, string_type(), {}, {chunk_rows, 0, false});
+}
+
+void H5File::write_rows(const std::string& name, H5Type type, std::int64_t first, std::int64_t count,
+                        const void* data) {
+  impl_->write_rows(name, file_type(type), first, count, data);
+}
+
+void H5File::write_string_rows(const std::string& name, std::int64_t first, const std::vector<std::string>& values) {
+  const std::vector<const char*> pointers = impl_->c_texts(values, "dataset " + name);
+  impl_->write_rows(name, string_type(), first, static_cast<std::int64_t>(values.size()), pointers.data());
 }
 
 void H5File::write_attribute(const std::string& object, const std::string& name, std::int64_t value) {
@@ -355,6 +494,18 @@ std::vector<std::int64_t> H5File::shape(const std::string& name) const {
   return impl_->dataset_shape(name);
 }
 
+std::int64_t H5File::chunk_rows(const std::string& name) const {
+  const Handle dataset = impl_->open_dataset(name);
+  const Handle properties(H5Dget_create_plist(dataset.get()), H5Pclose);
+  std::vector<hsize_t> chunk(H5S_MAX_RANK);
+  if (H5Pget_layout(properties.get()) == H5D_CHUNKED &&
+      H5Pget_chunk(properties.get(), static_cast<int>(chunk.size()), chunk.data()) > 0) {
+    return static_cast<std::int64_t>(chunk[0]);
+  }
+  const std::vector<std::int64_t> extent = impl_->dataset_shape(name);
+  return extent.empty() ? 1 : std::max<std::int64_t>(1, extent[0]);
+}
+
 std::vector<double> H5File::read_doubles(const std::string& name) const {
   return impl_->read<double>(name, H5T_NATIVE_DOUBLE);
 }
@@ -368,20 +519,25 @@ std::vector<std::int64_t> H5File::read_ints(const std::string& name) const {
 }
 
 std::vector<std::string> H5File::read_strings(const std::string& name) const {
-  const Handle dataset = impl_->open_dataset(name);
-  // Read as stored: HDF5 does not convert between character sets.
-  const Handle stored(H5Dget_type(dataset.get()), H5Tclose);
-  if (H5Tget_class(stored.get()) != H5T_STRING || H5Tis_variable_str(stored.get()) <= 0) {
-    throw InputError(fmt::format("{}: dataset {} does not hold variable-length strings; write the file again",
-                                 impl_->path.string(), name));
-  }
-  const std::vector<char*> pointers = impl_->read<char*>(name, stored.get());
-  std::vector<std::string> values;
-  for (char* pointer : pointers) {
-    values.emplace_back(pointer == nullptr ? "" : pointer);
-    H5free_memory(pointer);
-  }
-  return values;
+  return Impl::take_texts(impl_->read<char*>(name, impl_->text_type(name).get()));
+}
+
+std::vector<std::uint16_t> H5File::read_uint16_rows(const std::string& name, std::int64_t first,
+                                                    std::int64_t count) const {
+  return impl_->read_rows<std::uint16_t>(name, H5T_NATIVE_UINT16, first, count);
+}
+
+std::vector<std::int64_t> H5File::read_int_rows(const std::string& name, std::int64_t first, std::int64_t count) const {
+  return impl_->read_rows<std::int64_t>(name, H5T_NATIVE_INT64, first, count);
+}
+
+std::vector<float> H5File::read_float_rows(const std::string& name, std::int64_t first, std::int64_t count) const {
+  return impl_->read_rows<float>(name, H5T_NATIVE_FLOAT, first, count);
+}
+
+std::vector<std::string> H5File::read_string_rows(const std::string& name, std::int64_t first,
+                                                  std::int64_t count) const {
+  return Impl::take_texts(impl_->read_rows<char*>(name, impl_->text_type(name).get(), first, count));
 }
 
 std::int64_t H5File::read_int_attribute(const std::string& object, const std::string& name) const {

@@ -5,6 +5,8 @@
 #include <chrono>
 #include <cstring>
 #include <functional>
+#include <memory>
+#include <numeric>
 #include <thread>
 
 #include <ATen/Context.h>
@@ -15,6 +17,7 @@
 #include "hestia/core/log.hpp"
 #include "hestia/core/progress.hpp"
 #include "hestia/evaluation/build_info.hpp"
+#include "hestia/model/static_set.hpp"
 #include "hestia/model/tensors.hpp"
 #include "hestia/routing/agreement.hpp"
 #include "hestia/trainer/bundle.hpp"
@@ -49,6 +52,67 @@ std::vector<std::int64_t> segments_of(const EvaluateOptions& options) {
   std::sort(segments.begin(), segments.end());
   segments.erase(std::unique(segments.begin(), segments.end()), segments.end());
   return segments;
+}
+
+// Sizes of the static-set test. A layer has to have K experts to choose from.
+std::vector<std::int64_t> static_sets_of(const EvaluateOptions& options, const Architecture& architecture) {
+  std::vector<std::int64_t> sizes;
+  for (const std::int64_t size : options.static_set) {
+    sizes.push_back(size > 0 ? size : std::max(architecture.top_k, architecture.num_experts / 4));
+    if (sizes.back() < architecture.top_k || sizes.back() > architecture.num_experts) {
+      throw UsageError(
+          fmt::format("evaluate.static_set must be from the model's experts per token to its experts per layer ({} to "
+                      "{}) or 0, got "
+                      "{}; remove it",
+                      architecture.top_k, architecture.num_experts, size));
+    }
+  }
+  std::sort(sizes.begin(), sizes.end());
+  sizes.erase(std::unique(sizes.begin(), sizes.end()), sizes.end());
+  return sizes;
+}
+
+// Counted selections per layer and expert, [L, E].
+void count_selections(const SequenceRouting& routing, std::vector<std::int64_t>& counts) {
+  counts.resize(static_cast<std::size_t>(routing.num_layers * routing.num_experts), 0);
+  for (std::int64_t layer = 0; layer < routing.num_layers; ++layer) {
+    const auto begin =
+        static_cast<std::size_t>((layer * routing.num_tokens + routing.num_prompt_tokens) * routing.top_k);
+    const auto end = static_cast<std::size_t>((layer + 1) * routing.num_tokens * routing.top_k);
+    for (std::size_t i = begin; i < end; ++i) {
+      counts[static_cast<std::size_t>(layer * routing.num_experts) + routing.selected[i]] += 1;
+    }
+  }
+}
+
+// Perplexity when every token, of the prompt too, chooses among the experts that the domain used most.
+StaticSetFigures measure_static_set(MoeModel& model, const PackedData& held_out,
+                                    const std::vector<PackedBatch>& batches, const std::vector<std::int64_t>& counts,
+                                    std::int64_t size, const std::function<void(std::int64_t)>& advance) {
+  const Architecture& architecture = model->architecture();
+  const auto num_layers = static_cast<std::int64_t>(architecture.moe_layers().size());
+  StaticSetFigures figures;
+  figures.experts = size;
+  const auto sets = most_used_experts(counts, num_layers, size);
+  std::int64_t inside = 0;
+  std::int64_t all = 0;
+  for (std::size_t layer = 0; layer < sets.size(); ++layer) {
+    const auto begin = counts.begin() + static_cast<std::ptrdiff_t>(layer) * architecture.num_experts;
+    all += std::accumulate(begin, begin + architecture.num_experts, std::int64_t{0});
+    for (const std::int64_t expert : sets[layer]) {
+      inside += begin[expert];
+    }
+  }
+  figures.share = all > 0 ? static_cast<double>(inside) / static_cast<double>(all) : 0.0;
+  model->set_selector(std::make_shared<StaticSetSelector>(sets, architecture.num_experts));
+  try {
+    figures.quality = measure(model, held_out, batches, false, {}, advance);
+  } catch (...) {
+    model->set_selector(std::make_shared<TopKSelector>());
+    throw;
+  }
+  model->set_selector(std::make_shared<TopKSelector>());
+  return figures;
 }
 
 std::int64_t expert_bytes_of(MoeModel& model) {
@@ -109,6 +173,15 @@ Json domain_json(const DomainFigures& figures) {
                               {"requests", cache.counts.requests},
                               {"hits", cache.counts.hits}});
   }
+  Json static_sets = Json::array();
+  for (const StaticSetFigures& set : figures.static_sets) {
+    static_sets.push_back(
+        {{"experts", set.experts},
+         {"share", set.share},
+         {"nll", set.quality.nll()},
+         {"perplexity", set.quality.perplexity()},
+         {"perplexity_against_unrestricted", relative(set.quality.perplexity(), figures.quality.perplexity())}});
+  }
   return {{"domain", figures.domain},
           {"tuned_domain", figures.tuned_domain},
           {"sequences", figures.sequences},
@@ -126,6 +199,7 @@ Json domain_json(const DomainFigures& figures) {
           {"top_k_agreement", figures.top_k_agreement},
           {"segment_routing_best_performance", segments},
           {"segment_cache_hit_rate", segment_caches},
+          {"static_set", static_sets},
           {"cache", cells}};
 }
 
@@ -187,11 +261,13 @@ ArmFigures measure_arm(MoeModel& model, const std::string& name, const PackedDat
   const auto num_layers = static_cast<std::int64_t>(layers.size());
   const std::vector<std::int64_t> slots = slots_of(options, architecture.num_experts);
   const std::vector<std::int64_t> segments = segments_of(options);
+  const std::vector<std::int64_t> static_sets = static_sets_of(options, architecture);
   constexpr std::int64_t kRows = 8;
   ArmFigures arm;
   arm.name = name;
   arm.router_hash = router_hash(model);
-  Progress progress(name, held_out.num_tokens(), "tok", quiet);
+  Progress progress(name, held_out.num_tokens() * static_cast<std::int64_t>(1 + static_sets.size()), "tok", quiet);
+  const auto advance = [&](std::int64_t tokens) { progress.advance(tokens); };
   for (std::size_t domain = 0; domain < held_out.domains.size(); ++domain) {
     DomainFigures figures;
     figures.domain = held_out.domains[domain];
@@ -202,10 +278,19 @@ ArmFigures measure_arm(MoeModel& model, const std::string& name, const PackedDat
     if (against_reference) {
       compare = [&](const SequenceRouting& reference, const SequenceRouting& own) { agreement.add(reference, own); };
     }
+    const std::vector<PackedBatch> batches =
+        pack_for_evaluation(held_out, static_cast<std::int64_t>(domain), kRows, sequence_length);
+    std::vector<std::int64_t> selections;
     figures.quality = measure(
-        model, held_out, pack_for_evaluation(held_out, static_cast<std::int64_t>(domain), kRows, sequence_length),
-        false, [&](SequenceRouting&& routing) { metrics.add(routing); },
-        [&](std::int64_t tokens) { progress.advance(tokens); }, compare);
+        model, held_out, batches, false,
+        [&](SequenceRouting&& routing) {
+          metrics.add(routing);
+          count_selections(routing, selections);
+        },
+        advance, compare);
+    for (const std::int64_t size : static_sets) {
+      figures.static_sets.push_back(measure_static_set(model, held_out, batches, selections, size, advance));
+    }
     figures.kendall_tau = agreement.kendall_tau();
     figures.top_k_agreement = agreement.top_k_agreement();
     figures.sequences = metrics.num_sequences();
@@ -283,7 +368,7 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const std::f
     for (const torch::Tensor& router : model->routers()) {
       base.push_back(router.clone());
     }
-    load_bundle(model, bundle_dir);
+    comparison.predictor = load_bundle(model, bundle_dir).predictor;
     for (std::size_t i = 0; i < base.size(); ++i) {
       model->routers()[i].copy_(base[i]);
     }
@@ -330,6 +415,9 @@ Json comparison_json(const Comparison& comparison) {
                    {"top_k", comparison.top_k},
                    {"expert_bytes", comparison.expert_bytes}};
   json["bundle"] = comparison.bundle;
+  if (!comparison.predictor.is_null()) {
+    json["predictor"] = comparison.predictor;
+  }
   json["note"] =
       "loads, hit rates and bytes come from the cache simulation of teacher-forced routing (modelled), not from a "
       "clock";

@@ -135,6 +135,11 @@ std::string comparison_table(const Comparison& comparison) {
   add_number("EOR", 3, [](const DomainFigures& figures) { return figures.expert_overlap_ratio; });
   add_number("dist.", 1, [](const DomainFigures& figures) { return figures.distinct_experts; });
   add_number("usageH", 3, [](const DomainFigures& figures) { return figures.usage.normalised_entropy; });
+  const std::vector<StaticSetFigures>& static_sets = comparison.arms.front().domains.front().static_sets;
+  for (std::size_t i = 0; i < static_sets.size(); ++i) {
+    add_number(fmt::format("ppl@{}", static_sets[i].experts), 3,
+               [&](const DomainFigures& figures) { return figures.static_sets.at(i).quality.perplexity(); });
+  }
   for (const std::int64_t count : slots) {
     const std::size_t first = columns.size();
     for (const std::string& policy : policies) {
@@ -152,8 +157,9 @@ std::string comparison_table(const Comparison& comparison) {
   if (!policies.empty()) {
     out += fmt::format(
         "* tuned on. loads per token and layer, of {} requested; KiB per token (modelled) under {}; EOR expert overlap "
-        "ratio; dist. distinct experts per sequence and layer; usageH entropy of mean expert usage\n\n",
-        comparison.top_k, policies.front());
+        "ratio; dist. distinct experts per sequence and layer; usageH entropy of mean expert usage{}\n\n",
+        comparison.top_k, policies.front(),
+        static_sets.empty() ? "" : "; ppl@C when each layer has only the C experts that the domain uses most");
   }
   return out + summary(comparison);
 }

@@ -50,6 +50,9 @@ void write_bundle(const std::filesystem::path& directory, MoeModel& tuned, const
                        {"policy", manifest.residency.policy},
                        {"logit_range", manifest.residency.logit_range}};
   json["metrics"] = manifest.metrics;
+  if (!manifest.predictor.is_null()) {
+    json["predictor"] = manifest.predictor;
+  }
   json["recipe"] = manifest.recipe;
   // Last: a bundle counts once its manifest is there.
   write_text_atomically(manifest_path(directory), json.dump(2) + "\n");
@@ -85,6 +88,7 @@ BundleManifest read_manifest(const std::filesystem::path& directory) {
   take(json, "router_hash", subject, manifest.router_hash, problems);
   take(json, "metrics", subject, manifest.metrics, problems);
   take(json, "recipe", subject, manifest.recipe, problems);
+  manifest.predictor = json.value("predictor", Json());
   Json residency;
   take(json, "residency", subject, residency, problems);
   if (residency.is_object()) {

@@ -90,10 +90,33 @@ FieldList ControlOptions::fields() {
   return list;
 }
 
+FieldList PredictorOptions::fields() {
+  FieldList list;
+  list.add("enabled", enabled, "train a predictor of a prompt's experts and compare it with what costs nothing");
+  list.add("hidden_size", hidden_size, "units between its two layers", {.low = 1, .high = 1 << 20});
+  list.add("learning_rate", learning_rate, "of SGD", {.low = 0.0, .high = kMaxRate, .exclusive_low = true});
+  list.add("momentum", momentum, "of SGD", {.low = 0.0, .high = 0.9999});
+  list.add("batch_size", batch_size, "sequences per step", {.low = 1});
+  list.add("epochs", epochs, "passes over its training sequences", {.low = 1});
+  list.add("held_out_fraction", held_out_fraction, "share of the stored sequences that it is compared on",
+           {.low = 0.0, .high = 0.9, .exclusive_low = true});
+  list.add("slots", slots, "experts per layer of the recall figures; empty: E/8, E/4, E/2", {.low = 1});
+  list.add("standardise", standardise, "inputs to mean 0 and deviation 1");
+  list.add("start_from_popularity", start_from_popularity, "before training, predict the mean popularity");
+  list.add("embeddings", embeddings,
+           "safetensors file with ids [N] and embeddings [N, D]; empty: the model's token embeddings");
+  return list;
+}
+
 FieldList ExportOptions::fields() {
   FieldList list;
-  list.add("tokens", tokens, "held-out tokens per tuned domain behind the preference statistics", {.low = 1});
-  list.add("max_sequences", max_sequences, "bound of the per-sequence statistics (reservoir sample)", {.low = 0});
+  list.add("tokens", tokens, "tokens per tuned domain behind the preference statistics", {.low = 1});
+  list.add("split", split, "documents they come from", {"held_out", "train"});
+  list.add("prompt_tokens", prompt_tokens, "text without a prompt: its first tokens count as one; 0: none", {.low = 0});
+  list.add("max_sequences", max_sequences, "bound of the per-sequence statistics (reservoir sample); 0: all",
+           {.low = 0});
+  list.add("write_prompts", write_prompts, "also write prompts.jsonl, id and prompt of each stored sequence");
+  list.add_section("predictor", predictor.fields(), "which experts will a prompt's answer use");
   return list;
 }
 
@@ -104,6 +127,8 @@ FieldList EvaluateOptions::fields() {
   list.add("policies", policies, "slot-cache policies to simulate", policy_names());
   list.add("gamma", gamma, "discount of the gamma policy", {.low = 0.0, .high = 1.0});
   list.add("segments", segments, "steps per segment of the segment metrics (SRP, SCH); empty: none", {.low = 1});
+  list.add("static_set", static_set, "experts per layer of the static-set test; 0: E/4, at least K; empty: none",
+           {.low = 0});
   return list;
 }
 

@@ -3,7 +3,10 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <limits>
+#include <optional>
 #include <thread>
+#include <unordered_map>
 
 #include <ATen/Parallel.h>
 #include <fmt/format.h>
@@ -20,6 +23,7 @@
 #include "hestia/trainer/bundle.hpp"
 #include "hestia/trainer/data_source.hpp"
 #include "hestia/trainer/measure.hpp"
+#include "hestia/trainer/preference_predictor.hpp"
 
 namespace hestia {
 
@@ -166,6 +170,131 @@ Json figures_of(const QualityResult& quality, const RoutingMetrics& metrics, std
           {"lru_slots", slots},
           {"lru_loads_per_token_layer", steps > 0.0 ? static_cast<double>(counts.loads) / steps : 0.0},
           {"lru_hit_rate", counts.hit_rate()}};
+}
+
+std::vector<torch::Tensor> copies_of_routers(MoeModel& model) {
+  std::vector<torch::Tensor> copies;
+  for (const torch::Tensor& router : model->routers()) {
+    copies.push_back(router.detach().clone());
+  }
+  return copies;
+}
+
+void set_routers(MoeModel& model, const std::vector<torch::Tensor>& routers) {
+  const torch::NoGradGuard no_grad;
+  std::vector<torch::Tensor> present = model->routers();
+  for (std::size_t i = 0; i < routers.size(); ++i) {
+    present[i].copy_(routers[i]);
+  }
+}
+
+void add_quality(QualityResult& sum, const QualityResult& part) {
+  sum.nll_sum += part.nll_sum;
+  sum.labels += part.labels;
+  sum.bytes += part.bytes;
+}
+
+// What the preference statistics are taken over.
+PackedData export_data(const FinetuneRecipe& recipe, const Tokenizer& tokenizer, std::int64_t threads) {
+  const ExportOptions& options = recipe.export_options;
+  PackedData data;
+  if (options.split == "train") {
+    DataOptions bounded = recipe.data;
+    bounded.max_tokens_per_domain = options.tokens;
+    data = load_training_data(bounded, tokenizer, threads);
+  } else {
+    data = load_held_out_data(recipe.data, recipe.data.train, tokenizer, options.tokens, threads);
+  }
+  std::int64_t cut = 0;
+  for (TokenSequence& sequence : data.sequences) {
+    if (options.prompt_tokens > 0 && sequence.num_prompt_tokens == 0 &&
+        static_cast<std::int64_t>(sequence.tokens.size()) > options.prompt_tokens) {
+      sequence.num_prompt_tokens = options.prompt_tokens;
+      cut += 1;
+    }
+  }
+  if (options.prompt_tokens > 0) {
+    log_info(fmt::format("export.prompt_tokens: the first {} tokens of {} of {} sequences count as their prompt",
+                         options.prompt_tokens, cut, data.sequences.size()));
+  }
+  return data;
+}
+
+// Prompt tokens by the sequence ids that the export gives: in the order of the batches.
+std::unordered_map<std::int64_t, std::vector<std::int64_t>> prompts_of(const std::vector<PackedBatch>& batches) {
+  std::unordered_map<std::int64_t, std::vector<std::int64_t>> prompts;
+  std::int64_t first_id = 0;
+  for (const PackedBatch& batch : batches) {
+    for (const SequenceRun& run : sequence_runs(layout_of(batch))) {
+      std::int64_t end = run.begin;
+      while (end < run.end && batch.counted[static_cast<std::size_t>(end)] == 0) {
+        ++end;
+      }
+      prompts[first_id + run.id].assign(batch.tokens.begin() + run.begin, batch.tokens.begin() + end);
+    }
+    first_id += static_cast<std::int64_t>(batch.domains.size());
+  }
+  return prompts;
+}
+
+void write_prompts(const std::filesystem::path& path, PreferenceWriter& writer, const std::vector<PackedBatch>& batches,
+                   const Tokenizer& tokenizer) {
+  const auto prompts = prompts_of(batches);
+  const PreferenceRows rows = writer.rows(PreferenceRouter::kTuned, 0, writer.num_stored());
+  std::string lines;
+  for (std::size_t i = 0; i < rows.ids.size(); ++i) {
+    const std::vector<std::int64_t>& tokens = prompts.at(rows.ids[i]);
+    if (tokens.empty()) {
+      continue;
+    }
+    const Json line = {{"id", rows.ids[i]},
+                       {"task", rows.tasks[i]},
+                       {"prompt", tokenizer.decode(std::vector<std::int32_t>(tokens.begin(), tokens.end()))}};
+    lines += line.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n";
+  }
+  write_text_atomically(path, lines);
+}
+
+PreferencePredictor make_predictor(const FinetuneRecipe& recipe, MoeModel& model,
+                                   const std::vector<PackedBatch>& batches, PreferenceWriter& writer,
+                                   std::int64_t slots) {
+  const PredictorOptions& options = recipe.export_options.predictor;
+  PredictorExamples examples = collect_examples(writer);
+  if (options.embeddings.empty()) {
+    const auto prompts = prompts_of(batches);
+    const torch::Tensor embedding = token_embedding(model);
+    std::vector<torch::Tensor> rows;
+    for (const std::int64_t id : examples.ids) {
+      rows.push_back(mean_embedding(embedding, prompts.at(id)));
+    }
+    examples.embeddings_ND = rows.empty() ? torch::zeros({0, embedding.size(1)}, torch::kFloat32) : torch::stack(rows);
+    examples.embedding = "mean over the prompt's tokens of the model's token embeddings";
+  } else {
+    examples.embeddings_ND = read_embeddings(options.embeddings, examples.ids);
+    examples.embedding = "by sequence id from " + std::filesystem::path(options.embeddings).filename().string();
+  }
+  double first = std::numeric_limits<double>::quiet_NaN();
+  double last = first;
+  PreferencePredictor predictor = train_preference_predictor(
+      examples, options, model->architecture().top_k, slots,
+      derive_seed(static_cast<std::uint64_t>(recipe.seed), "predictor"), [&](std::int64_t epoch, double loss) {
+        first = epoch == 1 ? loss : first;
+        last = loss;
+      });
+  const PredictorReport& report = predictor.report;
+  const auto decisive = static_cast<std::size_t>(
+      std::find(report.slots.begin(), report.slots.end(), report.decisive_slots) - report.slots.begin());
+  std::vector<std::pair<std::string, std::string>> rows = {
+      {"sequences", fmt::format("{} to train on, {} held out, {} without prompt or answer", report.num_train,
+                                report.num_held_out, report.num_left_out)},
+      {"training loss", fmt::format("KL {:.4f} in epoch 1, {:.4f} in epoch {}", first, last, options.epochs)}};
+  for (const PredictorFigures& figures : report.figures) {
+    rows.emplace_back(figures.method, fmt::format("KL {:.4f}, {:.1f} % of requests in its top {} experts", figures.kl,
+                                                  100.0 * figures.request_recall[decisive], report.decisive_slots));
+  }
+  rows.emplace_back("best", fmt::format("{} by requests, {} by KL", report.best_by_requests, report.best_by_kl));
+  log_block("Preference predictor", rows);
+  return predictor;
 }
 
 // Adds max z - min z of every token to `sum` per layer; softmax keeps the difference: log p_max - log p_min.
@@ -442,8 +571,16 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, con
   }
   std::filesystem::path directory = output.empty() ? std::filesystem::path(recipe.run_dir) / "bundle" : output;
   const std::unique_ptr<Tokenizer> tokenizer = open_tokenizer(recipe.model.path);
-  const PackedData data =
-      load_held_out_data(recipe.data, recipe.data.train, *tokenizer, recipe.export_options.tokens, threads);
+  const PackedData data = export_data(recipe, *tokenizer, threads);
+  if (recipe.export_options.predictor.enabled &&
+      std::none_of(data.sequences.begin(), data.sequences.end(),
+                   [](const TokenSequence& sequence) { return sequence.num_prompt_tokens > 0; })) {
+    throw UsageError(fmt::format(
+        "{}: export.predictor guesses from prompts, and no text of data.train has one; set export.prompt_tokens to "
+        "take "
+        "the first tokens of each text for its prompt, give the corpus a prompt_field, or switch the predictor off",
+        loaded.source.location("export.predictor.enabled")));
+  }
   const std::vector<PackedBatch> batches = all_batches(data, recipe.train, recipe.data.sequence_length);
   MoeModel model =
       load_model(recipe.model.path, dtype_from_recipe(recipe.model.dtype), device_from_recipe(recipe.model.device));
@@ -462,44 +599,67 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, con
   manifest.recipe = read_text_file(std::filesystem::path(recipe.run_dir) / "recipe.yaml");
   manifest.residency.slots = slots;
 
+  const std::vector<torch::Tensor> base_routers = copies_of_routers(model);
+  load_routers(model, latest->second / "router.safetensors");
+  const std::vector<torch::Tensor> tuned_routers = copies_of_routers(model);
+  manifest.router_hash = router_hash(model);
+
+  std::filesystem::create_directories(directory);
+  PreferenceWriterOptions storage;
+  storage.max_sequences = recipe.export_options.max_sequences;
+  storage.seed = derive_seed(static_cast<std::uint64_t>(recipe.seed), "preferences");
+  PreferenceWriter writer(directory / "preferences.h5", num_layers, architecture.num_experts, layers, storage);
   Progress progress("export", 2 * data.num_tokens(), "tok", quiet);
   const auto advance = [&](std::int64_t tokens) { progress.advance(tokens); };
-  std::vector<SequenceRouting> baseline;
   RoutingMetrics baseline_metrics(num_layers, architecture.num_experts, architecture.top_k, layers, 0);
+  RoutingMetrics tuned_metrics(num_layers, architecture.num_experts, architecture.top_k, layers, 0);
+  QualityResult baseline_quality;
+  QualityResult tuned_quality;
   std::vector<double> range(static_cast<std::size_t>(num_layers), 0.0);
   std::int64_t range_tokens = 0;
-  const QualityResult baseline_quality = measure(
-      model, data, batches, true,
-      [&](SequenceRouting&& routing) {
-        baseline_metrics.add(routing);
-        add_logit_range(routing, range, range_tokens);
-        baseline.push_back(std::move(routing));
-      },
-      advance);
+  // Both routers batch by batch, so that probabilities of one batch are all that is held.
+  std::int64_t first_id = 0;
+  for (const PackedBatch& batch : batches) {
+    std::vector<SequenceRouting> baseline;
+    set_routers(model, base_routers);
+    add_quality(baseline_quality, measure(
+                                      model, data, {batch}, true,
+                                      [&](SequenceRouting&& routing) {
+                                        routing.id += first_id;
+                                        baseline_metrics.add(routing);
+                                        add_logit_range(routing, range, range_tokens);
+                                        baseline.push_back(std::move(routing));
+                                      },
+                                      advance));
+    set_routers(model, tuned_routers);
+    std::size_t next = 0;
+    add_quality(tuned_quality, measure(
+                                   model, data, {batch}, true,
+                                   [&](SequenceRouting&& routing) {
+                                     routing.id += first_id;
+                                     tuned_metrics.add(routing);
+                                     writer.add(baseline.at(next++), routing);
+                                   },
+                                   advance));
+    first_id += static_cast<std::int64_t>(batch.domains.size());
+  }
+  progress.finish();
   for (const double sum : range) {
     manifest.residency.logit_range.push_back(
         static_cast<float>(sum / static_cast<double>(std::max<std::int64_t>(1, range_tokens))));
   }
-
-  load_routers(model, latest->second / "router.safetensors");
-  manifest.router_hash = router_hash(model);
-  PreferenceRecorder recorder(num_layers, architecture.num_experts, layers, recipe.export_options.max_sequences,
-                              derive_seed(static_cast<std::uint64_t>(recipe.seed), "preferences"));
-  RoutingMetrics tuned_metrics(num_layers, architecture.num_experts, architecture.top_k, layers, 0);
-  std::size_t next = 0;
-  const QualityResult tuned_quality = measure(
-      model, data, batches, true,
-      [&](SequenceRouting&& routing) {
-        tuned_metrics.add(routing);
-        recorder.add(baseline.at(next++), routing);
-      },
-      advance);
-  progress.finish();
   manifest.metrics = {{"domains", recipe.data.train},
                       {"baseline", figures_of(baseline_quality, baseline_metrics, slots, num_layers)},
                       {"tuned", figures_of(tuned_quality, tuned_metrics, slots, num_layers)}};
-  std::filesystem::create_directories(directory);
-  recorder.write(directory / "preferences.h5");
+  if (recipe.export_options.write_prompts) {
+    write_prompts(directory / "prompts.jsonl", writer, batches, *tokenizer);
+  }
+  std::optional<PreferencePredictor> predictor;
+  if (recipe.export_options.predictor.enabled) {
+    predictor = make_predictor(recipe, model, batches, writer, slots);
+    manifest.predictor = predictor_json(*predictor);
+  }
+  writer.close(predictor ? &*predictor : nullptr);
   write_bundle(directory, model, manifest);
   log_info(fmt::format("router bundle in {}", directory.string()));
   return directory;

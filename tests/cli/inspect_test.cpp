@@ -71,7 +71,10 @@ TEST_CASE("inspect tells what a file holds") {
 TEST_CASE("inspect reads preference statistics") {
   const TemporaryFolder folder;
   SplitMix64 random(32);
-  PreferenceRecorder recorder(2, 6, {0, 1}, 3, 9);
+  const std::string path = (folder.path() / "preferences.h5").string();
+  PreferenceWriterOptions options;
+  options.max_sequences = 3;
+  PreferenceWriter writer(path, 2, 6, {0, 1}, options);
   for (std::int64_t id = 0; id < 5; ++id) {
     SequenceRouting routing;
     routing.id = id;
@@ -90,10 +93,9 @@ TEST_CASE("inspect reads preference statistics") {
     for (int i = 0; i < 2 * 4 * 6; ++i) {
       routing.probabilities.push_back(1.0F / 6.0F);
     }
-    recorder.add(routing, routing);
+    writer.add(routing, routing);
   }
-  const std::string path = (folder.path() / "preferences.h5").string();
-  recorder.write(path);
+  writer.close();
   CHECK(lines_of(done(hestia({"inspect", path}))) ==
         std::vector<std::string>{path + ": expert preferences", "  sequences        5", "  kept one by one  3",
                                  "  layers           2", "  experts          6"});

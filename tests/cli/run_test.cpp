@@ -130,15 +130,18 @@ TEST_CASE("finetune, export and evaluate, one after the other") {
   CHECK(routers.names().size() == 2);
   CHECK(routers.tensor("model.layers.1.mlp.gate.weight").dtype == DType::kF32);
   CHECK(routers.tensor("model.layers.1.mlp.gate.weight").shape == std::vector<std::int64_t>{8, 16});
-  const Preferences preferences = read_preferences(project.path() / "runs/tuned/bundle/preferences.h5");
-  CHECK(preferences.num_sequences_total >= 9);
-  CHECK(preferences.ids.size() == 9);  // export.max_sequences
-  CHECK(preferences.layers == std::vector<std::int64_t>{0, 1});
-  CHECK(preferences.baseline.count.size() == 2 * 8);
-  CHECK(preferences.baseline.count != preferences.tuned.count);
+  const PreferenceReader preferences(project.path() / "runs/tuned/bundle/preferences.h5");
+  CHECK(preferences.num_sequences_total() >= 9);
+  CHECK(preferences.num_stored() == 9);  // export.max_sequences
+  CHECK(preferences.layers() == std::vector<std::int64_t>{0, 1});
+  CHECK_FALSE(preferences.predictor().has_value());
+  const PreferenceAggregate base_preferences = preferences.aggregate(PreferenceRouter::kBaseline);
+  const PreferenceAggregate tuned_preferences = preferences.aggregate(PreferenceRouter::kTuned);
+  CHECK(base_preferences.count.size() == 2 * 8);
+  CHECK(base_preferences.count != tuned_preferences.count);
   // Both routers saw the same tokens.
-  CHECK(std::accumulate(preferences.baseline.count.begin(), preferences.baseline.count.end(), std::int64_t{0}) ==
-        std::accumulate(preferences.tuned.count.begin(), preferences.tuned.count.end(), std::int64_t{0}));
+  CHECK(std::accumulate(base_preferences.count.begin(), base_preferences.count.end(), std::int64_t{0}) ==
+        std::accumulate(tuned_preferences.count.begin(), tuned_preferences.count.end(), std::int64_t{0}));
   CHECK_THAT(done(project.run({"inspect", "runs/tuned/bundle"})),
              Catch::Contains("router bundle") && Catch::Contains("2 routers") && Catch::Contains("2 slots, lru") &&
                  Catch::Contains("9 kept one by one"));

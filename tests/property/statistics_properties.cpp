@@ -1,4 +1,6 @@
 #include <cmath>
+#include <numeric>
+#include <set>
 
 #include "hestia/routing/agreement.hpp"
 #include "hestia/routing/metrics.hpp"
@@ -141,46 +143,61 @@ TEST_CASE("property: preference statistics obey their identities, from memory an
   for_cases(60, 30000, [&](SplitMix64& random) {
     const ModelShape shape = random_model(random);
     const std::int64_t max_sequences = between(random, 0, 6);
-    PreferenceRecorder recorder(shape.num_layers, shape.num_experts, shape.model_layers, max_sequences, random.next());
+    PreferenceWriterOptions options;
+    options.max_sequences = max_sequences;
+    options.seed = random.next();
+    options.chunk_bytes = between(random, 1, 4 * 2 * shape.num_layers * shape.num_experts);
+    options.buffer_bytes = between(random, 1, 8 * 12 * shape.num_layers * shape.num_experts);
+    const std::filesystem::path path = folder.path() / "preferences.h5";
+    PreferenceWriter writer(path, shape.num_layers, shape.num_experts, shape.model_layers, options);
     std::vector<SequenceRouting> baseline;
     std::vector<SequenceRouting> tuned;
     const std::int64_t num_sequences = between(random, 1, 8);
     for (std::int64_t id = 0; id < num_sequences; ++id) {
       baseline.push_back(random_sequence(random, shape, id, true));
       tuned.push_back(seen_by_another(random, shape, baseline.back()));
-      recorder.add(baseline.back(), tuned.back());
+      writer.add(baseline.back(), tuned.back());
     }
-    check_identities(recorder.aggregate_baseline(), shape, baseline);
-    check_identities(recorder.aggregate_tuned(), shape, tuned);
-    const std::filesystem::path path = folder.path() / "preferences.h5";
-    recorder.write(path);
-    const Preferences back = read_preferences(path);
-    CHECK(same_aggregate(back.baseline, recorder.aggregate_baseline()));
-    CHECK(same_aggregate(back.tuned, recorder.aggregate_tuned()));
-    CHECK(back.num_sequences_total == num_sequences);
-    CHECK(back.layers == shape.model_layers);
-    CHECK(static_cast<std::int64_t>(back.ids.size()) == std::min(max_sequences, num_sequences));
-    CHECK(std::set<std::int64_t>(back.ids.begin(), back.ids.end()).size() == back.ids.size());
+    writer.close();
+    const PreferenceReader back(path);
+    for (const PreferenceRouter router : {PreferenceRouter::kBaseline, PreferenceRouter::kTuned}) {
+      check_identities(writer.aggregate(router), shape, router == PreferenceRouter::kBaseline ? baseline : tuned);
+      CHECK(same_aggregate(back.aggregate(router), writer.aggregate(router)));
+    }
+    CHECK(back.num_sequences_total() == num_sequences);
+    CHECK(back.layers() == shape.model_layers);
+    CHECK(back.num_stored() == (max_sequences == 0 ? num_sequences : std::min(max_sequences, num_sequences)));
+    const std::vector<std::int64_t> ids = back.ids();
+    CHECK(std::set<std::int64_t>(ids.begin(), ids.end()).size() == ids.size());
+    // The rows of all sequences add up to the aggregate.
+    const PreferenceRows rows = back.rows(PreferenceRouter::kTuned, 0, back.num_stored());
+    if (back.num_stored() == num_sequences) {
+      CHECK(std::accumulate(rows.count.begin(), rows.count.end(), std::int64_t{0}) == [&] {
+        const std::vector<std::int64_t> total = writer.aggregate(PreferenceRouter::kTuned).count;
+        return std::accumulate(total.begin(), total.end(), std::int64_t{0});
+      }());
+    }
   });
 }
 
 TEST_CASE("property: statistics, metrics and the simulator tell of the same routing") {
+  const TemporaryFolder folder;
   for_cases(60, 31000, [&](SplitMix64& random) {
     const ModelShape shape = random_model(random);
     const bool with_prompt = chance(random, 0.5);
-    PreferenceRecorder recorder(shape.num_layers, shape.num_experts, shape.model_layers, 0, 1);
+    PreferenceWriter writer(folder.path() / "p.h5", shape.num_layers, shape.num_experts, shape.model_layers);
     RoutingMetrics metrics(shape.num_layers, shape.num_experts, shape.top_k, shape.model_layers, 1000);
     std::int64_t steps = 0;
     std::int64_t pairs = 0;
     for (std::int64_t id = between(random, 1, 6); id > 0; --id) {
       const SequenceRouting sequence = random_sequence(random, shape, id, with_prompt);
-      recorder.add(sequence, sequence);
+      writer.add(sequence, sequence);
       metrics.add(sequence);
       const std::int64_t counted = sequence.num_tokens - sequence.num_prompt_tokens;
       steps += shape.num_layers * counted;
       pairs += shape.num_layers * std::max<std::int64_t>(0, counted - 1);
     }
-    const PreferenceAggregate aggregate = recorder.aggregate_baseline();
+    const PreferenceAggregate aggregate = writer.aggregate(PreferenceRouter::kBaseline);
     const auto experts = static_cast<std::size_t>(shape.num_experts);
     std::int64_t uses = 0;
     std::int64_t unused = 0;

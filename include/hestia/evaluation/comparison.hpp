@@ -36,6 +36,13 @@ struct SegmentFigures {
   SegmentRouting routing;
 };
 
+/// The static-set test at one size: each layer may use only the C experts that it used most on this domain.
+struct StaticSetFigures {
+  std::int64_t experts = 0;  ///< C
+  double share = 0.0;        ///< Of the unrestricted router's selections, how many fall into the set.
+  QualityResult quality;     ///< Of the restricted model.
+};
+
 /// One router on one domain.
 struct DomainFigures {
   std::string domain;
@@ -49,6 +56,7 @@ struct DomainFigures {
   std::vector<CacheFigures> cache;
   std::vector<SegmentFigures> segments;             ///< By segment length.
   std::vector<SegmentCacheFigures> segment_caches;  ///< By segment length, then slots.
+  std::vector<StaticSetFigures> static_sets;        ///< By size.
   /// Against the base model's routers on the same hidden states; NaN where that was not measured (the baseline).
   double kendall_tau = std::numeric_limits<double>::quiet_NaN();
   double top_k_agreement = std::numeric_limits<double>::quiet_NaN();
@@ -72,6 +80,7 @@ struct Comparison {
   std::string model_path;
   std::string bundle;   ///< Folder the tuned router came from.
   std::string command;  ///< What was run.
+  Json predictor;       ///< How the bundle's preference predictor compares; null when it has none.
   double seconds = 0.0;
 };
 
@@ -87,7 +96,8 @@ inline constexpr const char* kTunedArm = "tuned";
 
 /// Measures one router (whatever `model` holds now) on every domain of `held_out`; `against_reference`: its agreement
 /// with the routers that `model->keep_reference_routers()` kept too, on the hidden states that the router itself
-/// brought about. Memory beyond the model's is that of one batch, counts and the trace of one domain.
+/// brought about. The static-set test costs one more pass per size. Memory beyond the model's is that of one batch,
+/// counts and the trace of one domain.
 [[nodiscard]] ArmFigures measure_arm(MoeModel& model, const std::string& name, const PackedData& held_out,
                                      const std::vector<std::string>& tuned_domains, const EvaluateOptions& options,
                                      std::int64_t sequence_length, bool quiet, bool against_reference = false);

@@ -28,7 +28,8 @@ struct BundleManifest {
   std::string router_hash;       ///< Of the tuned routers in this bundle.
   std::string recipe;            ///< The resolved recipe, YAML.
   ResidencyRule residency;
-  Json metrics;  ///< {"baseline": {...}, "tuned": {...}}
+  Json metrics;    ///< {"baseline": {...}, "tuned": {...}}
+  Json predictor;  ///< How the preference predictor compares (predictor_json); null when there is none.
 };
 
 /// Writes router.safetensors and manifest.json of a bundle into `directory` (preferences.h5 is written beside them by

@@ -77,10 +77,32 @@ struct ControlOptions {
   FieldList fields();
 };
 
+/// Section `export.predictor`: guesses a prompt's experts (trainer/preference_predictor.hpp). Defaults of the optimiser
+/// and sizes: MELINOE, arXiv 2602.11192.
+struct PredictorOptions {
+  bool enabled = false;
+  std::int64_t hidden_size = 1024;
+  double learning_rate = 2e-4;  ///< Of SGD.
+  double momentum = 0.9;
+  std::int64_t batch_size = 16;
+  std::int64_t epochs = 10;
+  double held_out_fraction = 0.2;  ///< Share of the stored sequences that it is compared on.
+  std::vector<std::int64_t>
+      slots;                ///< C of the recall figures; empty: E/8, E/4, E/2. That of the bundle is always there.
+  bool standardise = true;  ///< Inputs to mean 0 and deviation 1; folded into the first layer afterwards.
+  bool start_from_popularity = true;  ///< Output biases start at the log of the mean popularity; else as the weights.
+  std::string embeddings;  ///< safetensors file with `ids` and `embeddings`; empty: the model's token embeddings.
+  FieldList fields();
+};
+
 /// Section `export`.
 struct ExportOptions {
   std::int64_t tokens = 32768;        ///< Tokens of the tuned domains that the preference statistics are taken over.
-  std::int64_t max_sequences = 1024;  ///< Bound of the per-sequence part.
+  std::string split = "held_out";     ///< held_out | train
+  std::int64_t prompt_tokens = 0;     ///< Leading tokens that are the prompt of a text without one; 0: none.
+  std::int64_t max_sequences = 1024;  ///< Bound of the per-sequence part; 0: all.
+  bool write_prompts = false;         ///< Also write prompts.jsonl.
+  PredictorOptions predictor;
   FieldList fields();
 };
 
@@ -91,6 +113,7 @@ struct EvaluateOptions {
   std::vector<std::string> policies = {"lru", "lfu", "belady"};
   double gamma = 0.9;                             ///< Of the gamma-cache.
   std::vector<std::int64_t> segments = {16, 64};  ///< Steps per segment of the segment metrics; empty: none.
+  std::vector<std::int64_t> static_set = {0};     ///< C of the static-set test; 0: E/4, at least K; empty: none.
   FieldList fields();
 };
 
