@@ -108,6 +108,53 @@ TEST_CASE("Repetitive data is compressed") {
   CHECK(H5File::open(folder.path() / "a.h5").read_ints("/v") == values);
 }
 
+TEST_CASE("HDF5 datasets grow by rows, are overwritten in place and read by range") {
+  const TemporaryFolder folder;
+  SplitMix64 random(5);
+  for (const std::int64_t chunk_rows : {1, 3, 8}) {
+    for (const int level : {0, 1, 6}) {
+      const std::filesystem::path path = folder.path() / "a.h5";
+      std::vector<std::uint16_t> expected;
+      std::vector<std::string> texts;
+      H5File file = H5File::create(path);
+      file.create_rows("/deep/v", H5Type::kUInt16, {2, 3}, {chunk_rows, level, true});
+      file.create_string_rows("/t", chunk_rows);
+      for (int round = 0; round < 12; ++round) {
+        const auto stored = static_cast<std::int64_t>(texts.size());
+        const auto first = static_cast<std::int64_t>(random.below(static_cast<std::uint64_t>(stored + 1)));
+        const auto count = static_cast<std::int64_t>(random.below(5));
+        std::vector<std::uint16_t> values(static_cast<std::size_t>(count * 6));
+        std::generate(values.begin(), values.end(), [&] { return static_cast<std::uint16_t>(random.next()); });
+        std::vector<std::string> words;
+        for (std::int64_t i = 0; i < count; ++i) {
+          words.push_back(fmt::format("word {}", random.below(1000)));
+        }
+        file.write_rows("/deep/v", H5Type::kUInt16, first, count, values.data());
+        file.write_string_rows("/t", first, words);
+        expected.resize(std::max(expected.size(), static_cast<std::size_t>((first + count) * 6)));
+        texts.resize(std::max(texts.size(), static_cast<std::size_t>(first + count)));
+        std::copy(values.begin(), values.end(), expected.begin() + first * 6);
+        std::copy(words.begin(), words.end(), texts.begin() + first);
+        CHECK(file.read_uint16_rows("/deep/v", 0, static_cast<std::int64_t>(texts.size())) == expected);
+      }
+      file.close();
+      const H5File back = H5File::open(path);
+      const auto stored = static_cast<std::int64_t>(texts.size());
+      CHECK(back.shape("/deep/v") == std::vector<std::int64_t>{stored, 2, 3});
+      CHECK(back.chunk_rows("/deep/v") == chunk_rows);
+      CHECK(back.read_strings("/t") == texts);
+      const std::vector<std::int64_t> part = back.read_int_rows("/deep/v", stored / 2, 1);
+      CHECK(std::equal(part.begin(), part.end(), expected.begin() + stored / 2 * 6));
+      CHECK(back.read_float_rows("/deep/v", stored - 1, 1).size() == 6);
+      CHECK(back.read_string_rows("/t", stored - 1, 1).front() == texts.back());
+      CHECK(back.read_int_rows("/deep/v", stored, 0).empty());
+      CHECK_THROWS_AS(back.read_int_rows("/deep/v", stored, 1), std::out_of_range);
+      CHECK_THROWS_AS(back.read_int_rows("/deep/v", -1, 1), std::out_of_range);
+      CHECK_THROWS_AS(back.read_string_rows("/deep/v", 0, 1), InputError);
+    }
+  }
+}
+
 TEST_CASE("HDF5 texts and attributes come back") {
   const TemporaryFolder folder;
   const std::filesystem::path path = folder.path() / "a.h5";

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
+#include <memory>
 #include <set>
 
 #include <ATen/Parallel.h>
@@ -433,4 +434,111 @@ TEST_CASE("bytes follow the dtype the experts are held in") {
   const DomainFigures& figures = arm.domains.at(1);
   CHECK(figures.cache.at(0).bytes_per_token == Approx(static_cast<double>(figures.cache.at(0).counts.loads) * 3 * 32 *
                                                       16 * 2 / static_cast<double>(figures.tokens)));
+}
+
+TEST_CASE("the static-set test restricts every token to the experts that the domain used most") {
+  MoeModel model = small_model();
+  const PackedData data = held_out_data();
+  EvaluateOptions options;
+  options.slots = {2};
+  options.policies = {"lru"};
+  options.segments.clear();
+  options.static_set = {8, 3, 0, 3};  // 0: E/4, which is K here
+  const ArmFigures arm = measure_arm(model, "tuned", data, {}, options, 64, true);
+  for (std::size_t domain = 0; domain < 2; ++domain) {
+    const DomainFigures& figures = arm.domains[domain];
+    REQUIRE(figures.static_sets.size() == 3);
+    CHECK(figures.static_sets[0].experts == 2);
+    CHECK(figures.static_sets[1].experts == 3);
+    // All experts: nothing is forbidden.
+    CHECK(figures.static_sets[2].experts == 8);
+    CHECK(figures.static_sets[2].share == 1.0);
+    CHECK(figures.static_sets[2].quality.nll_sum == figures.quality.nll_sum);
+    // By hand: uses counted over sequences run alone, then each run again with a selector of the test's own.
+    std::vector<std::map<int, int>> uses(2);
+    for (const TokenSequence& sequence : data.sequences) {
+      if (sequence.domain != static_cast<std::int32_t>(domain)) {
+        continue;
+      }
+      const Alone alone = run_alone(model, sequence);
+      for (std::size_t layer = 0; layer < 2; ++layer) {
+        for (const Step& step : alone.steps[layer]) {
+          for (const int expert : step) {
+            uses[layer][expert] += 1;
+          }
+        }
+      }
+    }
+    struct Listed : Selector {
+      std::vector<std::vector<int>> allowed{2};
+      torch::Tensor select(const torch::Tensor& logits_TE, std::int64_t top_k, std::int64_t layer,
+                           const TokenBatch& /*batch*/) override {
+        torch::Tensor selected = torch::empty({logits_TE.size(0), top_k}, torch::kInt64);
+        for (std::int64_t t = 0; t < logits_TE.size(0); ++t) {
+          std::vector<std::pair<float, int>> order;
+          for (const int expert : allowed[static_cast<std::size_t>(layer)]) {
+            order.emplace_back(-logits_TE[t][expert].item<float>(), expert);
+          }
+          std::sort(order.begin(), order.end());
+          for (std::int64_t k = 0; k < top_k; ++k) {
+            selected[t][k] = order[static_cast<std::size_t>(k)].second;
+          }
+        }
+        return selected;
+      }
+    };
+    const auto selector = std::make_shared<Listed>();
+    double inside = 0.0;
+    double all = 0.0;
+    for (std::size_t layer = 0; layer < 2; ++layer) {
+      std::vector<std::pair<int, int>> order;
+      for (int expert = 0; expert < 8; ++expert) {
+        order.emplace_back(-uses[layer][expert], expert);
+        all += uses[layer][expert];
+      }
+      std::sort(order.begin(), order.end());
+      for (std::size_t i = 0; i < 3; ++i) {
+        selector->allowed[layer].push_back(order[i].second);
+        inside -= order[i].first;
+      }
+    }
+    model->set_selector(selector);
+    double nll = 0.0;
+    for (const TokenSequence& sequence : data.sequences) {
+      nll += sequence.domain == static_cast<std::int32_t>(domain) ? run_alone(model, sequence).nll : 0.0;
+    }
+    model->set_selector(std::make_shared<TopKSelector>());
+    CHECK(figures.static_sets[1].share == Approx(inside / all).epsilon(1e-12));
+    CHECK(figures.static_sets[1].quality.nll_sum == Approx(nll).epsilon(1e-5));
+    CHECK(figures.static_sets[1].quality.nll_sum != Approx(figures.quality.nll_sum).epsilon(1e-6));
+    CHECK(figures.static_sets[1].quality.labels == figures.quality.labels);
+  }
+  // The model is as it was.
+  options.static_set.clear();
+  const ArmFigures again = measure_arm(model, "tuned", data, {}, options, 64, true);
+  CHECK(again.domains[0].static_sets.empty());
+  CHECK(again.domains[0].quality.nll_sum == arm.domains[0].quality.nll_sum);
+  options.static_set = {1};
+  CHECK_THROWS_WITH(measure_arm(model, "tuned", data, {}, options, 64, true),
+                    Catch::Contains("evaluate.static_set") && Catch::Contains("(2 to 8) or 0, got 1"));
+  options.static_set = {9};
+  CHECK_THROWS_AS(measure_arm(model, "tuned", data, {}, options, 64, true), UsageError);
+}
+
+TEST_CASE("a router that is static already loses nothing in the static-set test") {
+  MoeModel model = small_model();
+  {
+    const torch::NoGradGuard no_grad;
+    for (torch::Tensor& router : model->routers()) {
+      router.zero_();  // ties: experts 0 and 1 for every token
+    }
+  }
+  EvaluateOptions options;
+  options.slots = {2};
+  options.policies = {"lru"};
+  options.static_set = {2};
+  for (const DomainFigures& figures : measure_arm(model, "tuned", held_out_data(), {}, options, 64, true).domains) {
+    CHECK(figures.static_sets.at(0).share == 1.0);
+    CHECK(figures.static_sets.at(0).quality.nll_sum == figures.quality.nll_sum);
+  }
 }
