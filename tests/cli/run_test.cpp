@@ -199,6 +199,56 @@ TEST_CASE("finetune, export and evaluate, one after the other") {
       CHECK(now.at("cache")[0] == before.at("cache")[2]);
     }
   }
+  for (const Json& arm : printed.at("arms")) {
+    for (const Json& domain : arm.at("domains")) {  // a quarter of the experts, unless the recipe says otherwise
+      REQUIRE(domain.at("static_set").size() == 1);
+      CHECK(domain.at("static_set")[0].at("experts") == 2);
+      CHECK(domain.at("static_set")[0].at("share") < 1.0);
+      CHECK(domain.at("static_set")[0].at("perplexity").get<double>() > 1.0);
+    }
+  }
+  CHECK_THAT(table, Catch::Contains("ppl@2"));
+
+  // Letters have no prompts: the predictor wants to be told which tokens are one.
+  check_complaint(
+      project.run({"export", "runs/moved", "export.predictor.enabled=true", "--quiet"}), 2,
+      {"export.predictor.enabled=true on the command line", "no text of data.train has one", "export.prompt_tokens"});
+  check_complaint(project.run({"export", "runs/moved", "--output", "predicting", "--quiet", "export.prompt_tokens=8",
+                               "export.predictor.enabled=true", "export.predictor.embeddings=none.safetensors"}),
+                  3, {"none.safetensors"});
+  CHECK_FALSE(exists(project, "predicting/preferences.h5"));
+  CHECK_FALSE(exists(project, "predicting/manifest.json"));
+  const Outcome predicting =
+      project.run({"export", "runs/moved", "--output", "predicting", "--quiet", "export.prompt_tokens=8",
+                   "export.write_prompts=true", "export.predictor.enabled=true", "export.predictor.hidden_size=8"});
+  CHECK(done(predicting) == "predicting\n");
+  CHECK_THAT(predicting.err, Catch::Contains("Preference predictor") && Catch::Contains("mean_popularity"));
+  const Json predictor = read_json_file(project.path() / "predicting/manifest.json").at("predictor");
+  CHECK(predictor.at("embedding_size") == 16);
+  CHECK(predictor.at("methods").size() == 5);
+  CHECK(predictor.at("train_sequences").get<int>() + predictor.at("held_out_sequences").get<int>() +
+            predictor.at("left_out_sequences").get<int>() ==
+        9);
+  const PreferenceReader with_predictor(project.path() / "predicting/preferences.h5");
+  REQUIRE(with_predictor.predictor().has_value());
+  CHECK(with_predictor.predictor()->report.best_by_requests == predictor.at("best_by_requests").get<std::string>());
+  for (const std::int64_t prompt : with_predictor.rows(PreferenceRouter::kTuned, 0, 9).num_prompt_tokens) {
+    CHECK((prompt == 8 || prompt == 0));
+  }
+  std::int64_t prompts = 0;
+  read_json_lines(project.path() / "predicting/prompts.jsonl", [&](std::int64_t, const Json& line) {
+    CHECK(line.at("task") == "letters");
+    CHECK_FALSE(line.at("prompt").get<std::string>().empty());
+    prompts += 1;
+  });
+  CHECK(prompts == predictor.at("train_sequences").get<int>() + predictor.at("held_out_sequences").get<int>());
+  CHECK_THAT(done(project.run({"inspect", "predicting"})),
+             Catch::Contains("predictor") && Catch::Contains("best at 2"));
+  const Json compared = Json::parse(done(project.run(
+      {"evaluate", "runs/moved", "--bundle", "predicting", "evaluate.static_set=[]", "--json", "--quiet"})));
+  CHECK(compared.at("predictor") == predictor);
+  CHECK(compared.at("arms")[0].at("domains")[0].at("static_set").empty());
+
   CHECK(done(project.run({"export", "runs/moved", "--output", "elsewhere", "--quiet"})) == "elsewhere\n");
   CHECK(project.read("elsewhere/router.safetensors") == router);
   check_complaint(project.run({"evaluate", "letters"}), 3, {"letters: not a run directory", "recipe.yaml"});

@@ -52,7 +52,7 @@ struct PreferenceWriterOptions {
   std::int64_t buffer_bytes = std::int64_t{32}
                               << 20;  ///< Rows held in memory before they are written; at least one chunk.
   std::int64_t chunk_bytes = std::int64_t{32} << 10;  ///< Uncompressed size of one chunk; at least one row.
-  int deflate_level = 1;                               ///< 1 to 9; 0: not compressed.
+  int deflate_level = 1;                              ///< 1 to 9; 0: not compressed.
   bool shuffle = true;
 };
 
