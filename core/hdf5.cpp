@@ -284,7 +284,7 @@ struct H5File::Impl {
     }
     if (first + count > extent[0]) {
       std::vector<hsize_t> grown(extent.begin(), extent.end());
-      grown[0] = static_cast<hsize_t>(first + count);
+      grown[0] = static_cast<hsize_t>(first) + static_cast<hsize_t>(count);
       if (H5Dset_extent(dataset.get(), grown.data()) < 0) {
         throw write_error("dataset " + name);
       }

@@ -396,6 +396,7 @@ void PreferenceWriter::flush_chunk(std::int64_t chunk) {
   const auto count = static_cast<std::int64_t>(rows.size());
   const auto write_numbers = [&](const char* name, std::int64_t Row::*member) {
     std::vector<std::int64_t> values;
+    values.reserve(rows.size());
     for (const Row* row : rows) {
       values.push_back(row->*member);
     }

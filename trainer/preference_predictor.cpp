@@ -61,6 +61,7 @@ void descend(Weights& weights, const torch::Tensor& x_ND, const torch::Tensor& t
   const std::int64_t layers = target_NLE.size(1);
   std::vector<torch::Tensor> parameters = {weights.w1, weights.b1, weights.w2, weights.b2};
   std::vector<torch::Tensor> velocity;
+  velocity.reserve(parameters.size());
   for (const torch::Tensor& parameter : parameters) {
     velocity.push_back(torch::zeros_like(parameter));
   }
@@ -99,9 +100,9 @@ void descend(Weights& weights, const torch::Tensor& x_ND, const torch::Tensor& t
 }
 
 // One guess against what the held-out sequences did.
-class Comparison {
+class GuessScore {
  public:
-  Comparison(std::string method, const std::vector<std::int64_t>& slots, std::int64_t num_experts)
+  GuessScore(std::string method, const std::vector<std::int64_t>& slots, std::int64_t num_experts)
       : slots_(slots), num_experts_(num_experts), served_(slots.size(), 0) {
     figures_.method = std::move(method);
     figures_.probability_recall.assign(slots.size(), 0.0);
@@ -182,7 +183,7 @@ PredictorReport compare(const PreferencePredictor& predictor, const PredictorExa
   const auto ints_of = [&](const torch::Tensor& tensor, std::int64_t row) {
     return std::span<const int>(tensor.const_data_ptr<int>() + static_cast<std::size_t>(row) * width, width);
   };
-  std::vector<Comparison> methods;
+  std::vector<GuessScore> methods;
   for (const char* name : {kPredictor, "mean_popularity", "prompt_routing", "nearest_prompt", kAnswer}) {
     methods.emplace_back(name, slots, experts);
   }
@@ -206,7 +207,7 @@ PredictorReport compare(const PreferencePredictor& predictor, const PredictorExa
   const auto decisive = static_cast<std::size_t>(std::find(slots.begin(), slots.end(), decisive_slots) - slots.begin());
   const PredictorFigures* most = nullptr;
   const PredictorFigures* nearest = nullptr;
-  for (const Comparison& method : methods) {
+  for (const GuessScore& method : methods) {
     report.figures.push_back(method.figures());
   }
   for (const PredictorFigures& figures : report.figures) {

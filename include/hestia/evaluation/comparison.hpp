@@ -70,7 +70,7 @@ struct ArmFigures {
 };
 
 /// A whole comparison.
-struct Comparison {
+struct Comparison {              // NOLINT(bugprone-exception-escape): the check takes Json's move for one that throws
   std::vector<ArmFigures> arms;  ///< baseline first.
   std::int64_t num_layers = 0;
   std::int64_t num_experts = 0;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -96,9 +97,9 @@ class PreferenceWriter {
     std::string task;
     std::int64_t num_prompt_tokens = 0;
     std::int64_t num_tokens = 0;
-    std::vector<std::uint16_t> count[2];
-    std::vector<std::uint16_t> mean_probability[2];  // half bits
-    std::vector<std::uint16_t> prompt_count[2];
+    std::array<std::vector<std::uint16_t>, 2> count;
+    std::array<std::vector<std::uint16_t>, 2> mean_probability;  // half bits
+    std::array<std::vector<std::uint16_t>, 2> prompt_count;
   };
   void create_datasets();
   [[nodiscard]] std::optional<std::int64_t> next_slot();
@@ -115,7 +116,7 @@ class PreferenceWriter {
   std::int64_t num_stored_ = 0;
   std::int64_t num_written_ = 0;         // of the stored ones, how many have a place in the file
   std::map<std::int64_t, Row> pending_;  // by place: new ones, and written ones that were replaced
-  Totals totals_[2];
+  std::array<Totals, 2> totals_;
   std::unique_ptr<AtomicFile> target_;
   std::optional<H5File> file_;
 };

@@ -312,9 +312,9 @@ PreferencePredictor random_predictor(SplitMix64& random) {
       values.push_back(static_cast<float>(4.0 * random.uniform() - 2.0));
     }
   };
-  fill_with(predictor.hidden_weight, 7 * 5);
+  fill_with(predictor.hidden_weight, 35);
   fill_with(predictor.hidden_bias, 7);
-  fill_with(predictor.output_weight, kLayers * kExperts * 7);
+  fill_with(predictor.output_weight, kLayers * kExperts * std::int64_t{7});
   fill_with(predictor.output_bias, kLayers * kExperts);
   predictor.report = {
       8,
