@@ -76,11 +76,12 @@ std::vector<std::int64_t> static_sets_of(const EvaluateOptions& options, const A
 void count_selections(const SequenceRouting& routing, std::vector<std::int64_t>& counts) {
   counts.resize(static_cast<std::size_t>(routing.num_layers * routing.num_experts), 0);
   for (std::int64_t layer = 0; layer < routing.num_layers; ++layer) {
-    const auto begin =
-        static_cast<std::size_t>((layer * routing.num_tokens + routing.num_prompt_tokens) * routing.top_k);
-    const auto end = static_cast<std::size_t>((layer + 1) * routing.num_tokens * routing.top_k);
-    for (std::size_t i = begin; i < end; ++i) {
-      counts[static_cast<std::size_t>(layer * routing.num_experts) + routing.selected[i]] += 1;
+    for (std::int64_t token = 0; token < routing.num_tokens; ++token) {
+      const std::int64_t row = layer * routing.num_tokens + token;
+      for (std::int64_t k = 0; k < routing.top_k && routing.is_counted(token); ++k) {
+        const std::uint16_t expert = routing.selected[static_cast<std::size_t>(row * routing.top_k + k)];
+        counts[static_cast<std::size_t>(layer * routing.num_experts + expert)] += 1;
+      }
     }
   }
 }

@@ -6,6 +6,7 @@
 #include "hestia/routing/metrics.hpp"
 #include "hestia/routing/preferences.hpp"
 #include "routing_fixtures.hpp"
+#include "temporary_folder.hpp"
 
 namespace hestia {
 namespace {
@@ -54,7 +55,8 @@ TEST_CASE("later questions of a conversation are prompt to metrics, statistics, 
   SplitMix64 random(51);
   for (int round = 0; round < 20; ++round) {
     RoutingMetrics metrics(kLayers, kExperts, kTopK, {0, 1}, 0);
-    PreferenceRecorder recorder(kLayers, kExperts, {0, 1}, 100, 1);
+    const TemporaryFolder folder;
+    PreferenceWriter writer(folder.path() / "preferences.h5", kLayers, kExperts, {0, 1});
     RouterAgreement agreement;
     std::vector<std::int64_t> counts(kLayers * kExperts, 0);
     std::vector<double> sums(kLayers * kExperts, 0.0);
@@ -69,7 +71,7 @@ TEST_CASE("later questions of a conversation are prompt to metrics, statistics, 
         std::copy(chosen.begin(), chosen.end(), base.selected.begin() + row * kTopK);
       }
       metrics.add(tuned);
-      recorder.add(base, tuned);
+      writer.add(base, tuned);
       agreement.add(base, tuned);
       std::int64_t of_this = 0;
       for (std::int64_t token = 0; token < tuned.num_tokens; ++token) {
@@ -102,7 +104,7 @@ TEST_CASE("later questions of a conversation are prompt to metrics, statistics, 
     simulation.slots = 3;
     const SimulationCounts simulated = metrics.simulate(simulation);
     CHECK(simulated.requests == requests);
-    const PreferenceAggregate aggregate = recorder.aggregate_tuned();
+    const PreferenceAggregate aggregate = writer.aggregate(PreferenceRouter::kTuned);
     CHECK(aggregate.count == counts);
     for (std::size_t i = 0; i < sums.size(); ++i) {
       CHECK(aggregate.mean_probability[i] == Approx(sums[i] / static_cast<double>(counted)));
@@ -116,12 +118,13 @@ TEST_CASE("flags of counted tokens must fit the sequence, and be those of both r
   SequenceRouting sequence = random_conversation(random, 0);
   SequenceRouting other = sequence;
   other.counted.back() = 0;
-  PreferenceRecorder recorder(kLayers, kExperts, {0, 1}, 100, 1);
+  const TemporaryFolder folder;
+  PreferenceWriter writer(folder.path() / "preferences.h5", kLayers, kExperts, {0, 1});
   RouterAgreement agreement;
-  CHECK_THROWS_AS(recorder.add(sequence, other), std::invalid_argument);
+  CHECK_THROWS_AS(writer.add(sequence, other), std::invalid_argument);
   CHECK_THROWS_AS(agreement.add(sequence, other), std::invalid_argument);
   sequence.counted.pop_back();
-  CHECK_THROWS_AS(recorder.add(sequence, sequence), std::invalid_argument);
+  CHECK_THROWS_AS(writer.add(sequence, sequence), std::invalid_argument);
   CHECK_THROWS_AS(agreement.add(sequence, sequence), std::invalid_argument);
   RoutingMetrics metrics(kLayers, kExperts, kTopK, {0, 1}, 0);
   CHECK_THROWS_WITH(metrics.add(sequence), Catch::Contains("flags of counted tokens"));
