@@ -411,6 +411,18 @@ Json architecture_config(const Architecture& architecture) {
   return config;
 }
 
+void set_config_top_k(Json& config, const Architecture& architecture, std::int64_t top_k) {
+  for (const ConfigKey& row : family_of(architecture).keys) {
+    const auto* field = std::get_if<std::int64_t Architecture::*>(&row.field);
+    if (field != nullptr && *field == &Architecture::top_k) {
+      config[row.key] = top_k;
+      return;
+    }
+  }
+  throw std::invalid_argument(
+      fmt::format("architecture: family \"{}\" has no key for experts per token", architecture.family));
+}
+
 std::vector<TensorSpec> tensor_specs(const Architecture& architecture) {
   const Family& family = family_of(architecture);
   std::vector<TensorSpec> specs;

@@ -8,6 +8,7 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 
+#include "check_tensor.hpp"
 #include "hestia/core/error.hpp"
 #include "hestia/core/files.hpp"
 #include "hestia/core/random.hpp"
@@ -20,20 +21,6 @@ namespace {
 
 bool is_convertible(DType dtype) {
   return dtype == DType::kF32 || dtype == DType::kBF16 || dtype == DType::kF16 || dtype == DType::kF64;
-}
-
-// One tensor of a file against what the model wants of it.
-void check_tensor(const std::string& subject, const TensorView& view, const std::vector<std::int64_t>& shape,
-                  Problems& problems) {
-  if (view.shape != shape) {
-    problems.add(
-        fmt::format("{}: tensor \"{}\" must have shape [{}], got [{}]; config and weights do not belong "
-                    "together",
-                    subject, view.name, fmt::join(shape, ", "), fmt::join(view.shape, ", ")));
-  } else if (!is_convertible(view.dtype)) {
-    problems.add(fmt::format("{}: tensor \"{}\" must be F32, BF16, F16 or F64, got {}; give an unquantised checkpoint",
-                             subject, view.name, std::string(dtype_name(view.dtype))));
-  }
 }
 
 // Tensors that savers add although they hold nothing new.
@@ -67,6 +54,49 @@ std::vector<std::pair<std::string, torch::Tensor>> named_routers(MoeModel& model
 }
 
 }  // namespace
+
+void check_tensor(const std::string& subject, const TensorView& view, const std::vector<std::int64_t>& shape,
+                  Problems& problems) {
+  if (view.shape != shape) {
+    problems.add(
+        fmt::format("{}: tensor \"{}\" must have shape [{}], got [{}]; config and weights do not belong "
+                    "together",
+                    subject, view.name, fmt::join(shape, ", "), fmt::join(view.shape, ", ")));
+  } else if (!is_convertible(view.dtype)) {
+    problems.add(fmt::format("{}: tensor \"{}\" must be F32, BF16, F16 or F64, got {}; give an unquantised checkpoint",
+                             subject, view.name, std::string(dtype_name(view.dtype))));
+  }
+}
+
+void check_present(const SafetensorsFile& file, std::string_view kind, const std::string& name,
+                   const std::vector<std::int64_t>& shape, Problems& problems) {
+  if (file.contains(name)) {
+    check_tensor(file.path().string(), file.tensor(name), shape, problems);
+  } else {
+    problems.add(fmt::format("{}: {} \"{}\" [{}] is missing; this file belongs to another model", file.path().string(),
+                             kind, name, fmt::join(shape, ", ")));
+  }
+}
+
+void check_nothing_else(const SafetensorsFile& file, std::string_view kind,
+                        const std::set<std::string, std::less<>>& wanted, Problems& problems) {
+  for (const std::string& name : file.names()) {
+    if (!wanted.contains(name)) {
+      problems.add(fmt::format("{}: tensor \"{}\" is not {} of this model; this file belongs to another model",
+                               file.path().string(), name, kind));
+    }
+  }
+}
+
+void check_routers(const SafetensorsFile& file, const Architecture& architecture, Problems& problems) {
+  std::set<std::string, std::less<>> wanted;
+  for (const std::int64_t layer : architecture.moe_layers()) {
+    const std::string name = router_name(architecture, layer);
+    wanted.insert(name);
+    check_present(file, "router", name, {architecture.num_experts, architecture.hidden_size}, problems);
+  }
+  check_nothing_else(file, "a router", wanted, problems);
+}
 
 MoeModel load_model(const std::filesystem::path& directory, torch::Dtype dtype, torch::Device device) {
   const Architecture architecture = read_architecture(directory);
@@ -153,27 +183,10 @@ void save_model(MoeModel& model, const std::filesystem::path& directory, torch::
 
 void load_routers(MoeModel& model, const std::filesystem::path& file) {
   const SafetensorsFile source(file);
-  auto routers = named_routers(model);
-  const std::string subject = file.string();
   Problems problems;
-  std::set<std::string, std::less<>> wanted;
-  for (const auto& [name, router] : routers) {
-    wanted.insert(name);
-    if (source.contains(name)) {
-      check_tensor(subject, source.tensor(name), router.sizes().vec(), problems);
-    } else {
-      problems.add(fmt::format("{}: router \"{}\" [{}] is missing; this file belongs to another model", subject, name,
-                               fmt::join(router.sizes().vec(), ", ")));
-    }
-  }
-  for (const std::string& name : source.names()) {
-    if (!wanted.contains(name)) {
-      problems.add(fmt::format("{}: tensor \"{}\" is not a router of this model; this file belongs to another model",
-                               subject, name));
-    }
-  }
+  check_routers(source, model->architecture(), problems);
   problems.throw_input_if_any();
-  for (auto& [name, router] : routers) {
+  for (auto& [name, router] : named_routers(model)) {
     copy_into(source.tensor(name), router);
   }
 }

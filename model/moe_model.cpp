@@ -1,5 +1,6 @@
 #include "hestia/model/moe_model.hpp"
 
+#include <cmath>
 #include <functional>
 #include <limits>
 #include <optional>
@@ -8,6 +9,8 @@
 
 #include <fmt/format.h>
 #include <torch/autograd.h>
+
+#include "hestia/model/adapters.hpp"
 
 namespace hestia {
 namespace {
@@ -98,9 +101,26 @@ struct Layer {
 
   [[nodiscard]] std::vector<Tensor> parameters() const {
     std::vector<Tensor> all;
-    for (const Tensor& tensor :
-         {input_norm, query, query_bias, key, key_bias, value, value_bias, output, output_bias, query_norm, key_norm,
-          post_attention_norm, router_ED, experts.gate_EFD, experts.up_EFD, experts.down_EDF}) {
+    for (const Tensor& tensor : {input_norm,
+                                 query,
+                                 query_bias,
+                                 key,
+                                 key_bias,
+                                 value,
+                                 value_bias,
+                                 output,
+                                 output_bias,
+                                 query_norm,
+                                 key_norm,
+                                 post_attention_norm,
+                                 router_ED,
+                                 experts.gate_EFD,
+                                 experts.up_EFD,
+                                 experts.down_EDF,
+                                 experts.adapters.up_a_ERD,
+                                 experts.adapters.up_b_EFR,
+                                 experts.adapters.down_a_ERF,
+                                 experts.adapters.down_b_EDR}) {
       if (tensor.defined()) {
         all.push_back(tensor);
       }
@@ -263,8 +283,8 @@ Tensor mixing_weights(const Architecture& a, const Tensor& probabilities_TE, con
 }
 
 LayerResult run_layer(const Architecture& a, const Layer& layer, std::int64_t index, const SharedInputs& shared,
-                      Selector& selector, Executor& executor, const Tensor& router_ED, const Tensor& hidden_BSD,
-                      const std::optional<Tensor>& selected_TK) {
+                      Selector& selector, Executor& executor, const Tensor& router_ED, const ExpertWeights& experts,
+                      const Tensor& hidden_BSD, const std::optional<Tensor>& selected_TK) {
   const Tensor attended =
       hidden_BSD + attend(a, layer, shared, RmsNorm::apply(hidden_BSD, layer.input_norm, a.rms_norm_eps));
   const Tensor x_TD = RmsNorm::apply(attended, layer.post_attention_norm, a.rms_norm_eps).reshape({-1, a.hidden_size});
@@ -282,7 +302,7 @@ LayerResult run_layer(const Architecture& a, const Layer& layer, std::int64_t in
     }
   }
   result.weights_TK = mixing_weights(a, result.probabilities_TE, result.selected_TK);
-  const Tensor mixed = executor.run(layer.experts, x_TD, result.selected_TK, result.weights_TK, index);
+  const Tensor mixed = executor.run(experts, x_TD, result.selected_TK, result.weights_TK, index);
   result.hidden_BSD = attended + mixed.view_as(attended);
   return result;
 }
@@ -299,6 +319,8 @@ struct MoeModelImpl::Impl {
   std::shared_ptr<Selector> selector = std::make_shared<TopKSelector>();
   std::shared_ptr<Executor> executor = std::make_shared<GroupedExecutor>();
   bool checkpointing = false;
+  std::int64_t reference_top_k = 0;
+  std::optional<AdapterSettings> adapter_settings;
 
   // The parameter of a tensor of the checkpoint; an expert's is the stacked one.
   Tensor& slot(const TensorSpec& spec) {
@@ -412,7 +434,8 @@ ModelOutput MoeModelImpl::forward(const TokenBatch& batch) {
     if (impl_->checkpointing && at::GradMode::is_enabled()) {
       LayerRun run = [a, layer, index, shared, selector = impl_->selector, executor = impl_->executor](
                          const Tensor& x, const std::optional<Tensor>& selected) {
-        return run_layer(a, *layer, index, *shared, *selector, *executor, layer->router_ED, x, selected);
+        return run_layer(a, *layer, index, *shared, *selector, *executor, layer->router_ED, layer->experts, x,
+                         selected);
       };
       const std::vector<Tensor> parameters = layer->parameters();
       variable_list outputs =
@@ -425,7 +448,7 @@ ModelOutput MoeModelImpl::forward(const TokenBatch& batch) {
       record.weights_TK = mixing_weights(a, record.probabilities_TE, record.selected_TK);
     } else {
       LayerResult result = run_layer(a, *layer, index, *shared, *impl_->selector, *impl_->executor, layer->router_ED,
-                                     hidden, std::nullopt);
+                                     layer->experts, hidden, std::nullopt);
       hidden = result.hidden_BSD;
       record.logits_TE = result.logits_TE;
       record.probabilities_TE = result.probabilities_TE;
@@ -443,7 +466,8 @@ ModelOutput MoeModelImpl::forward_reference(const TokenBatch& batch) {
   const torch::NoGradGuard no_grad;
   check_batch(batch);
   const SharedInputs shared = impl_->shared_inputs(batch);
-  const Architecture& a = impl_->architecture;
+  Architecture a = impl_->architecture;
+  a.top_k = impl_->reference_top_k;
   ModelOutput output;
   Tensor hidden = at::embedding(impl_->embedding, batch.tokens_BS);
   for (std::size_t i = 0; i < impl_->layers.size(); ++i) {
@@ -451,8 +475,9 @@ ModelOutput MoeModelImpl::forward_reference(const TokenBatch& batch) {
     if (!layer.reference_router_ED.defined()) {
       throw std::logic_error("forward_reference: no reference routers; call keep_reference_routers first");
     }
+    const ExpertWeights base{layer.experts.gate_EFD, layer.experts.up_EFD, layer.experts.down_EDF};
     LayerResult result = run_layer(a, layer, static_cast<std::int64_t>(i), shared, *impl_->selector, *impl_->executor,
-                                   layer.reference_router_ED, hidden, std::nullopt);
+                                   layer.reference_router_ED, base, hidden, std::nullopt);
     hidden = result.hidden_BSD;
     output.routing.push_back(
         {result.logits_TE, result.probabilities_TE, result.selected_TK, result.weights_TK, result.reference_logits_TE});
@@ -481,6 +506,41 @@ void MoeModelImpl::keep_reference_routers() {
   for (const auto& layer : impl_->layers) {
     layer->reference_router_ED = layer->router_ED.detach().clone();
   }
+  impl_->reference_top_k = impl_->architecture.top_k;
+}
+
+void MoeModelImpl::set_top_k(std::int64_t top_k) {
+  if (top_k < 1 || top_k > impl_->architecture.num_experts) {
+    throw std::invalid_argument(fmt::format("model: experts per token must be between 1 and {}, got {}",
+                                            impl_->architecture.num_experts, top_k));
+  }
+  impl_->architecture.top_k = top_k;
+}
+
+void MoeModelImpl::add_adapters(const AdapterSettings& settings) {
+  if (settings.rank < 1 || !std::isfinite(settings.alpha) || settings.alpha <= 0.0) {
+    throw std::invalid_argument(
+        fmt::format("model: adapters need a rank of at least 1 and a finite positive alpha, got {} and {}",
+                    settings.rank, settings.alpha));
+  }
+  const Architecture& a = impl_->architecture;
+  const auto zeros = [&](std::int64_t rows, std::int64_t columns) {
+    return torch::zeros({a.num_experts, rows, columns},
+                        torch::TensorOptions().dtype(impl_->dtype).device(impl_->device));
+  };
+  for (const auto& layer : impl_->layers) {
+    layer->experts.adapters = {zeros(settings.rank, a.hidden_size), zeros(a.expert_intermediate_size, settings.rank),
+                               zeros(settings.rank, a.expert_intermediate_size), zeros(a.hidden_size, settings.rank),
+                               settings.alpha / static_cast<double>(settings.rank)};
+  }
+  impl_->adapter_settings = settings;
+}
+
+void MoeModelImpl::remove_adapters() {
+  for (const auto& layer : impl_->layers) {
+    layer->experts.adapters = {};
+  }
+  impl_->adapter_settings.reset();
 }
 
 void MoeModelImpl::set_activation_checkpointing(bool enabled) {
@@ -503,6 +563,40 @@ std::vector<torch::Tensor> MoeModelImpl::routers() {
   std::vector<Tensor> result;
   for (const auto& layer : impl_->layers) {
     result.push_back(layer->router_ED);
+  }
+  return result;
+}
+
+std::optional<AdapterSettings> MoeModelImpl::adapter_settings() const noexcept {
+  return impl_->adapter_settings;
+}
+
+std::vector<torch::Tensor> MoeModelImpl::adapters() {
+  std::vector<Tensor> result;
+  for (const auto& layer : impl_->layers) {
+    const ExpertAdapters& adapters = layer->experts.adapters;
+    if (adapters.defined()) {
+      result.insert(result.end(), {adapters.up_a_ERD, adapters.up_b_EFR, adapters.down_a_ERF, adapters.down_b_EDR});
+    }
+  }
+  return result;
+}
+
+std::vector<std::pair<std::string, torch::Tensor>> MoeModelImpl::named_adapters() {
+  const torch::NoGradGuard no_grad;
+  std::vector<std::pair<std::string, Tensor>> result;
+  if (!impl_->adapter_settings) {
+    return result;
+  }
+  for (const TensorSpec& spec : tensor_specs(impl_->architecture)) {
+    if (takes_adapters(spec)) {
+      const bool up = spec.part == TensorPart::kExpertUp;
+      const ExpertAdapters& adapters = impl_->layers.at(static_cast<std::size_t>(spec.layer))->experts.adapters;
+      result.emplace_back(adapter_name(spec.name, 'A'),
+                          (up ? adapters.up_a_ERD : adapters.down_a_ERF).select(0, spec.expert));
+      result.emplace_back(adapter_name(spec.name, 'B'),
+                          (up ? adapters.up_b_EFR : adapters.down_b_EDR).select(0, spec.expert));
+    }
   }
   return result;
 }

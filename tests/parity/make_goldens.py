@@ -2,7 +2,7 @@
 
     build/venv/bin/pip install transformers==5.23.0
     build/venv/bin/python tests/parity/make_goldens.py            # writes tests/parity/goldens/<case>/
-    build/venv/bin/python tests/parity/make_goldens.py --check DIR   # loads a directory that Hestia saved
+    build/venv/bin/python tests/parity/make_goldens.py --check DIR...   # loads directories that Hestia saved
 
 Every case is a model directory (config.json, model.safetensors) and golden.safetensors: tokens [S] int64, logits
 [S, V] float32, router_logits [L, S, E] float32, selected [L, S, K] int64. Each switch of the family is on in one case
@@ -152,16 +152,17 @@ def check(directory):
     for name, ours, theirs in (("logits", expected["logits"], logits),
                                ("router_logits", expected["router_logits"], router_logits)):
         error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
-        print(f"{name}: largest difference {error:.2e} of the largest value")
+        print(f"{directory.name}, {name}: largest difference {error:.2e} of the largest value")
         assert error < 1e-4
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", type=pathlib.Path, metavar="DIR")
+    parser.add_argument("--check", type=pathlib.Path, metavar="DIR", nargs="+")
     arguments = parser.parse_args()
     if arguments.check:
-        check(arguments.check)
+        for directory in arguments.check:
+            check(directory)
         return
     if transformers.__version__ != PINNED:
         raise SystemExit(f"make_goldens.py: transformers must be {PINNED}, got {transformers.__version__}; "

@@ -1,15 +1,21 @@
 // Parity with transformers over the goldens that make_goldens.py wrote.
 
+#include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <filesystem>
 #include <set>
 
+#include <ATen/CPUGeneratorImpl.h>
 #include <fmt/format.h>
 #include <catch2/catch.hpp>
 
 #include "hestia/core/safetensors.hpp"
+#include "hestia/model/adapters.hpp"
 #include "hestia/model/moe_model.hpp"
 #include "hestia/model/tensors.hpp"
+#include "hestia/model/tuned_checkpoint.hpp"
+#include "temporary_folder.hpp"
 
 namespace {
 
@@ -173,6 +179,47 @@ TEST_CASE("packed rows with padding equal the same sequences run apart") {
           torch::equal(together.routing[layer].selected_TK.narrow(0, flat, length), apart.routing[layer].selected_TK));
     }
   }
+}
+
+TEST_CASE("transformers computes from an exported tuned model what Hestia computes with routers and adapters apart") {
+  const torch::NoGradGuard no_grad;
+  const TemporaryFolder folder;
+  std::string command =
+      fmt::format("'{}' -B '{}/tests/parity/make_goldens.py' --check", HESTIA_PYTHON, HESTIA_SOURCE_DIR);
+  for (const std::string& name : kCases) {
+    CAPTURE(name);
+    const Golden golden = load_golden(name);
+    MoeModel model = load_model(golden.directory, torch::kFloat32, torch::kCPU);
+    create_adapters(model, {4, 8.0}, 3);
+    auto generator = at::make_generator<at::CPUGeneratorImpl>(std::uint64_t{17});
+    const auto move = [&](Tensor& tensor, double scale) {
+      tensor.add_(torch::empty(tensor.sizes(), torch::kFloat32).normal_(0.0, scale, generator));
+    };
+    for (Tensor& router : model->routers()) {
+      move(router, 0.2);
+    }
+    for (auto& [adapter, tensor] : model->named_adapters()) {
+      move(tensor, 0.1);
+    }
+    model->set_top_k(std::max<std::int64_t>(1, model->architecture().top_k - 1));
+    TunedParts parts;
+    parts.routers = folder.path() / (name + ".router.safetensors");
+    parts.adapters = folder.path() / (name + ".adapters.safetensors");
+    parts.top_k = model->architecture().top_k;
+    save_routers(model, parts.routers);
+    save_adapters(model, *parts.adapters);
+    const std::filesystem::path directory = folder.path() / name;
+    write_tuned_checkpoint(golden.directory, parts, directory);
+
+    const ModelOutput output = model->forward(one_sequence(golden.tokens_S));
+    const Tensor logits_SV = model->head(output.hidden_BSD)[0];
+    CHECK(relative_error(logits_SV, golden.logits_SV) > 1e-2);  // the tuned parts are not lost in the tolerance
+    write_tensors(directory / "logits.safetensors", {{"tokens", golden.tokens_S},
+                                                     {"logits", logits_SV},
+                                                     {"router_logits", stacked(output, &RoutingRecord::logits_TE)}});
+    command += fmt::format(" '{}'", directory.string());
+  }
+  CHECK(std::system(command.c_str()) == 0);
 }
 
 TEST_CASE("CUDA gives the CPU's logits and selections", "[gpu]") {

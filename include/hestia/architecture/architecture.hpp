@@ -97,6 +97,8 @@ struct TensorSpec {
 /// The `config.json` that transformers reads back to the same model (OLMoE: architectures, rope_theta and
 /// rope_parameters).
 [[nodiscard]] Json architecture_config(const Architecture& architecture);
+/// Sets the experts per token in a `config.json` of the architecture's family; every other key stays.
+void set_config_top_k(Json& config, const Architecture& architecture, std::int64_t top_k);
 /// Every tensor a checkpoint must hold, with its Hugging Face name and shape.
 [[nodiscard]] std::vector<TensorSpec> tensor_specs(const Architecture& architecture);
 /// Name of the router matrix [E, D] of a model layer: `model.layers.3.mlp.gate.weight`.

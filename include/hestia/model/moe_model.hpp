@@ -1,13 +1,15 @@
 #pragma once
 
 // Letters: B rows, S row length, T = B*S tokens, D model dim, F expert hidden dim, E experts, K experts per token, L
-// MoE layers, V vocabulary.
+// MoE layers, R rank of adapters, V vocabulary.
 
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <torch/nn/module.h>
@@ -60,11 +62,30 @@ class TopKSelector : public Selector {
 /// Top-K with ties to the lower index on any device: int64 [T, K], by falling value.
 [[nodiscard]] torch::Tensor top_k_lowest_index(const torch::Tensor& values_TE, std::int64_t top_k);
 
+/// Low-rank updates (LoRA, Hu et al. 2021, arXiv 2106.09685) of the up and down projections of one MoE layer's experts,
+/// stacked, in the model's dtype: up'_e = up_e + scale * up_b_e up_a_e, down'_e = down_e + scale * down_b_e down_a_e.
+struct ExpertAdapters {
+  torch::Tensor up_a_ERD;
+  torch::Tensor up_b_EFR;
+  torch::Tensor down_a_ERF;
+  torch::Tensor down_b_EDR;
+  double scale = 0.0;  ///< alpha / R
+  /// False: the experts have none.
+  [[nodiscard]] bool defined() const { return up_a_ERD.defined(); }
+};
+
+/// What a set of adapters is made with: W' = W + (alpha / rank) B A.
+struct AdapterSettings {
+  std::int64_t rank = 0;
+  double alpha = 0.0;
+};
+
 /// The experts of one MoE layer, stacked. In the model's dtype.
 struct ExpertWeights {
   torch::Tensor gate_EFD;
   torch::Tensor up_EFD;
   torch::Tensor down_EDF;
+  ExpertAdapters adapters{};
 };
 
 /// Runs the selected experts and mixes their outputs. Replaceable: grouped products, or the slot cache of offloaded
@@ -73,15 +94,16 @@ class Executor {
  public:
   virtual ~Executor() = default;
   /// x_TD (model dtype), selected_TK int64, weights_TK float32 -> out_TD (model dtype):
-  /// out_t = sum_k w_tk * down_e(silu(gate_e x_t) * up_e x_t). Differentiable in x and weights, and in the experts when
-  /// they require it.
+  /// out_t = sum_k w_tk * down_e(silu(gate_e x_t) * up_e x_t), with up' and down' where there are adapters.
+  /// Differentiable in x and weights, and in the experts and adapters when they require it.
   [[nodiscard]] virtual torch::Tensor run(const ExpertWeights& experts, const torch::Tensor& x_TD,
                                           const torch::Tensor& selected_TK, const torch::Tensor& weights_TK,
                                           std::int64_t moe_layer) = 0;
 };
 
 /// Tokens sorted by expert, variable group sizes, nothing dropped. bf16 on CUDA: `at::_grouped_mm`, no host
-/// synchronisation; elsewhere one product per non-empty expert.
+/// synchronisation; elsewhere one product per non-empty expert. Adapters run as two low-rank products each, x A^T and
+/// that times B^T: no merged weight is ever made.
 class GroupedExecutor : public Executor {
  public:
   [[nodiscard]] torch::Tensor run(const ExpertWeights& experts, const torch::Tensor& x_TD,
@@ -89,7 +111,8 @@ class GroupedExecutor : public Executor {
                                   std::int64_t moe_layer) override;
 };
 
-/// Every token through every expert, unselected ones weighted 0: the slow reference of tests.
+/// Every token through every expert, unselected ones weighted 0, adapters merged into the weights: the slow reference
+/// of tests.
 class DenseExecutor : public Executor {
  public:
   [[nodiscard]] torch::Tensor run(const ExpertWeights& experts, const torch::Tensor& x_TD,
@@ -107,8 +130,9 @@ class MoeModelImpl : public torch::nn::Module {
 
   /// Forward up to the final norm, with one routing record per MoE layer.
   [[nodiscard]] ModelOutput forward(const TokenBatch& batch);
-  /// The same with the kept reference routers in place of the present ones, without gradient: the base model's forward,
-  /// as long as only routers train. Throws std::logic_error before `keep_reference_routers`.
+  /// The same with the kept reference routers and their K in place of the present ones, and without adapters: the base
+  /// model's forward, as long as only routers and adapters train. No gradient. Throws std::logic_error before
+  /// `keep_reference_routers`.
   [[nodiscard]] ModelOutput forward_reference(const TokenBatch& batch);
   /// Language-model head: hidden [..., D] -> logits [..., V] in the model's dtype.
   [[nodiscard]] torch::Tensor head(const torch::Tensor& hidden);
@@ -118,8 +142,17 @@ class MoeModelImpl : public torch::nn::Module {
 
   void set_selector(std::shared_ptr<Selector> selector);
   void set_executor(std::shared_ptr<Executor> executor);
-  /// Keeps a frozen float32 copy of every router as it is now; later forwards fill reference_logits_TE with it.
+  /// Keeps a frozen float32 copy of every router as it is now, and K; later forwards fill reference_logits_TE with it.
   void keep_reference_routers();
+  /// Experts per token from the next forward on; `architecture().top_k` follows. Throws std::invalid_argument unless
+  /// between 1 and E.
+  void set_top_k(std::int64_t top_k);
+  /// Gives every routed expert adapters of zeros, frozen, in place of any there are: the forward stays as it was. See
+  /// `create_adapters` (adapters.hpp) for a start that trains. Throws std::invalid_argument for a rank below 1 or an
+  /// alpha that is not finite and positive.
+  void add_adapters(const AdapterSettings& settings);
+  /// Takes the adapters away; the experts were never changed.
+  void remove_adapters();
   /// Recompute each layer in backward instead of keeping its activations.
   void set_activation_checkpointing(bool enabled);
 
@@ -129,10 +162,17 @@ class MoeModelImpl : public torch::nn::Module {
 
   /// Router matrices [E, D] float32, one per MoE layer, in layer order: the parameters themselves, not copies.
   [[nodiscard]] std::vector<torch::Tensor> routers();
+  /// Rank and alpha of the adapters; nullopt when there are none.
+  [[nodiscard]] std::optional<AdapterSettings> adapter_settings() const noexcept;
+  /// Adapters by MoE layer, each layer's up_a, up_b, down_a, down_b: the parameters themselves. Empty without adapters.
+  [[nodiscard]] std::vector<torch::Tensor> adapters();
+  /// Slices of the adapters, by layer and expert, under the name of the expert's matrix with `lora_A` or `lora_B`
+  /// before `weight`, as PEFT names them: `model.layers.3.mlp.experts.5.up_proj.lora_A.weight` [R, D].
+  [[nodiscard]] std::vector<std::pair<std::string, torch::Tensor>> named_adapters();
   /// Every parameter under its Hugging Face name, in the order of `tensor_specs`. Tensors are views of the parameters
   /// (an expert's matrix is a slice of the stacked one); no copies.
   [[nodiscard]] std::vector<std::pair<std::string, torch::Tensor>> named_tensors();
-  /// Parameters without slicing (stacked experts), for optimisers.
+  /// Parameters of the checkpoint without slicing (stacked experts), for optimisers. Adapters are not among them.
   [[nodiscard]] std::vector<torch::Tensor> all_parameters();
 
  private:
