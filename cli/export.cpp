@@ -1,11 +1,8 @@
 #include <iostream>
 #include <memory>
 
-#include <fmt/format.h>
-
 #include "arguments.hpp"
 #include "commands.hpp"
-#include "hestia/core/error.hpp"
 #include "hestia/trainer/tasks.hpp"
 
 namespace hestia {
@@ -23,19 +20,20 @@ struct ExportArguments {
 
 void add_export(CLI::App& app) {
   auto arguments = std::make_shared<ExportArguments>();
-  CLI::App* verb = app.add_subcommand("export", "write the tuned routers of a finished run as a router bundle");
+  CLI::App* verb =
+      app.add_subcommand("export", "write the tuned routers of a finished run as a router bundle or a model directory");
   add_recipe_arguments(*verb, arguments->recipe, "fine-tuning recipe, or the run directory it left");
-  verb->add_option("--to", arguments->to, "what to write: bundle (routers, preferences.h5, manifest)")
+  verb->add_option(
+          "--to", arguments->to,
+          "what to write: bundle (routers, adapters, preferences.h5, manifest), or hf (a whole model directory "
+          "for transformers, vLLM and others)")
       ->capture_default_str();
-  verb->add_option("--output", arguments->output, "folder to write (default: bundle/ in the run directory)");
+  verb->add_option("--output", arguments->output, "folder to write (default: bundle/ or hf/ in the run directory)");
   verb->add_flag("--quiet", arguments->quiet, "no progress bar");
   verb->footer("Example: hestia export recipes/quickstart.yaml");
   verb->callback([arguments] {
-    if (arguments->to != "bundle") {
-      throw UsageError(
-          fmt::format("--to must be bundle, got \"{}\"; this version writes router bundles only", arguments->to));
-    }
-    std::cout << run_export(load_recipe_or_run(arguments->recipe), arguments->output, arguments->quiet).string()
+    std::cout << run_export(load_recipe_or_run(arguments->recipe), arguments->to, arguments->output, arguments->quiet)
+                     .string()
               << "\n";
   });
 }

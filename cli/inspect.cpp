@@ -126,9 +126,14 @@ std::string predictor_text(const PreferencePredictor& predictor) {
 
 void inspect_bundle(const std::filesystem::path& directory) {
   const BundleManifest manifest = read_manifest(directory);
+  const std::int64_t base_top_k =
+      parse_architecture(manifest.architecture, (directory / "manifest.json").string() + ": architecture").top_k;
   Rows rows = {{"family", manifest.model_family},
                {"base model", fmt::format("{} (routers {:.12})", manifest.model_path, manifest.base_router_hash)},
                {"tuned routers", fmt::format("{:.12}", manifest.router_hash)},
+               {"experts per token", manifest.top_k == base_top_k
+                                         ? std::to_string(base_top_k)
+                                         : fmt::format("{}, the base model {}", manifest.top_k, base_top_k)},
                {"serve with", fmt::format("{} slots, {}, residency lambda {}", manifest.residency.slots,
                                           manifest.residency.policy, manifest.residency.lambda)}};
   for (const auto& [name, figures] : manifest.metrics.items()) {
@@ -136,6 +141,12 @@ void inspect_bundle(const std::filesystem::path& directory) {
   }
   const SafetensorsFile routers(directory / "router.safetensors");
   rows.emplace_back("router.safetensors", fmt::format("{} routers", routers.names().size()));
+  if (manifest.adapters) {
+    const SafetensorsFile adapters(directory / "adapters.safetensors");
+    rows.emplace_back("adapters.safetensors",
+                      fmt::format("LoRA, rank {}, alpha {:g}, {} matrices", manifest.adapters->rank,
+                                  manifest.adapters->alpha, adapters.names().size()));
+  }
   if (std::filesystem::exists(directory / "preferences.h5")) {
     const PreferenceReader preferences(directory / "preferences.h5");
     rows.emplace_back("preferences.h5", fmt::format("{} sequences in the aggregate, {} kept one by one",

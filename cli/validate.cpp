@@ -79,6 +79,11 @@ void check_model(const LoadedRecipe<FinetuneRecipe>& loaded, Complaints& complai
     complaints.collect([&] {
       static_cast<void>(make_routing_losses(loaded.recipe.losses, architecture.num_experts, architecture.top_k));
     });
+    complaints.collect([&] {
+      Problems problems;
+      check_train_fits(loaded.recipe.train, loaded.source, architecture, problems);
+      problems.throw_usage_if_any();
+    });
     for (const std::int64_t slots : loaded.recipe.evaluate.slots) {
       if (slots > architecture.num_experts) {
         complaints.add(ExitCode::kUsage,

@@ -267,6 +267,8 @@ ArmFigures measure_arm(MoeModel& model, const std::string& name, const PackedDat
   ArmFigures arm;
   arm.name = name;
   arm.router_hash = router_hash(model);
+  arm.top_k = architecture.top_k;
+  arm.adapters = model->adapter_settings().has_value();
   Progress progress(name, held_out.num_tokens() * static_cast<std::int64_t>(1 + static_sets.size()), "tok", quiet);
   const auto advance = [&](std::int64_t tokens) { progress.advance(tokens); };
   for (std::size_t domain = 0; domain < held_out.domains.size(); ++domain) {
@@ -373,6 +375,8 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const std::f
     for (std::size_t i = 0; i < base.size(); ++i) {
       model->routers()[i].copy_(base[i]);
     }
+    model->remove_adapters();
+    model->set_top_k(comparison.top_k);
   }
   arm(kBaselineArm, false);
   model->keep_reference_routers();
@@ -380,7 +384,7 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const std::f
   arm(kTunedArm);
   const auto control = latest_checkpoint(run_dir / "control");
   if (control && control->first == recipe.train.steps) {
-    load_routers(model, control->second / "router.safetensors");
+    load_checkpoint_weights(model, control->second);
     arm(kControlArm);
     std::swap(comparison.arms[1], comparison.arms[2]);
   } else if (recipe.control.enabled) {
@@ -428,7 +432,11 @@ Json comparison_json(const Comparison& comparison) {
     for (const DomainFigures& figures : arm.domains) {
       domains.push_back(domain_json(figures));
     }
-    json["arms"].push_back({{"name", arm.name}, {"router_hash", arm.router_hash}, {"domains", domains}});
+    json["arms"].push_back({{"name", arm.name},
+                            {"router_hash", arm.router_hash},
+                            {"top_k", arm.top_k},
+                            {"adapters", arm.adapters},
+                            {"domains", domains}});
   }
   json["delta"] = delta_json(comparison);
   return json;

@@ -53,6 +53,19 @@ std::string summary(const Comparison& comparison) {
   return out;
 }
 
+// Experts that a token of each router requests: "4", or "4 (baseline), 2 (tuned)".
+std::string requested_text(const Comparison& comparison) {
+  const auto same = [&](const ArmFigures& arm) { return arm.top_k == comparison.top_k; };
+  if (std::all_of(comparison.arms.begin(), comparison.arms.end(), same)) {
+    return std::to_string(comparison.top_k);
+  }
+  std::string text;
+  for (const ArmFigures& arm : comparison.arms) {
+    text += fmt::format("{}{} ({})", text.empty() ? "" : ", ", arm.top_k, arm.name);
+  }
+  return text;
+}
+
 constexpr std::size_t kGap = 2;
 
 struct Column {
@@ -158,7 +171,7 @@ std::string comparison_table(const Comparison& comparison) {
     out += fmt::format(
         "* tuned on. loads per token and layer, of {} requested; KiB per token (modelled) under {}; EOR expert overlap "
         "ratio; dist. distinct experts per sequence and layer; usageH entropy of mean expert usage{}\n\n",
-        comparison.top_k, policies.front(),
+        requested_text(comparison), policies.front(),
         static_sets.empty() ? "" : "; ppl@C when each layer has only the C experts that the domain uses most");
   }
   return out + summary(comparison);

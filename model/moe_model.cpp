@@ -282,6 +282,10 @@ Tensor mixing_weights(const Architecture& a, const Tensor& probabilities_TE, con
   return a.normalise_top_k ? weights_TK / weights_TK.sum(1, /*keepdim=*/true) : weights_TK;
 }
 
+ExpertWeights without_adapters(const ExpertWeights& experts) {
+  return {experts.gate_EFD, experts.up_EFD, experts.down_EDF};
+}
+
 LayerResult run_layer(const Architecture& a, const Layer& layer, std::int64_t index, const SharedInputs& shared,
                       Selector& selector, Executor& executor, const Tensor& router_ED, const ExpertWeights& experts,
                       const Tensor& hidden_BSD, const std::optional<Tensor>& selected_TK) {
@@ -316,6 +320,7 @@ struct MoeModelImpl::Impl {
   Tensor embedding, final_norm, head;  ///< `head` undefined when tied to the embedding
   // Shared with the graph of a checkpointed forward, which may outlive the model.
   std::vector<std::shared_ptr<Layer>> layers;
+  bool adapters_enabled = true;
   std::shared_ptr<Selector> selector = std::make_shared<TopKSelector>();
   std::shared_ptr<Executor> executor = std::make_shared<GroupedExecutor>();
   bool checkpointing = false;
@@ -430,12 +435,12 @@ ModelOutput MoeModelImpl::forward(const TokenBatch& batch) {
   for (std::size_t i = 0; i < impl_->layers.size(); ++i) {
     const std::shared_ptr<Layer>& layer = impl_->layers[i];
     const auto index = static_cast<std::int64_t>(i);
+    const ExpertWeights experts = impl_->adapters_enabled ? layer->experts : without_adapters(layer->experts);
     RoutingRecord record;
     if (impl_->checkpointing && at::GradMode::is_enabled()) {
-      LayerRun run = [a, layer, index, shared, selector = impl_->selector, executor = impl_->executor](
+      LayerRun run = [a, layer, index, shared, experts, selector = impl_->selector, executor = impl_->executor](
                          const Tensor& x, const std::optional<Tensor>& selected) {
-        return run_layer(a, *layer, index, *shared, *selector, *executor, layer->router_ED, layer->experts, x,
-                         selected);
+        return run_layer(a, *layer, index, *shared, *selector, *executor, layer->router_ED, experts, x, selected);
       };
       const std::vector<Tensor> parameters = layer->parameters();
       variable_list outputs =
@@ -448,7 +453,7 @@ ModelOutput MoeModelImpl::forward(const TokenBatch& batch) {
       record.weights_TK = mixing_weights(a, record.probabilities_TE, record.selected_TK);
     } else {
       LayerResult result = run_layer(a, *layer, index, *shared, *impl_->selector, *impl_->executor, layer->router_ED,
-                                     layer->experts, hidden, std::nullopt);
+                                     experts, hidden, std::nullopt);
       hidden = result.hidden_BSD;
       record.logits_TE = result.logits_TE;
       record.probabilities_TE = result.probabilities_TE;
@@ -475,7 +480,7 @@ ModelOutput MoeModelImpl::forward_reference(const TokenBatch& batch) {
     if (!layer.reference_router_ED.defined()) {
       throw std::logic_error("forward_reference: no reference routers; call keep_reference_routers first");
     }
-    const ExpertWeights base{layer.experts.gate_EFD, layer.experts.up_EFD, layer.experts.down_EDF};
+    const ExpertWeights base = without_adapters(layer.experts);
     LayerResult result = run_layer(a, layer, static_cast<std::int64_t>(i), shared, *impl_->selector, *impl_->executor,
                                    layer.reference_router_ED, base, hidden, std::nullopt);
     hidden = result.hidden_BSD;
@@ -541,6 +546,10 @@ void MoeModelImpl::remove_adapters() {
     layer->experts.adapters = {};
   }
   impl_->adapter_settings.reset();
+}
+
+void MoeModelImpl::set_adapters_enabled(bool enabled) {
+  impl_->adapters_enabled = enabled;
 }
 
 void MoeModelImpl::set_activation_checkpointing(bool enabled) {

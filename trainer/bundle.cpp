@@ -4,13 +4,16 @@
 
 #include "hestia/core/error.hpp"
 #include "hestia/core/files.hpp"
+#include "hestia/model/adapters.hpp"
 
 namespace hestia {
 
 namespace {
 
-constexpr std::int64_t kBundleFormat = 1;
+constexpr std::int64_t kBundleFormat = 2;
 constexpr const char* kBundleKind = "hestia router bundle";
+
+constexpr const char* kAdapterFile = "adapters.safetensors";
 
 std::filesystem::path manifest_path(const std::filesystem::path& directory) {
   return directory / "manifest.json";
@@ -36,6 +39,15 @@ void take(const Json& object, const char* key, const std::string& subject, Value
 void write_bundle(const std::filesystem::path& directory, MoeModel& tuned, const BundleManifest& manifest) {
   std::filesystem::create_directories(directory);
   save_routers(tuned, directory / "router.safetensors");
+  Json adapters;  // null: none
+  if (const std::optional<AdapterSettings> settings = tuned->adapter_settings()) {
+    save_adapters(tuned, directory / kAdapterFile);
+    adapters = {{"rank", settings->rank},
+                {"alpha", settings->alpha},
+                {"sha256", sha256_hex(MappedFile(directory / kAdapterFile).bytes())}};
+  } else {
+    std::filesystem::remove(directory / kAdapterFile);  // of an earlier export
+  }
   Json json;
   json["kind"] = kBundleKind;
   json["format_version"] = kBundleFormat;
@@ -44,6 +56,8 @@ void write_bundle(const std::filesystem::path& directory, MoeModel& tuned, const
   json["architecture"] = manifest.architecture;
   json["base_router_hash"] = manifest.base_router_hash;
   json["router_hash"] = manifest.router_hash;
+  json["top_k"] = tuned->architecture().top_k;
+  json["adapters"] = adapters;
   json["residency"] = {{"lambda", manifest.residency.lambda},
                        {"always_keep", manifest.residency.always_keep},
                        {"slots", manifest.residency.slots},
@@ -89,6 +103,26 @@ BundleManifest read_manifest(const std::filesystem::path& directory) {
   take(json, "metrics", subject, manifest.metrics, problems);
   take(json, "recipe", subject, manifest.recipe, problems);
   manifest.predictor = json.value("predictor", Json());
+  if (version >= 2) {
+    take(json, "top_k", subject, manifest.top_k, problems);
+    if (problems.empty() && manifest.top_k < 1) {
+      problems.add(fmt::format("{}: key \"top_k\" must be at least 1, got {}; export the bundle again", subject,
+                               manifest.top_k));
+    }
+    Json adapters;
+    take(json, "adapters", subject, adapters, problems);
+    if (adapters.is_object()) {
+      manifest.adapters.emplace();
+      take(adapters, "rank", subject + ": adapters", manifest.adapters->rank, problems);
+      take(adapters, "alpha", subject + ": adapters", manifest.adapters->alpha, problems);
+      take(adapters, "sha256", subject + ": adapters", manifest.adapters->sha256, problems);
+    } else if (!adapters.is_null()) {
+      problems.add(fmt::format("{}: key \"adapters\" must be an object or null, got {}; export the bundle again",
+                               subject, adapters.dump()));
+    }
+  } else if (manifest.architecture.is_object()) {
+    manifest.top_k = parse_architecture(manifest.architecture, subject + ": architecture").top_k;
+  }
   Json residency;
   take(json, "residency", subject, residency, problems);
   if (residency.is_object()) {
@@ -115,6 +149,21 @@ BundleManifest load_bundle(MoeModel& model, const std::filesystem::path& directo
                     "checkpoint it was tuned from",
                     directory.string(), manifest.model_path, manifest.base_router_hash, base));
   }
+  if (manifest.top_k > model->architecture().num_experts) {
+    throw InputError(
+        fmt::format("{}: key \"top_k\" must be at most the model's {} experts, got {}; export the bundle "
+                    "again",
+                    manifest_path(directory).string(), model->architecture().num_experts, manifest.top_k));
+  }
+  if (manifest.adapters) {
+    const std::string found = sha256_hex(MappedFile(directory / kAdapterFile).bytes());
+    if (found != manifest.adapters->sha256) {
+      throw InputError(
+          fmt::format("{}: adapters.safetensors does not match manifest.json (expected {:.12}), got {:.12}; export the "
+                      "bundle again",
+                      directory.string(), manifest.adapters->sha256, found));
+    }
+  }
   load_routers(model, directory / "router.safetensors");
   const std::string tuned = router_hash(model);
   if (tuned != manifest.router_hash) {
@@ -123,6 +172,12 @@ BundleManifest load_bundle(MoeModel& model, const std::filesystem::path& directo
                     "the bundle again",
                     directory.string(), manifest.router_hash, tuned));
   }
+  if (manifest.adapters) {
+    load_adapters(model, directory / kAdapterFile);
+  } else {
+    model->remove_adapters();
+  }
+  model->set_top_k(manifest.top_k);
   return manifest;
 }
 

@@ -45,9 +45,26 @@ FieldList DataOptions::fields() {
   return list;
 }
 
+FieldList LoraOptions::fields() {
+  FieldList list;
+  list.add("rank", rank, "of the low-rank update of each projection", {.low = 1});
+  list.add("alpha", alpha, "the update is scaled by alpha / rank", {.low = 0.0, .exclusive_low = true});
+  return list;
+}
+
+FieldList TopKAnnealingOptions::fields() {
+  FieldList list;
+  list.add("step", step, "first optimiser step with top_k experts per token; 0: never", {.low = 0});
+  list.add("top_k", top_k, "experts per token from that step on, at most the model's; 0: never", {.low = 0});
+  return list;
+}
+
 FieldList TrainOptions::fields() {
   FieldList list;
-  list.add("trainable", trainable, "which parameters train", {"router", "all"});
+  list.add("trainable", trainable, "which parameters train; router+lora: routers, and adapters on the experts",
+           {"router", "router+lora", "all"});
+  list.add_section("lora", lora.fields(), "adapters on up and down projections of the experts, for router+lora");
+  list.add_section("top_k_annealing", top_k_annealing.fields(), "SEER-MoE: fewer experts per token from a step on");
   list.add("steps", steps, "optimiser steps; 0: as many as epochs take", {.low = 0});
   list.add("epochs", epochs, "passes over the training data, instead of steps; 0: none", {.low = 0.0, .high = 1e6});
   list.add("rows_per_batch", rows_per_batch, "rows of sequence_length tokens in a micro-batch", {.low = 1});
@@ -365,9 +382,33 @@ void check_train(const TrainOptions& train, const RecipeSource& source, Problems
           source.location("train.decay_steps"), train.decay_steps));
     }
   }
+  const TopKAnnealingOptions& annealing = train.top_k_annealing;
+  if ((annealing.step == 0) != (annealing.top_k == 0)) {
+    problems.add(
+        fmt::format("{}: train.top_k_annealing needs a step and a top_k of at least 1, got step {} and top_k {}; set "
+                    "both, or both to 0 for no annealing",
+                    source.location("train.top_k_annealing"), annealing.step, annealing.top_k));
+  } else if (annealing.step > train.steps) {
+    problems.add(fmt::format("{}: train.top_k_annealing.step must be at most train.steps ({}), got {}",
+                             source.location("train.top_k_annealing.step"), train.steps, annealing.step));
+  }
 }
 
 }  // namespace
+
+void check_train_fits(const TrainOptions& train, const RecipeSource& source, const Architecture& architecture,
+                      Problems& problems) {
+  if (train.top_k_annealing.top_k > architecture.top_k) {
+    problems.add(
+        fmt::format("{}: train.top_k_annealing.top_k must be at most the model's experts per token ({}), got {}",
+                    source.location("train.top_k_annealing.top_k"), architecture.top_k, train.top_k_annealing.top_k));
+  }
+  const std::int64_t full_rank = std::min(architecture.hidden_size, architecture.expert_intermediate_size);
+  if (train.trainable == "router+lora" && train.lora.rank > full_rank) {
+    problems.add(fmt::format("{}: train.lora.rank must be at most the rank of the experts' matrices ({}), got {}",
+                             source.location("train.lora.rank"), full_rank, train.lora.rank));
+  }
+}
 
 LoadedRecipe<FinetuneRecipe> load_finetune_recipe(const std::filesystem::path& path,
                                                   const std::vector<std::string>& overrides) {
@@ -406,6 +447,11 @@ LoadedRecipe<PretrainRecipe> load_pretrain_recipe(const std::filesystem::path& p
     problems.add(fmt::format("{}: architecture.top_k must be between 1 and num_experts ({}), got {}",
                              loaded.source.location("architecture.top_k"), architecture.num_experts,
                              architecture.top_k));
+  }
+  if (recipe.train.top_k_annealing.top_k > architecture.top_k) {
+    problems.add(fmt::format("{}: train.top_k_annealing.top_k must be at most architecture.top_k ({}), got {}",
+                             loaded.source.location("train.top_k_annealing.top_k"), architecture.top_k,
+                             recipe.train.top_k_annealing.top_k));
   }
   if (architecture.hidden_size % (2 * architecture.num_attention_heads) != 0) {
     problems.add(

@@ -17,7 +17,9 @@
 #include "hestia/core/progress.hpp"
 #include "hestia/core/random.hpp"
 #include "hestia/data/tokenizer.hpp"
+#include "hestia/model/adapters.hpp"
 #include "hestia/model/tensors.hpp"
+#include "hestia/model/tuned_checkpoint.hpp"
 #include "hestia/routing/metrics.hpp"
 #include "hestia/routing/preferences.hpp"
 #include "hestia/trainer/bundle.hpp"
@@ -28,6 +30,8 @@
 namespace hestia {
 
 namespace {
+
+constexpr const char* kRouterLora = "router+lora";
 
 std::int64_t use_threads(std::int64_t requested) {
   const std::int64_t threads =
@@ -91,12 +95,20 @@ void log_data(const PackedData& train, const PackedData& held_out) {
 }
 
 void log_plan(const TrainOptions& options, std::int64_t sequence_length) {
-  log_block("Plan", {{"steps", std::to_string(options.steps)},
-                     {"tokens per step",
-                      format_count(static_cast<double>(options.rows_per_batch * options.accumulate * sequence_length))},
-                     {"learning rate", fmt::format("{:g}, {} warm-up steps, {}", options.learning_rate,
-                                                   options.warmup_steps, options.schedule)},
-                     {"trainable", options.trainable}});
+  std::vector<std::pair<std::string, std::string>> rows = {
+      {"steps", std::to_string(options.steps)},
+      {"tokens per step",
+       format_count(static_cast<double>(options.rows_per_batch * options.accumulate * sequence_length))},
+      {"learning rate",
+       fmt::format("{:g}, {} warm-up steps, {}", options.learning_rate, options.warmup_steps, options.schedule)},
+      {"trainable", options.trainable == kRouterLora ? fmt::format("{}, rank {}, alpha {:g}", options.trainable,
+                                                                   options.lora.rank, options.lora.alpha)
+                                                     : options.trainable}};
+  if (options.top_k_annealing.step > 0) {
+    rows.emplace_back("experts per token",
+                      fmt::format("{} from step {} on", options.top_k_annealing.top_k, options.top_k_annealing.step));
+  }
+  log_block("Plan", rows);
 }
 
 // The recipe of the plain NLL control: the same run without routing objectives, at its own learning rate.
@@ -121,6 +133,10 @@ void finetune_once(const FinetuneRecipe& recipe, const std::string& resolved, co
   const torch::Device device = device_from_recipe(recipe.model.device);
   MoeModel model = load_model(recipe.model.path, dtype_from_recipe(recipe.model.dtype), device);
   model->keep_reference_routers();
+  if (recipe.train.trainable == kRouterLora) {
+    create_adapters(model, {recipe.train.lora.rank, recipe.train.lora.alpha},
+                    derive_seed(static_cast<std::uint64_t>(recipe.seed), "adapters"));
+  }
   model->set_activation_checkpointing(recipe.model.activation_checkpointing);
   TrainingJob job;
   job.model = model;
@@ -130,8 +146,8 @@ void finetune_once(const FinetuneRecipe& recipe, const std::string& resolved, co
   const bool base_forward = job.distillation_weight > 0.0 ||
                             std::any_of(job.losses.begin(), job.losses.end(),
                                         [](const WeightedLoss& loss) { return loss.loss->needs_base_forward(); });
-  if (base_forward && recipe.train.trainable != "router") {
-    log_info("a second copy of the model is held for the base model's forward: train.trainable is not router");
+  if (base_forward && recipe.train.trainable == "all") {
+    log_info("a second copy of the model is held for the base model's forward: train.trainable is all");
     job.base_model = load_model(recipe.model.path, dtype_from_recipe(recipe.model.dtype), device);
   }
   job.train_data = &train_data;
@@ -435,6 +451,9 @@ void run_finetune(const LoadedRecipe<FinetuneRecipe>& loaded, const RunFlags& fl
   FinetuneRecipe recipe = loaded.recipe;
   const std::int64_t threads = use_threads(recipe.model.threads);
   log_recipe(loaded.source, recipe.run_dir, recipe.seed);
+  Problems problems;
+  check_train_fits(recipe.train, loaded.source, read_architecture(recipe.model.path), problems);
+  problems.throw_usage_if_any();
   const std::unique_ptr<Tokenizer> tokenizer = open_tokenizer(recipe.model.path);
   const PackedData train_data = load_training_data(recipe.data, *tokenizer, threads);
   const PackedData held_out =
@@ -444,7 +463,7 @@ void run_finetune(const LoadedRecipe<FinetuneRecipe>& loaded, const RunFlags& fl
                 static_cast<std::uint64_t>(recipe.seed));
   if (flags.overwrite) {
     // What belongs to the earlier run: evaluate would take it for this one's.
-    for (const char* name : {"control", "bundle", "results.json"}) {
+    for (const char* name : {"control", "bundle", "hf", "results.json"}) {
       std::filesystem::remove_all(std::filesystem::path(recipe.run_dir) / name);
     }
   }
@@ -547,8 +566,16 @@ void run_pretrain(const LoadedRecipe<PretrainRecipe>& loaded, const RunFlags& fl
   log_info(fmt::format("model in {}, report in {}", output.string(), (run_dir / "report.json").string()));
 }
 
-std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, const std::filesystem::path& output,
-                                 bool quiet) {
+std::vector<std::string> export_formats() {
+  return {"bundle", "hf"};
+}
+
+std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, const std::string& to,
+                                 const std::filesystem::path& output, bool quiet) {
+  const std::vector<std::string> formats = export_formats();
+  if (std::find(formats.begin(), formats.end(), to) == formats.end()) {
+    throw UsageError(fmt::format("--to must be one of {}, got \"{}\"; choose one", fmt::join(formats, ", "), to));
+  }
   FinetuneRecipe recipe = loaded.recipe;
   const std::int64_t threads = use_threads(recipe.model.threads);
   resolve_steps_from_run(recipe.train, recipe.run_dir);
@@ -563,13 +590,19 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, con
     throw UsageError(fmt::format("{}: the run is not finished ({} of {}); finish it with `{}{}`", recipe.run_dir,
                                  latest ? latest->first : 0, whole, command, latest ? " --resume" : ""));
   }
-  if (recipe.train.trainable != "router") {
+  if (recipe.train.trainable == "all") {
     throw UsageError(
-        fmt::format("{}: a router bundle holds routers only, got train.trainable \"{}\"; tune with "
-                    "train.trainable=router to export one",
+        fmt::format("{}: routers and adapters can be exported, got train.trainable \"{}\"; tune with "
+                    "train.trainable=router or router+lora",
                     loaded.source.location("train.trainable"), recipe.train.trainable));
   }
-  std::filesystem::path directory = output.empty() ? std::filesystem::path(recipe.run_dir) / "bundle" : output;
+  const std::filesystem::path directory = output.empty() ? std::filesystem::path(recipe.run_dir) / to : output;
+  if (to == "hf") {
+    write_tuned_checkpoint(recipe.model.path, tuned_parts(latest->second, read_architecture(recipe.model.path)),
+                           directory);
+    log_info(fmt::format("tuned model in {}", directory.string()));
+    return directory;
+  }
   const std::unique_ptr<Tokenizer> tokenizer = open_tokenizer(recipe.model.path);
   const PackedData data = export_data(recipe, *tokenizer, threads);
   if (recipe.export_options.predictor.enabled &&
@@ -600,9 +633,16 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, con
   manifest.residency.slots = slots;
 
   const std::vector<torch::Tensor> base_routers = copies_of_routers(model);
-  load_routers(model, latest->second / "router.safetensors");
+  const std::int64_t base_top_k = architecture.top_k;
+  load_checkpoint_weights(model, latest->second);
   const std::vector<torch::Tensor> tuned_routers = copies_of_routers(model);
+  const std::int64_t tuned_top_k = architecture.top_k;
   manifest.router_hash = router_hash(model);
+  const auto serve = [&](bool tuned) {
+    set_routers(model, tuned ? tuned_routers : base_routers);
+    model->set_adapters_enabled(tuned);
+    model->set_top_k(tuned ? tuned_top_k : base_top_k);
+  };
 
   std::filesystem::create_directories(directory);
   PreferenceWriterOptions storage;
@@ -611,8 +651,8 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, con
   PreferenceWriter writer(directory / "preferences.h5", num_layers, architecture.num_experts, layers, storage);
   Progress progress("export", 2 * data.num_tokens(), "tok", quiet);
   const auto advance = [&](std::int64_t tokens) { progress.advance(tokens); };
-  RoutingMetrics baseline_metrics(num_layers, architecture.num_experts, architecture.top_k, layers, 0);
-  RoutingMetrics tuned_metrics(num_layers, architecture.num_experts, architecture.top_k, layers, 0);
+  RoutingMetrics baseline_metrics(num_layers, architecture.num_experts, base_top_k, layers, 0);
+  RoutingMetrics tuned_metrics(num_layers, architecture.num_experts, tuned_top_k, layers, 0);
   QualityResult baseline_quality;
   QualityResult tuned_quality;
   std::vector<double> range(static_cast<std::size_t>(num_layers), 0.0);
@@ -621,7 +661,7 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, con
   std::int64_t first_id = 0;
   for (const PackedBatch& batch : batches) {
     std::vector<SequenceRouting> baseline;
-    set_routers(model, base_routers);
+    serve(false);
     add_quality(baseline_quality, measure(
                                       model, data, {batch}, true,
                                       [&](SequenceRouting&& routing) {
@@ -631,7 +671,7 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, con
                                         baseline.push_back(std::move(routing));
                                       },
                                       advance));
-    set_routers(model, tuned_routers);
+    serve(true);
     std::size_t next = 0;
     add_quality(tuned_quality, measure(
                                    model, data, {batch}, true,

@@ -16,6 +16,7 @@
 #include "hestia/core/log.hpp"
 #include "hestia/core/progress.hpp"
 #include "hestia/core/random.hpp"
+#include "hestia/model/adapters.hpp"
 #include "hestia/model/tensors.hpp"
 #include "hestia/trainer/distillation.hpp"
 #include "hestia/trainer/measure.hpp"
@@ -27,6 +28,8 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr const char* kDoneMarker = "DONE";
+constexpr const char* kRouterFile = "router.safetensors";
+constexpr const char* kAdapterFile = "adapters.safetensors";
 constexpr std::int64_t kStateFormat = 1;
 
 double seconds_since(Clock::time_point start) {
@@ -188,10 +191,16 @@ void save_checkpoint(const TrainingJob& job, MoeModel& model, Optimizer& optimiz
   std::filesystem::remove_all(folder);
   std::filesystem::remove_all(final_folder);
   std::filesystem::create_directories(folder);
-  save_routers(model, folder / "router.safetensors");
+  save_routers(model, folder / kRouterFile);
+  if (model->adapter_settings()) {
+    save_adapters(model, folder / kAdapterFile);
+  }
   optimizer.save(folder);
-  const Json state = {
-      {"format_version", kStateFormat}, {"step", step}, {"data_position", position}, {"seed", job.seed}};
+  const Json state = {{"format_version", kStateFormat},
+                      {"step", step},
+                      {"data_position", position},
+                      {"seed", job.seed},
+                      {"top_k", model->architecture().top_k}};
   write_text_atomically(folder / "state.json", state.dump(2) + "\n");
   write_text_atomically(folder / kDoneMarker, "");
   fsync_folder(folder);
@@ -203,25 +212,32 @@ void save_checkpoint(const TrainingJob& job, MoeModel& model, Optimizer& optimiz
   }
 }
 
-// Batches drawn before the checkpoint that `path`, its state.json, belongs to.
-std::int64_t data_position(const std::filesystem::path& path) {
-  const Json state = read_json_file(path);
-  const auto number = [&](const char* key) {
-    if (!state.is_object() || !state.contains(key) || !state[key].is_number_integer()) {
+// state.json of a checkpoint.
+class CheckpointState {
+ public:
+  explicit CheckpointState(const std::filesystem::path& folder)
+      : path_(folder / "state.json"), json_(read_json_file(path_)) {
+    if (const std::int64_t version = number("format_version"); version != kStateFormat) {
+      throw InputError(
+          fmt::format("{}: format version {} is not one this program supports ({}); resume with the program that wrote "
+                      "it, or start afresh with --overwrite",
+                      path_.string(), version, kStateFormat));
+    }
+  }
+  [[nodiscard]] bool has(const char* key) const { return json_.is_object() && json_.contains(key); }
+  [[nodiscard]] std::int64_t number(const char* key) const {
+    if (!has(key) || !json_[key].is_number_integer()) {
       throw InputError(fmt::format(
           "{}: key \"{}\" must be a whole number, got {}; remove this checkpoint to resume from an older one",
-          path.string(), key, state.is_object() && state.contains(key) ? state[key].dump() : "nothing"));
+          path_.string(), key, has(key) ? json_[key].dump() : "nothing"));
     }
-    return state[key].get<std::int64_t>();
-  };
-  if (const std::int64_t version = number("format_version"); version != kStateFormat) {
-    throw InputError(
-        fmt::format("{}: format version {} is not one this program supports ({}); resume with the program that wrote "
-                    "it, or start afresh with --overwrite",
-                    path.string(), version, kStateFormat));
+    return json_[key].get<std::int64_t>();
   }
-  return number("data_position");
-}
+
+ private:
+  std::filesystem::path path_;
+  Json json_;
+};
 
 // Names the first lines in which two resolved recipes differ.
 std::string first_difference(const std::string& saved, const std::string& now) {
@@ -268,6 +284,7 @@ class Loop {
   explicit Loop(const TrainingJob& job)
       : job_(job),
         model_(job.model),
+        base_top_k_(job.model->architecture().top_k),
         parameters_(select_trainable(model_, job.options.trainable)),
         optimizer_(parameters_, job.options),
         sampler_(*job.train_data, job.options.rows_per_batch, job.sequence_length, data_order_seed(job.seed),
@@ -282,6 +299,7 @@ class Loop {
 
   TrainingResult run() {
     const std::int64_t first = open_run();
+    model_->set_top_k(top_k_at(job_.options, first, base_top_k_));
     JsonLinesWriter metrics(job_.run_dir / "metrics.jsonl");
     if (first == 0) {
       metrics.write(start_event());
@@ -292,6 +310,11 @@ class Loop {
       const Clock::time_point start = Clock::now();
       const bool logged = step == 1 || step == job_.options.steps || step % job_.options.log_every == 0;
       std::int64_t tokens = 0;
+      if (const std::int64_t top_k = top_k_at(job_.options, step, base_top_k_); top_k != model_->architecture().top_k) {
+        progress.print_line(fmt::format("step {}: {} experts per token from here on, {} before", step, top_k,
+                                        model_->architecture().top_k));
+        model_->set_top_k(top_k);
+      }
       const StepValues values = forward_backward(step, logged, tokens);
       const double norm = optimizer_.collect_gradients();
       if (!std::isfinite(values.loss) || !std::isfinite(norm)) {
@@ -365,7 +388,7 @@ class Loop {
                         job_.run_dir.string(), difference));
       }
       const auto& [step, folder] = *latest;
-      const std::int64_t position = data_position(folder / "state.json");
+      const std::int64_t position = CheckpointState(folder).number("data_position");
       optimizer_.load(folder);
       sampler_.seek(position);
       trim_metrics(job_.run_dir / "metrics.jsonl", step);
@@ -546,6 +569,7 @@ class Loop {
     if (job_.distillation_weight > 0.0) {
       event["logit_distillation"] = values.distillation;
     }
+    event["top_k"] = model_->architecture().top_k;
     event["learning_rate"] = rate;
     event["gradient_norm"] = norm;
     event["seconds"] = seconds;
@@ -588,6 +612,7 @@ class Loop {
 
   const TrainingJob& job_;
   MoeModel model_;
+  std::int64_t base_top_k_;
   std::vector<torch::Tensor> parameters_;
   Optimizer optimizer_;
   PackedSampler sampler_;
@@ -616,18 +641,65 @@ std::uint64_t data_order_seed(std::uint64_t seed) {
   return derive_seed(seed, "data order");
 }
 
+std::int64_t top_k_at(const TrainOptions& options, std::int64_t step, std::int64_t top_k) {
+  const TopKAnnealingOptions& annealing = options.top_k_annealing;
+  return annealing.step > 0 && step >= annealing.step ? annealing.top_k : top_k;
+}
+
+TunedParts tuned_parts(const std::filesystem::path& folder, const Architecture& base) {
+  const CheckpointState state(folder);
+  TunedParts parts;
+  parts.routers = folder / kRouterFile;
+  if (std::filesystem::exists(folder / kAdapterFile)) {
+    parts.adapters = folder / kAdapterFile;
+  }
+  // Runs from before there was annealing say nothing about K.
+  parts.top_k = state.has("top_k") ? state.number("top_k") : base.top_k;
+  if (parts.top_k < 1 || parts.top_k > base.num_experts) {
+    throw InputError(
+        fmt::format("{}: key \"top_k\" must be between 1 and the model's {} experts, got {}; this "
+                    "checkpoint belongs to another model",
+                    (folder / "state.json").string(), base.num_experts, parts.top_k));
+  }
+  return parts;
+}
+
+void load_checkpoint_weights(MoeModel& model, const std::filesystem::path& folder) {
+  const TunedParts parts = tuned_parts(folder, model->architecture());
+  load_routers(model, parts.routers);
+  if (parts.adapters) {
+    load_adapters(model, *parts.adapters);
+  } else {
+    model->remove_adapters();
+  }
+  model->set_top_k(parts.top_k);
+}
+
 std::vector<torch::Tensor> select_trainable(MoeModel& model, const std::string& trainable) {
-  for (torch::Tensor& parameter : model->all_parameters()) {
-    parameter.set_requires_grad(trainable == "all");
-  }
+  std::vector<torch::Tensor> selected;
   if (trainable == "all") {
-    return model->all_parameters();
+    selected = model->all_parameters();
+  } else if (trainable == "router" || trainable == "router+lora") {
+    selected = model->routers();
+  } else {
+    throw std::invalid_argument(fmt::format("select_trainable: unknown set \"{}\"", trainable));
   }
-  std::vector<torch::Tensor> routers = model->routers();
-  for (torch::Tensor& router : routers) {
-    router.set_requires_grad(true);
+  const std::vector<torch::Tensor> adapters = model->adapters();
+  if (trainable == "router+lora") {
+    if (adapters.empty()) {
+      throw std::invalid_argument("select_trainable: router+lora needs a model with adapters");
+    }
+    selected.insert(selected.end(), adapters.begin(), adapters.end());
   }
-  return routers;
+  for (const std::vector<torch::Tensor>& list : {model->all_parameters(), adapters}) {
+    for (const torch::Tensor& parameter : list) {
+      parameter.requires_grad_(false);
+    }
+  }
+  for (const torch::Tensor& parameter : selected) {
+    parameter.requires_grad_(true);
+  }
+  return selected;
 }
 
 std::optional<std::pair<std::int64_t, std::filesystem::path>> latest_checkpoint(const std::filesystem::path& run_dir) {

@@ -49,7 +49,7 @@ TEST_CASE("a damaged router bundle is refused by inspect and evaluate, with what
     restore();
     INFO("a newer format");
     edited([](Json& json) { json["format_version"] = 9; });
-    both({"format version 9", "supports (1)", "update the program"});
+    both({"format version 9", "supports (2)", "update the program"});
   }
   {
     restore();

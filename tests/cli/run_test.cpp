@@ -101,7 +101,8 @@ TEST_CASE("finetune, export and evaluate, one after the other") {
   check_complaint(project.run({"finetune", "finetune.yaml"}), 2,
                   {"runs/tuned: holds a run already (step 6", "--resume", "--overwrite", "run_dir"});
   CHECK_THAT(project.run({"finetune", "finetune.yaml", "--resume"}).err, Catch::Contains("done already"));
-  check_complaint(project.run({"export", "finetune.yaml", "--to", "onnx"}), 2, {"--to must be bundle", "onnx"});
+  check_complaint(project.run({"export", "finetune.yaml", "--to", "onnx"}), 2,
+                  {"--to must be one of bundle, hf", "onnx"});
   check_complaint(project.run({"export", "finetune.yaml", "train.steps=9", "--quiet"}), 2,
                   {"6 of 9 steps", "`hestia finetune finetune.yaml train.steps=9 --resume`"});
 

@@ -66,6 +66,8 @@ struct DomainFigures {
 struct ArmFigures {
   std::string name;
   std::string router_hash;
+  std::int64_t top_k = 0;  ///< Experts per token that it was served with.
+  bool adapters = false;   ///< The experts had adapters: another expert store than the baseline's.
   std::vector<DomainFigures> domains;
 };
 
@@ -74,7 +76,7 @@ struct Comparison {              // NOLINT(bugprone-exception-escape): the check
   std::vector<ArmFigures> arms;  ///< baseline first.
   std::int64_t num_layers = 0;
   std::int64_t num_experts = 0;
-  std::int64_t top_k = 0;
+  std::int64_t top_k = 0;         ///< Of the base model.
   std::int64_t expert_bytes = 0;  ///< One expert in the dtype the recipe holds it in.
   std::string device;             ///< What the measurement ran on.
   std::string model_path;

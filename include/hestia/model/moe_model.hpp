@@ -153,6 +153,8 @@ class MoeModelImpl : public torch::nn::Module {
   void add_adapters(const AdapterSettings& settings);
   /// Takes the adapters away; the experts were never changed.
   void remove_adapters();
+  /// Whether forwards use the adapters (they do at first); they stay in place either way.
+  void set_adapters_enabled(bool enabled);
   /// Recompute each layer in backward instead of keeping its activations.
   void set_activation_checkpointing(bool enabled);
 

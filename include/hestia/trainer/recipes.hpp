@@ -37,14 +37,32 @@ struct DataOptions {
   FieldList fields();
 };
 
+/// Section `train.lora`: adapters on the up and down projections of every routed expert, W' = W + (alpha / rank) B A
+/// (model/adapters.hpp). Only used with trainable `router+lora`.
+struct LoraOptions {
+  std::int64_t rank = 32;
+  double alpha = 16.0;
+  FieldList fields();
+};
+
+/// Section `train.top_k_annealing` (SEER-MoE, arXiv 2404.05089): from optimiser step `step` on, `top_k` experts serve
+/// a token instead of the model's K. Both 0: never.
+struct TopKAnnealingOptions {
+  std::int64_t step = 0;
+  std::int64_t top_k = 0;
+  FieldList fields();
+};
+
 /// Section `train`: the optimiser and the loop.
 struct TrainOptions {
-  std::string trainable = "router";  ///< router | all
-  std::int64_t steps = 100;          ///< 0: not known before the data is read, as many as `epochs` take.
-  double epochs = 0.0;               ///< Passes over the training data, instead of `steps`; 0: `steps` counts.
-  std::int64_t rows_per_batch = 8;   ///< Rows of `data.sequence_length` tokens in one micro-batch.
-  std::int64_t accumulate = 1;       ///< Micro-batches per optimiser step.
-  double learning_rate = 1e-3;       ///< Peak.
+  std::string trainable = "router";  ///< router | router+lora | all
+  LoraOptions lora;
+  TopKAnnealingOptions top_k_annealing;
+  std::int64_t steps = 100;         ///< 0: not known before the data is read, as many as `epochs` take.
+  double epochs = 0.0;              ///< Passes over the training data, instead of `steps`; 0: `steps` counts.
+  std::int64_t rows_per_batch = 8;  ///< Rows of `data.sequence_length` tokens in one micro-batch.
+  std::int64_t accumulate = 1;      ///< Micro-batches per optimiser step.
+  double learning_rate = 1e-3;      ///< Peak.
   std::int64_t warmup_steps = 0;
   double warmup_ratio = 0.0;         ///< Share of the steps, instead of `warmup_steps`; 0: `warmup_steps` counts.
   std::string schedule = "linear";   ///< linear | cosine | constant, after the warm-up.
@@ -210,6 +228,10 @@ void resolve_steps(TrainOptions& options, const PackedData& data, const std::vec
 /// The same from the recipe that the run in `run_dir` saved, for verbs that come after it. Without a saved recipe
 /// `steps` stays 0.
 void resolve_steps_from_run(TrainOptions& options, const std::filesystem::path& run_dir);
+/// What a `train` section asks of the model it is to train: K' at most K, a rank that the experts have room for. Adds
+/// to `problems`, with the place in the recipe.
+void check_train_fits(const TrainOptions& train, const RecipeSource& source, const Architecture& architecture,
+                      Problems& problems);
 
 /// The corpus options of `domain`, with its recipe key ("data.corpora.2").
 [[nodiscard]] std::pair<const CorpusOptions*, std::string> find_corpus(const DataOptions& data,

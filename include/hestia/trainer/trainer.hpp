@@ -12,6 +12,7 @@
 #include "hestia/core/json_lines.hpp"
 #include "hestia/data/packing.hpp"
 #include "hestia/model/moe_model.hpp"
+#include "hestia/model/tuned_checkpoint.hpp"
 #include "hestia/routing_losses/routing_losses.hpp"
 #include "hestia/trainer/recipes.hpp"
 
@@ -21,14 +22,17 @@ namespace hestia {
 /// `final_learning_rate` at `decay_steps` (the last step where 0) and constant from there, or constant throughout.
 [[nodiscard]] double learning_rate_at(const TrainOptions& options, std::int64_t step);
 
+/// Experts per token at optimiser step `step` (1..steps) of a model with K = `top_k`: K' from the annealing step on.
+[[nodiscard]] std::int64_t top_k_at(const TrainOptions& options, std::int64_t step, std::int64_t top_k);
+
 /// Everything the loop needs, borrowed: all of it must outlive the call.
 struct TrainingJob {
-  MoeModel model{nullptr};
+  MoeModel model{nullptr};  ///< With the adapters that `options.trainable` router+lora trains.
   TrainOptions options;
   std::vector<WeightedLoss> losses;
   double distillation_weight = 0.0;  ///< Of distillation_sum per label; 0: not computed.
-  /// The untouched model, for terms that need its forward. Empty: `model` with its kept reference routers, which is the
-  /// base model as long as only routers train.
+  /// The untouched model, for terms that need its forward. Empty: `model` with its kept reference routers and without
+  /// adapters, which is the base model as long as only routers and adapters train.
   MoeModel base_model{nullptr};
   const PackedData* train_data = nullptr;
   std::vector<double> train_mix;
@@ -57,8 +61,8 @@ struct TrainingResult {
 /// Seed of the order in which a run with `seed` draws its data.
 [[nodiscard]] std::uint64_t data_order_seed(std::uint64_t seed);
 
-/// Trains `job.model` in place and leaves a run directory: recipe.yaml, metrics.jsonl, checkpoints/step_N. The steps in
-/// `job.options` must be known (resolve_steps).
+/// Trains `job.model` in place, which keeps the K of the last step, and leaves a run directory: recipe.yaml,
+/// metrics.jsonl, checkpoints/step_N. The steps in `job.options` must be known (resolve_steps).
 /// Throws UsageError when the directory holds another run (or one to be resumed without `resume`), RunError on a
 /// non-finite loss or gradient, before the update, InterruptedError after `stop`.
 TrainingResult train(const TrainingJob& job);
@@ -67,7 +71,17 @@ TrainingResult train(const TrainingJob& job);
 [[nodiscard]] std::optional<std::pair<std::int64_t, std::filesystem::path>> latest_checkpoint(
     const std::filesystem::path& run_dir);
 
-/// Sets requires_grad for a trainable set ("router" or "all") and returns the trainable parameters in a fixed order.
+/// What a folder of a run's checkpoints/ holds of the tuned model. Throws InputError when its state.json is damaged or
+/// names a K that is not of this architecture.
+[[nodiscard]] TunedParts tuned_parts(const std::filesystem::path& folder, const Architecture& base);
+
+/// Puts those parts into the base `model`; one that has adapters loses them when the checkpoint has none. Throws
+/// InputError when a file is damaged or of another model.
+void load_checkpoint_weights(MoeModel& model, const std::filesystem::path& folder);
+
+/// Sets requires_grad for a trainable set ("router", "router+lora" or "all") and returns the trainable parameters in a
+/// fixed order: routers by layer, then adapters as MoeModel::adapters gives them; or all_parameters. Throws
+/// std::invalid_argument for router+lora on a model without adapters, and for another name.
 std::vector<torch::Tensor> select_trainable(MoeModel& model, const std::string& trainable);
 
 }  // namespace hestia

@@ -39,6 +39,7 @@ Comparison random_comparison(std::uint64_t seed, const Layout& layout) {
     ArmFigures arm;
     arm.name = name;
     arm.router_hash = fmt::format("{:016x}", random.next());
+    arm.top_k = comparison.top_k;
     for (const std::string& domain : layout.domains) {
       DomainFigures figures;
       figures.domain = domain;
@@ -177,6 +178,13 @@ TEST_CASE("the table shows every arm, domain, policy and slot count in columns t
                              Catch::Contains("under lru") && Catch::Contains("usageH"));
 }
 
+TEST_CASE("the table says how many experts each router requests when they differ") {
+  Comparison comparison = random_comparison(3, {});
+  comparison.arms[1].top_k = 3;
+  comparison.arms[2].top_k = 3;
+  CHECK_THAT(comparison_table(comparison), Catch::Contains("of 4 (baseline), 3 (nll control), 3 (tuned) requested"));
+}
+
 TEST_CASE("columns line up whatever the figures are") {
   Layout layout;
   SECTION("a large model: figures of many digits") {
@@ -243,7 +251,9 @@ TEST_CASE("the results file holds every figure") {
   clear_degradations();
   log_warning("test: fewer slots than asked for");
   const Layout layout;
-  const Comparison comparison = random_comparison(7, layout);
+  Comparison comparison = random_comparison(7, layout);
+  comparison.arms[2].top_k = 3;
+  comparison.arms[2].adapters = true;
   const Json json = Json::parse(comparison_json(comparison).dump());
   clear_degradations();
   CHECK(json.at("format_version") == 1);
@@ -266,6 +276,8 @@ TEST_CASE("the results file holds every figure") {
     const ArmFigures& arm = comparison.arms[a];
     CHECK(json.at("arms")[a].at("name") == arm.name);
     CHECK(json.at("arms")[a].at("router_hash") == arm.router_hash);
+    CHECK(json.at("arms")[a].at("top_k") == arm.top_k);
+    CHECK(json.at("arms")[a].at("adapters") == arm.adapters);
     REQUIRE(json.at("arms")[a].at("domains").size() == 3);
     for (std::size_t d = 0; d < 3; ++d) {
       const DomainFigures& figures = arm.domains[d];

@@ -4,6 +4,7 @@
 
 #include "hestia/core/error.hpp"
 #include "hestia/core/files.hpp"
+#include "hestia/model/adapters.hpp"
 #include "temporary_folder.hpp"
 #include "tiny_model.hpp"
 
@@ -53,6 +54,88 @@ TEST_CASE("a bundle read back is the bundle written") {
   CHECK(torch::equal(model->routers()[1], base * 1.25));
 }
 
+TEST_CASE("adapters and K travel in the bundle, and give way to those of the next") {
+  const TemporaryFolder folder;
+  MoeModel tuned = tiny_model();
+  BundleManifest manifest = write_example(folder.path() / "plain");
+  manifest.router_hash = router_hash(tuned);
+  create_adapters(tuned, {3, 6.0}, 4);
+  tuned->set_top_k(1);
+  write_bundle(folder.path() / "adapted", tuned, manifest);
+
+  MoeModel model = tiny_model();
+  const BundleManifest read = load_bundle(model, folder.path() / "adapted");
+  CHECK(read.top_k == 1);
+  CHECK(model->architecture().top_k == 1);
+  REQUIRE(read.adapters);
+  CHECK(read.adapters->rank == 3);
+  CHECK(read.adapters->alpha == 6.0);
+  CHECK(read.adapters->sha256 == sha256_hex(MappedFile(folder.path() / "adapted" / "adapters.safetensors").bytes()));
+  REQUIRE(model->adapters().size() == tuned->adapters().size());
+  for (std::size_t i = 0; i < model->adapters().size(); ++i) {
+    CHECK(torch::equal(model->adapters()[i], tuned->adapters()[i]));
+  }
+  // Its routers are the base's, so that the other one fits after it.
+  const BundleManifest plain = load_bundle(model, folder.path() / "plain");
+  CHECK_FALSE(plain.adapters);
+  CHECK(plain.top_k == 2);
+  CHECK(model->adapters().empty());
+  CHECK(model->architecture().top_k == 2);
+
+  const auto adapted = folder.path() / "adapted";
+  MoeModel fresh = tiny_model();
+  SECTION("adapters of another run") {
+    create_adapters(tuned, {3, 6.0}, 5);
+    save_adapters(tuned, adapted / "adapters.safetensors");
+    CHECK_THROWS_WITH(load_bundle(fresh, adapted),
+                      Catch::Contains("adapters.safetensors does not match manifest.json"));
+    CHECK(fresh->adapters().empty());
+  }
+  SECTION("adapters missing") {
+    std::filesystem::remove(adapted / "adapters.safetensors");
+    CHECK_THROWS_WITH(load_bundle(fresh, adapted), Catch::Contains("adapters.safetensors"));
+  }
+  SECTION("a manifest that is damaged") {
+    edit_manifest(adapted, [](Json& json) {
+      json["top_k"] = "two";
+      json["adapters"].erase("rank");
+    });
+    CHECK_THROWS_WITH(read_manifest(adapted), Catch::Contains("\"top_k\" has the wrong type, got \"two\"") &&
+                                                  Catch::Contains("adapters: key \"rank\" is missing"));
+    edit_manifest(adapted, [](Json& json) {
+      json["top_k"] = 0;
+      json["adapters"] = 5;
+    });
+    CHECK_THROWS_WITH(read_manifest(adapted), Catch::Contains("\"top_k\" must be at least 1, got 0") &&
+                                                  Catch::Contains("\"adapters\" must be an object or null, got 5"));
+  }
+  SECTION("a K that the model has not got") {
+    edit_manifest(adapted, [](Json& json) { json["top_k"] = 9; });
+    CHECK_THROWS_WITH(load_bundle(fresh, adapted), Catch::Contains("at most the model's 8 experts, got 9"));
+  }
+  SECTION("exported again without adapters, none are left behind") {
+    tuned->remove_adapters();
+    write_bundle(adapted, tuned, manifest);
+    CHECK_FALSE(std::filesystem::exists(adapted / "adapters.safetensors"));
+    CHECK_FALSE(read_manifest(adapted).adapters);
+  }
+}
+
+TEST_CASE("a bundle of format 1 is served with the base's K") {
+  const TemporaryFolder folder;
+  write_example(folder.path());
+  edit_manifest(folder.path(), [](Json& json) {
+    json["format_version"] = 1;
+    json.erase("top_k");
+    json.erase("adapters");
+  });
+  MoeModel model = tiny_model();
+  const BundleManifest read = load_bundle(model, folder.path());
+  CHECK(read.top_k == 2);
+  CHECK_FALSE(read.adapters);
+  CHECK(model->architecture().top_k == 2);
+}
+
 TEST_CASE("a bundle on the wrong base is refused with both identities") {
   const TemporaryFolder folder;
   const BundleManifest written = write_example(folder.path());
@@ -81,7 +164,7 @@ TEST_CASE("damaged bundles say what is wrong") {
   }
   SECTION("a newer format") {
     edit_manifest(folder.path(), [](Json& json) { json["format_version"] = 7; });
-    CHECK_THROWS_WITH(read_manifest(folder.path()), Catch::Contains("format version 7") && Catch::Contains("(1)"));
+    CHECK_THROWS_WITH(read_manifest(folder.path()), Catch::Contains("format version 7") && Catch::Contains("(2)"));
   }
   SECTION("missing keys, all of them listed") {
     edit_manifest(folder.path(), [](Json& json) {

@@ -82,6 +82,59 @@ TEST_CASE("every problem of a recipe is reported at its line") {
           Catch::Contains("did you mean \"beta\"?"));
 }
 
+TEST_CASE("trainable sets, adapters and annealing are checked at their lines") {
+  const TemporaryFolder folder;
+  const auto with = [&](const std::string& lines) {
+    return write_recipe(folder, replaced(kGood, "  steps: 12\n", "  steps: 12\n" + lines));
+  };
+  const auto loaded = load_finetune_recipe(
+      with("  trainable: router+lora\n  lora: {rank: 8, alpha: 4}\n  top_k_annealing: {step: 12, top_k: 1}\n"), {});
+  CHECK(loaded.recipe.train.trainable == "router+lora");
+  CHECK(loaded.recipe.train.lora.rank == 8);
+  CHECK(loaded.recipe.train.lora.alpha == 4.0);
+  CHECK(loaded.recipe.train.top_k_annealing.step == 12);
+  CHECK(loaded.recipe.train.top_k_annealing.top_k == 1);
+  const TrainOptions defaults = load_finetune_recipe(write_recipe(folder, kGood), {}).recipe.train;
+  CHECK(defaults.trainable == "router");
+  CHECK(defaults.lora.rank == 32);
+  CHECK(defaults.lora.alpha == 16.0);
+  CHECK(defaults.top_k_annealing.step == 0);
+  CHECK(defaults.top_k_annealing.top_k == 0);
+
+  CHECK_THROWS_WITH(load_finetune_recipe(with("  trainable: router+lra\n"), {}),
+                    Catch::Contains(":18: train.trainable must be one of router, router+lora, all, got "
+                                    "\"router+lra\"; did you mean \"router+lora\"?"));
+  CHECK_THROWS_WITH(load_finetune_recipe(with("  lora: {rank: 0, alpha: 0}\n"), {}),
+                    Catch::Contains(":18: train.lora.rank must be at least 1, got 0") &&
+                        Catch::Contains(":18: train.lora.alpha must be above 0, got 0"));
+  CHECK_THROWS_WITH(load_finetune_recipe(with("  top_k_annealing: {step: 13, top_k: 1}\n"), {}),
+                    Catch::Contains(":18: train.top_k_annealing.step must be at most train.steps (12), got 13"));
+  CHECK_THROWS_WITH(load_finetune_recipe(with("  top_k_annealing: {step: -1, top_k: 1}\n"), {}),
+                    Catch::Contains(":18: train.top_k_annealing.step must be at least 0, got -1"));
+  for (const char* half : {"{step: 3}", "{top_k: 1}", "{step: 3, top_k: 0}"}) {
+    CHECK_THROWS_WITH(load_finetune_recipe(with(std::string("  top_k_annealing: ") + half + "\n"), {}),
+                      Catch::Contains(":18: train.top_k_annealing needs a step and a top_k of at least 1"));
+  }
+
+  // What only the model can tell.
+  Architecture architecture;
+  architecture.top_k = 2;
+  architecture.hidden_size = 32;
+  architecture.expert_intermediate_size = 16;
+  const auto misfits = [&](const std::string& lines) {
+    const auto recipe = load_finetune_recipe(with(lines), {});
+    Problems problems;
+    check_train_fits(recipe.recipe.train, recipe.source, architecture, problems);
+    return problems.joined();
+  };
+  CHECK(misfits("  trainable: router+lora\n  lora: {rank: 16}\n  top_k_annealing: {step: 3, top_k: 2}\n").empty());
+  CHECK(misfits("  lora: {rank: 17}\n").empty());  // of no use without adapters
+  CHECK_THAT(
+      misfits("  trainable: router+lora\n  lora: {rank: 17}\n  top_k_annealing: {step: 3, top_k: 3}\n"),
+      Catch::Contains(":19: train.lora.rank must be at most the rank of the experts' matrices (16), got 17") &&
+          Catch::Contains(":20: train.top_k_annealing.top_k must be at most the model's experts per token (2), got 3"));
+}
+
 TEST_CASE("a pretraining recipe refuses what needs a base router") {
   const TemporaryFolder folder;
   std::string text = replaced(kGood, "task: finetune", "task: pretrain");
@@ -90,6 +143,11 @@ TEST_CASE("a pretraining recipe refuses what needs a base router") {
   text = replaced(text, "steps: 12", "steps: 12\n  trainable: all");
   CHECK_THROWS_WITH(load_pretrain_recipe(write_recipe(folder, text), {}),
                     Catch::Contains("losses.trust.weight must be 0"));
+  CHECK_THROWS_WITH(
+      load_pretrain_recipe(write_recipe(folder, text), {"train.trainable=router+lora", "train.top_k_annealing.step=3",
+                                                        "train.top_k_annealing.top_k=5"}),
+      Catch::Contains("train.trainable must be \"all\"") &&
+          Catch::Contains("train.top_k_annealing.top_k must be at most architecture.top_k (4), got 5"));
   CHECK(recipe_task(folder.path() / "recipe.yaml") == "pretrain");
 }
 

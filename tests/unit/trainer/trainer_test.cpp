@@ -1,13 +1,18 @@
 #include "hestia/trainer/trainer.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
+#include <fmt/format.h>
 #include <torch/cuda.h>
 #include <catch2/catch.hpp>
 
 #include "hestia/core/error.hpp"
 #include "hestia/core/files.hpp"
+#include "hestia/core/safetensors.hpp"
+#include "hestia/model/adapters.hpp"
+#include "hestia/model/tensors.hpp"
 #include "hestia/trainer/distillation.hpp"
 #include "hestia/trainer/measure.hpp"
 #include "temporary_folder.hpp"
@@ -55,15 +60,23 @@ TrainingJob make_job(MoeModel& model, const PackedData& data, const TrainOptions
   return job;
 }
 
-bool same_routers(MoeModel& a, MoeModel& b) {
-  const auto routers_a = a->routers();
-  const auto routers_b = b->routers();
-  for (std::size_t i = 0; i < routers_a.size(); ++i) {
-    if (!torch::equal(routers_a[i], routers_b[i])) {
-      return false;
-    }
+// The model that a run of this trainable set starts from.
+MoeModel model_to_train(const std::string& trainable) {
+  MoeModel model = tiny_model();
+  if (trainable == "router+lora") {
+    create_adapters(model, {4, 8.0}, 21);
   }
-  return routers_a.size() == routers_b.size();
+  return model;
+}
+
+bool same_tensors(const std::vector<torch::Tensor>& a, const std::vector<torch::Tensor>& b) {
+  return a.size() == b.size() &&
+         std::equal(a.begin(), a.end(), b.begin(),
+                    [](const torch::Tensor& x, const torch::Tensor& y) { return torch::equal(x, y); });
+}
+
+bool same_routers(MoeModel& a, MoeModel& b) {
+  return same_tensors(a->routers(), b->routers());
 }
 
 }  // namespace
@@ -88,15 +101,22 @@ TEST_CASE("the learning rate warms up and falls as the schedule says") {
   CHECK(learning_rate_at(options, 10) == Approx(1.0));
 }
 
-TEST_CASE("only the routers move when only the routers train, and the loss falls") {
+TEST_CASE("only what is in the trainable set moves, and the loss falls") {
   const TemporaryFolder folder;
-  MoeModel model = tiny_model();
+  const std::string trainable = GENERATE(std::string("router"), std::string("router+lora"));
+  MoeModel model = model_to_train(trainable);
+  std::vector<torch::Tensor> adapters_before;
+  for (const torch::Tensor& tensor : model->adapters()) {
+    adapters_before.push_back(tensor.clone());
+  }
   const PackedData data = tiny_data(1, 64, 24);
   std::vector<torch::Tensor> before;
   for (const auto& [name, tensor] : model->named_tensors()) {
     before.push_back(tensor.detach().clone());
   }
-  TrainingJob job = make_job(model, data, short_run(30), folder.path() / "run");
+  TrainOptions options = short_run(30);
+  options.trainable = trainable;
+  TrainingJob job = make_job(model, data, options, folder.path() / "run");
   std::vector<double> reuse;
   job.on_step = [&](const Json& event) { reuse.push_back(event.at("reuse").get<double>()); };
   train(job);
@@ -108,6 +128,60 @@ TEST_CASE("only the routers move when only the routers train, and the loss falls
   }
   REQUIRE(reuse.size() == 30);
   CHECK(reuse[27] + reuse[28] + reuse[29] < reuse[0] + reuse[1] + reuse[2]);
+  const std::vector<torch::Tensor> adapters = model->adapters();
+  REQUIRE(adapters.size() == (trainable == "router" ? 0 : 2 * 4));
+  for (std::size_t place = 0; place < adapters.size(); ++place) {
+    CHECK_FALSE(torch::equal(adapters[place], adapters_before[place]));
+  }
+  for (const torch::Tensor& parameter : model->all_parameters()) {
+    CHECK_FALSE(parameter.grad().defined());
+  }
+}
+
+TEST_CASE("the trainable set is its name's, in a fixed order, and nothing else keeps a gradient") {
+  MoeModel model = tiny_model();
+  CHECK_THROWS_WITH(select_trainable(model, "router+lora"), Catch::Contains("needs a model with adapters"));
+  CHECK_THROWS_WITH(select_trainable(model, "experts"), Catch::Contains("\"experts\""));
+  create_adapters(model, {4, 8.0}, 21);
+  const auto num_trainable = [&] {
+    std::size_t count = 0;
+    for (const std::vector<torch::Tensor>& list : {model->all_parameters(), model->adapters()}) {
+      for (const torch::Tensor& tensor : list) {
+        count += tensor.requires_grad() ? 1 : 0;
+      }
+    }
+    return count;
+  };
+  const std::vector<torch::Tensor> both = select_trainable(model, "router+lora");
+  REQUIRE(both.size() == 2 + 2 * 4);
+  CHECK(num_trainable() == both.size());
+  CHECK(both[1].is_same(model->routers()[1]));
+  CHECK(both[2].is_same(model->adapters()[0]));
+  CHECK(both.back().is_same(model->adapters().back()));
+  CHECK(select_trainable(model, "all").size() == model->all_parameters().size());
+  CHECK(num_trainable() == model->all_parameters().size());
+  CHECK(select_trainable(model, "router").size() == 2);
+  CHECK(num_trainable() == 2);
+}
+
+TEST_CASE("adapters of a bfloat16 model train on float32 masters, whose rounding they are") {
+  const TemporaryFolder folder;
+  MoeModel model = tiny_model(3, torch::kBFloat16);
+  create_adapters(model, {4, 8.0}, 21);
+  const PackedData data = tiny_data(1, 64, 24);
+  TrainOptions options = short_run(4);
+  options.trainable = "router+lora";
+  options.learning_rate = 1e-4;  // a hundredth of what bfloat16 keeps of the values in A
+  train(make_job(model, data, options, folder.path() / "run"));
+  const SafetensorsFile state(folder.path() / "run" / "checkpoints" / "step_4" / "optimizer.safetensors");
+  MoeModel start = tiny_model(3, torch::kBFloat16);
+  create_adapters(start, {4, 8.0}, 21);
+  for (std::size_t i = 0; i < model->adapters().size(); ++i) {
+    const torch::Tensor master = to_torch(state.tensor(fmt::format("master.{}", 2 + i)));
+    CHECK(master.scalar_type() == torch::kFloat32);
+    CHECK(torch::equal(master.to(torch::kBFloat16), model->adapters()[i]));
+    CHECK_FALSE(torch::equal(master, start->adapters()[i].to(torch::kFloat32)));
+  }
 }
 
 TEST_CASE("pretraining moves every parameter and learns the pattern") {
@@ -134,46 +208,111 @@ TEST_CASE("pretraining moves every parameter and learns the pattern") {
 
 TEST_CASE("a resumed run is bit-identical to one that never stopped") {
   const TemporaryFolder folder;
-  const std::string trainable = GENERATE(std::string("router"), std::string("all"));
+  const std::string trainable = GENERATE(std::string("router"), std::string("router+lora"), std::string("all"));
+  // Not at all, before, at, right after and after the interruption at step 3.
+  const std::int64_t annealing = GENERATE(0, 2, 3, 4, 6);
+  CAPTURE(trainable, annealing);
   const PackedData data = tiny_data(5, 40, 24);
   TrainOptions options = short_run(7);
   options.trainable = trainable;
   options.warmup_steps = 2;
   options.accumulate = 2;
+  if (annealing > 0) {
+    options.top_k_annealing = {annealing, 1};
+  }
 
-  MoeModel whole = tiny_model();
+  MoeModel whole = model_to_train(trainable);
   train(make_job(whole, data, options, folder.path() / "whole"));
 
   std::atomic<bool> stop{false};
-  MoeModel interrupted = tiny_model();
+  MoeModel interrupted = model_to_train(trainable);
   TrainingJob first = make_job(interrupted, data, options, folder.path() / "halves");
   first.stop = &stop;
   first.on_step = [&](const Json& event) { stop = event.at("step").get<std::int64_t>() == 3; };
   CHECK_THROWS_AS(train(first), InterruptedError);
 
-  MoeModel resumed = tiny_model();
+  MoeModel resumed = model_to_train(trainable);
   TrainingJob second = make_job(resumed, data, options, folder.path() / "halves");
   second.resume = true;
   const TrainingResult result = train(second);
   CHECK(result.steps == 7);
   CHECK(same_routers(whole, resumed));
-  const auto a = whole->all_parameters();
-  const auto b = resumed->all_parameters();
-  for (std::size_t i = 0; i < a.size(); ++i) {
-    CHECK(torch::equal(a[i], b[i]));
-  }
+  CHECK(same_tensors(whole->adapters(), resumed->adapters()));
+  CHECK(same_tensors(whole->all_parameters(), resumed->all_parameters()));
+  CHECK(resumed->architecture().top_k == (annealing > 0 ? 1 : 2));
   // The log reads as one run.
   std::vector<std::int64_t> steps;
   std::vector<std::int64_t> starts;
   read_json_lines(folder.path() / "halves" / "metrics.jsonl", [&](std::int64_t line, const Json& event) {
     if (event.at("event") == "start") {
       starts.push_back(line);
-    } else {
-      steps.push_back(event.at("step").get<std::int64_t>());
+      return;
     }
+    const auto step = event.at("step").get<std::int64_t>();
+    steps.push_back(step);
+    CHECK(event.at("top_k") == (annealing > 0 && step >= annealing ? 1 : 2));
   });
-  CHECK(steps == std::vector<std::int64_t>{1, 2, 3, 4, 5, 6, 7});
   CHECK(starts == std::vector<std::int64_t>{1});
+  CHECK(steps == std::vector<std::int64_t>{1, 2, 3, 4, 5, 6, 7});
+
+  // What the last checkpoint holds, put onto a fresh base, is the tuned model; adapters of another run give way.
+  if (trainable != "all") {
+    MoeModel loaded = tiny_model();
+    create_adapters(loaded, {2, 1.0}, 1);
+    load_checkpoint_weights(loaded, folder.path() / "halves" / "checkpoints" / "step_7");
+    CHECK(same_routers(whole, loaded));
+    CHECK(same_tensors(whole->adapters(), loaded->adapters()));
+    CHECK(loaded->architecture().top_k == whole->architecture().top_k);
+  }
+}
+
+TEST_CASE("from the annealing step on, K' experts are the K of forward and losses, to the bit") {
+  TrainOptions options = short_run(5);
+  options.top_k_annealing = {3, 1};
+  CHECK(top_k_at(options, 1, 2) == 2);
+  CHECK(top_k_at(options, 2, 2) == 2);
+  CHECK(top_k_at(options, 3, 2) == 1);
+  CHECK(top_k_at(options, 5, 2) == 1);
+  CHECK(top_k_at(short_run(5), 5, 2) == 2);
+
+  const PackedData data = tiny_data(5, 40, 24);
+  const auto run = [&](MoeModel& model, const TrainOptions& how) {
+    const TemporaryFolder folder;
+    TrainingJob job = make_job(model, data, how, folder.path() / "run");
+    std::vector<Json> events;
+    job.on_step = [&](const Json& event) {
+      events.push_back(event);
+      for (const char* key : {"seconds", "tokens"}) {
+        events.back().erase(key);
+      }
+    };
+    train(job);
+    return events;
+  };
+  // Annealed from the first step, a model of K 2 is the one of K 1 that has the same weights.
+  options.top_k_annealing.step = 1;
+  MoeModel annealed = tiny_model();
+  const std::vector<Json> events = run(annealed, options);
+  Architecture architecture = hestia::testing::tiny_architecture();
+  architecture.top_k = 1;
+  MoeModel narrow = create_model(architecture, torch::kFloat32, torch::kCPU, 3);
+  CHECK(events == run(narrow, short_run(5)));
+  CHECK(same_routers(annealed, narrow));
+  // Every term that has K in it is another number than at K 2.
+  MoeModel wide = tiny_model();
+  const std::vector<Json> unchanged = run(wide, short_run(5));
+  for (const char* term : {"cache_simulation", "reuse", "load_balance"}) {
+    INFO(term);
+    CHECK(std::abs(events[0].at(term).get<double>() - unchanged[0].at(term).get<double>()) > 1e-4);
+  }
+  // Before the step nothing differs, from it on everything does.
+  options.top_k_annealing.step = 3;
+  MoeModel later = tiny_model();
+  const std::vector<Json> switched = run(later, options);
+  CHECK(switched[0] == unchanged[0]);
+  CHECK(switched[1] == unchanged[1]);
+  CHECK(switched[2].at("top_k") == 1);
+  CHECK(switched[2].at("nll") != unchanged[2].at("nll"));
 }
 
 TEST_CASE("accumulating micro-batches equals one large batch") {
@@ -306,6 +445,28 @@ TEST_CASE("a checkpoint of another format or with a damaged state is refused bef
   CHECK(torch::equal(resumed->routers()[0], untouched->routers()[0]));
 }
 
+TEST_CASE("a checkpoint whose K is not of the model is refused; one from before annealing has the base's") {
+  const TemporaryFolder folder;
+  const PackedData data = tiny_data(4, 16, 24);
+  MoeModel model = tiny_model();
+  train(make_job(model, data, short_run(1), folder.path() / "run"));
+  const auto checkpoint = folder.path() / "run" / "checkpoints" / "step_1";
+  Json state = read_json_file(checkpoint / "state.json");
+  CHECK(state.at("top_k") == 2);
+  state["top_k"] = 9;
+  write_text_atomically(checkpoint / "state.json", state.dump());
+  MoeModel target = tiny_model();
+  MoeModel untouched = tiny_model();
+  CHECK_THROWS_WITH(load_checkpoint_weights(target, checkpoint),
+                    Catch::Contains("between 1 and the model's 8 experts, got 9"));
+  CHECK(same_routers(target, untouched));
+  state.erase("top_k");
+  write_text_atomically(checkpoint / "state.json", state.dump());
+  load_checkpoint_weights(target, checkpoint);
+  CHECK(target->architecture().top_k == 2);
+  CHECK(same_routers(target, model));
+}
+
 TEST_CASE("the chunked loss equals cross-entropy in value and gradient") {
   MoeModel model = tiny_model();
   torch::manual_seed(5);
@@ -408,13 +569,18 @@ TEST_CASE("twenty steps on the GPU follow the CPU", "[gpu]") {
     return;
   }
   const TemporaryFolder folder;
+  TrainOptions options = short_run(20);
+  options.trainable = GENERATE(std::string("router"), std::string("router+lora"));
   const PackedData data = tiny_data(12, 64, 24);
   std::vector<double> cpu;
   std::vector<double> gpu;
   MoeModel on_cpu = tiny_model();
   MoeModel on_gpu = tiny_model(3, torch::kFloat32, torch::kCUDA);
-  TrainingJob job_cpu = make_job(on_cpu, data, short_run(20), folder.path() / "cpu");
-  TrainingJob job_gpu = make_job(on_gpu, data, short_run(20), folder.path() / "gpu");
+  for (MoeModel* model : {&on_cpu, &on_gpu}) {
+    create_adapters(*model, {4, 8.0}, 21);
+  }
+  TrainingJob job_cpu = make_job(on_cpu, data, options, folder.path() / "cpu");
+  TrainingJob job_gpu = make_job(on_gpu, data, options, folder.path() / "gpu");
   job_cpu.on_step = [&](const Json& event) { cpu.push_back(event.at("loss").get<double>()); };
   job_gpu.on_step = [&](const Json& event) { gpu.push_back(event.at("loss").get<double>()); };
   train(job_cpu);
@@ -466,9 +632,14 @@ TEST_CASE("distillation is KL from the base model's next-token distribution, wit
   CHECK_THROWS_AS(distillation_sum(model, hidden, base, base_hidden.narrow(1, 0, 4), labels), std::invalid_argument);
 }
 
-TEST_CASE("while only routers train, the kept routers give the base model's forward") {
+TEST_CASE("while routers and adapters train, the kept routers give the base model's forward") {
   const PackedData data = tiny_data(5, 40, 24);
-  const TrainOptions options = short_run(4);
+  TrainOptions options = short_run(4);
+  options.trainable = GENERATE(std::string("router"), std::string("router+lora"));
+  // The base model keeps its K when the tuned one gets another.
+  if (GENERATE(false, true)) {
+    options.top_k_annealing = {3, 1};
+  }
   RoutingLossOptions losses = all_losses();
   losses.rank_matching.reference = "base_forward";
   losses.rank_matching.weight = 0.3;
@@ -485,8 +656,8 @@ TEST_CASE("while only routers train, the kept routers give the base model's forw
     train(job);
     return events;
   };
-  MoeModel one = tiny_model();
-  MoeModel two = tiny_model();
+  MoeModel one = model_to_train(options.trainable);
+  MoeModel two = model_to_train(options.trainable);
   const std::vector<Json> kept = run(one, false, 0.5, losses);
   const std::vector<Json> copied = run(two, true, 0.5, losses);
   REQUIRE(kept.size() == 4);
@@ -495,11 +666,12 @@ TEST_CASE("while only routers train, the kept routers give the base model's forw
     CHECK(kept[step].at("logit_distillation") == copied[step].at("logit_distillation"));
   }
   CHECK(same_routers(one, two));
+  CHECK(same_tensors(one->adapters(), two->adapters()));
   CHECK(kept[0].at("logit_distillation").get<double>() == Approx(0.0).margin(1e-6));
   CHECK(kept[3].at("logit_distillation").get<double>() > 1e-6);
 
   // Before the first update both references are the same; later the base model's hidden states are its own.
-  MoeModel current = tiny_model();
+  MoeModel current = model_to_train(options.trainable);
   losses.rank_matching.reference = "current_hidden";
   const std::vector<Json> events = run(current, false, 0.0, losses);
   CHECK(events[0].at("rank_matching").get<double>() == Approx(kept[0].at("rank_matching").get<double>()).epsilon(1e-6));

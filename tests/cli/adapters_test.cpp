@@ -1,0 +1,120 @@
+#include <catch2/catch.hpp>
+
+#include "cli_fixtures.hpp"
+#include "hestia/core/json_lines.hpp"
+#include "hestia/core/safetensors.hpp"
+
+namespace hestia::testing {
+namespace {
+
+TEST_CASE("routers with adapters and fewer experts, from recipe to a model directory") {
+  const SmallProject project;
+  project.pretrain();
+  const std::vector<std::string> changes = {"train.trainable=router+lora",
+                                            "train.lora.rank=3",
+                                            "train.lora.alpha=6",
+                                            "train.top_k_annealing.step=4",
+                                            "train.top_k_annealing.top_k=1",
+                                            "losses.logit_distillation.weight=0.1"};
+  const auto with = [&](std::vector<std::string> arguments, const std::vector<std::string>& more = {}) {
+    arguments.insert(arguments.end(), changes.begin(), changes.end());
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    return arguments;
+  };
+
+  // The recipe against the model.
+  CHECK(done(project.run(with({"validate", "finetune.yaml"}))) == "finetune.yaml: OK\n");
+  for (const char* verb : {"validate", "finetune"}) {
+    check_complaint(project.run(with({verb, "finetune.yaml"}, {"train.lora.rank=9", "train.top_k_annealing.top_k=3"})),
+                    2,
+                    {"train.lora.rank=9 on the command line", "at most the rank of the experts' matrices (8), got 9",
+                     "at most the model's experts per token (2), got 3"});
+  }
+  check_complaint(project.run({"finetune", "finetune.yaml", "train.trainable=router_lora"}), 2,
+                  {"router, router+lora, all", "did you mean \"router+lora\"?"});
+
+  const Outcome tuned = project.run(with({"finetune", "finetune.yaml"}));
+  CHECK(done(tuned).empty());
+  for (const char* part : {"router+lora, rank 3, alpha 6", "1 from step 4 on",
+                           "step 4: 1 experts per token from here on, 2 before", "| logit_distillation "}) {
+    CHECK_THAT(tuned.err, Catch::Contains(part));
+  }
+  CHECK_THAT(tuned.err, !Catch::Contains("second copy"));
+  for (const char* folder : {"runs/tuned/", "runs/tuned/control/"}) {
+    INFO(folder);
+    const std::filesystem::path checkpoint = project.path() / folder / "checkpoints/step_6";
+    CHECK(read_json_file(checkpoint / "state.json").at("top_k") == 1);
+    CHECK(SafetensorsFile(checkpoint / "adapters.safetensors").names().size() == 2 * 8 * 2 * 2);
+  }
+  CHECK(project.read("runs/tuned/checkpoints/step_6/adapters.safetensors") !=
+        project.read("runs/tuned/control/checkpoints/step_6/adapters.safetensors"));
+
+  // The bundle.
+  CHECK(done(project.run(with({"export", "finetune.yaml", "--quiet"}))) == "runs/tuned/bundle\n");
+  const Json manifest = read_json_file(project.path() / "runs/tuned/bundle/manifest.json");
+  CHECK(manifest.at("top_k") == 1);
+  CHECK(manifest.at("architecture").at("num_experts_per_tok") == 2);
+  CHECK(manifest.at("adapters").at("rank") == 3);
+  CHECK(manifest.at("adapters").at("alpha") == 6.0);
+  CHECK(project.read("runs/tuned/bundle/adapters.safetensors") ==
+        project.read("runs/tuned/checkpoints/step_6/adapters.safetensors"));
+  CHECK_THAT(done(project.run({"inspect", "runs/tuned/bundle"})),
+             Catch::Contains("1, the base model 2") && Catch::Contains("LoRA, rank 3, alpha 6, 64 matrices"));
+
+  // The comparison: the baseline as it was, both others with adapters and one expert.
+  const Json results = Json::parse(done(project.run(with({"evaluate", "finetune.yaml", "--quiet", "--json"}))));
+  REQUIRE(results.at("arms").size() == 3);
+  for (const Json& arm : results.at("arms")) {
+    INFO(arm.at("name"));
+    const bool baseline = arm.at("name") == "baseline";
+    CHECK(arm.at("top_k") == (baseline ? 2 : 1));
+    CHECK(arm.at("adapters") == !baseline);
+    for (const Json& domain : arm.at("domains")) {
+      CHECK(domain.at("cache").at(0).at("requests") ==
+            domain.at("tokens").get<std::int64_t>() * 2 * (baseline ? 2 : 1));
+    }
+  }
+  const double apart = results.at("arms").at(2).at("domains").at(0).at("perplexity").get<double>();
+  CHECK(apart != results.at("arms").at(0).at("domains").at(0).at("perplexity").get<double>());
+  CHECK_THAT(done(project.run(with({"evaluate", "finetune.yaml", "--quiet"}))),
+             Catch::Contains("of 2 (baseline), 1 (nll control), 1 (tuned) requested"));
+
+  // The model directory, which is the same model without anything beside it.
+  CHECK(done(project.run(with({"export", "finetune.yaml", "--to", "hf", "--quiet"}))) == "runs/tuned/hf\n");
+  CHECK_THAT(done(project.run({"inspect", "runs/tuned/hf"})), Catch::Contains("8 per layer, 1 per token"));
+  CHECK(project.read("runs/tuned/hf/tokenizer.model") == project.read("runs/base/model/tokenizer.model"));
+  check_complaint(project.run(with({"export", "finetune.yaml", "--to", "hf"})), 2, {"runs/tuned/hf: exists already"});
+  const std::vector<std::string> one_step = {"model.path=runs/tuned/hf",  "run_dir=runs/again",    "train.steps=1",
+                                             "train.learning_rate=1e-12", "control.enabled=false", "--quiet"};
+  for (const char* verb : {"finetune", "export", "evaluate"}) {
+    std::vector<std::string> arguments = {verb, "finetune.yaml"};
+    arguments.insert(arguments.end(), one_step.begin(), one_step.end());
+    done(project.run(arguments));
+  }
+  const Json again = read_json_file(project.path() / "runs/again/results.json");
+  CHECK(again.at("arms").at(0).at("top_k") == 1);
+  CHECK(again.at("arms").at(0).at("domains").at(0).at("perplexity").get<double>() == Approx(apart).epsilon(1e-4));
+
+  // A fresh start removes what was made from the run before it.
+  done(project.run(with({"finetune", "finetune.yaml", "--overwrite", "--quiet"})));
+  CHECK_FALSE(std::filesystem::exists(project.path() / "runs/tuned/hf"));
+  CHECK_FALSE(std::filesystem::exists(project.path() / "runs/tuned/bundle"));
+}
+
+TEST_CASE("what was trained beyond routers and adapters is not exported") {
+  const SmallProject project;
+  project.pretrain();
+  const std::vector<std::string> all = {"train.trainable=all", "control.enabled=false", "--quiet"};
+  const auto with = [&](std::vector<std::string> arguments) {
+    arguments.insert(arguments.end(), all.begin(), all.end());
+    return arguments;
+  };
+  done(project.run(with({"finetune", "finetune.yaml"})));
+  for (const char* format : {"bundle", "hf"}) {
+    check_complaint(project.run(with({"export", "finetune.yaml", "--to", format})), 2,
+                    {"train.trainable \"all\"", "router or router+lora"});
+  }
+}
+
+}  // namespace
+}  // namespace hestia::testing
