@@ -451,10 +451,10 @@ void run_finetune(const LoadedRecipe<FinetuneRecipe>& loaded, const RunFlags& fl
   FinetuneRecipe recipe = loaded.recipe;
   const std::int64_t threads = use_threads(recipe.model.threads);
   log_recipe(loaded.source, recipe.run_dir, recipe.seed);
+  const std::unique_ptr<Tokenizer> tokenizer = open_tokenizer(recipe.model.path);
   Problems problems;
   check_train_fits(recipe.train, loaded.source, read_architecture(recipe.model.path), problems);
   problems.throw_usage_if_any();
-  const std::unique_ptr<Tokenizer> tokenizer = open_tokenizer(recipe.model.path);
   const PackedData train_data = load_training_data(recipe.data, *tokenizer, threads);
   const PackedData held_out =
       load_held_out_data(recipe.data, recipe.data.evaluate, *tokenizer, recipe.train.evaluate_tokens, threads);

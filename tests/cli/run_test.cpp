@@ -113,7 +113,7 @@ TEST_CASE("finetune, export and evaluate, one after the other") {
                                                       "architecture", "base_router_hash", "router_hash", "residency",
                                                       "metrics", "recipe"});
   CHECK(manifest.at("kind") == "hestia router bundle");
-  CHECK(manifest.at("format_version") == 1);
+  CHECK(manifest.at("format_version") == 2);
   CHECK(manifest.at("model_path") == "runs/base/model");
   CHECK(manifest.at("base_router_hash").get<std::string>().size() == 64);
   CHECK(manifest.at("base_router_hash") != manifest.at("router_hash"));
