@@ -23,10 +23,7 @@ void add_export(CLI::App& app) {
   CLI::App* verb =
       app.add_subcommand("export", "write the tuned routers of a finished run as a router bundle or a model directory");
   add_recipe_arguments(*verb, arguments->recipe, "fine-tuning recipe, or the run directory it left");
-  verb->add_option(
-          "--to", arguments->to,
-          "what to write: bundle (routers, adapters, preferences.h5, manifest), or hf (a whole model directory "
-          "for transformers, vLLM and others)")
+  verb->add_option("--to", arguments->to, "what to write: bundle, or hf (a model directory for transformers, vLLM)")
       ->capture_default_str();
   verb->add_option("--output", arguments->output, "folder to write (default: bundle/ or hf/ in the run directory)");
   verb->add_flag("--quiet", arguments->quiet, "no progress bar");

@@ -110,8 +110,8 @@ TEST_CASE("finetune, export and evaluate, one after the other") {
   CHECK(done(exported) == "runs/tuned/bundle\n");
   const Json manifest = read_json_file(project.path() / "runs/tuned/bundle/manifest.json");
   CHECK(keys_of(manifest) == std::vector<std::string>{"kind", "format_version", "model_family", "model_path",
-                                                      "architecture", "base_router_hash", "router_hash", "residency",
-                                                      "metrics", "recipe"});
+                                                      "architecture", "base_router_hash", "router_hash", "top_k",
+                                                      "adapters", "residency", "metrics", "recipe"});
   CHECK(manifest.at("kind") == "hestia router bundle");
   CHECK(manifest.at("format_version") == 2);
   CHECK(manifest.at("model_path") == "runs/base/model");
