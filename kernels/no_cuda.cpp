@@ -1,5 +1,6 @@
 // Stands in for all .cu files in a build with HESTIA_CUDA=OFF.
 #include "hestia/core/error.hpp"
+#include "hestia/kernels/residency_scan.hpp"
 #include "hestia/kernels/router_rows.hpp"
 #include "hestia/kernels/soft_cache.hpp"
 #include "row_terms.hpp"
@@ -9,7 +10,7 @@ namespace {
 
 [[noreturn]] void refuse() {
   throw RunError(
-      "routing losses: tensors are on a GPU but this build has no CUDA kernels, got HESTIA_CUDA=OFF; "
+      "kernels: tensors are on a GPU but this build has no CUDA kernels, got HESTIA_CUDA=OFF; "
       "configure with HESTIA_CUDA=ON or run on the CPU");
 }
 
@@ -50,6 +51,15 @@ void segment_sums_cuda(const double*, std::int64_t, std::int64_t, const std::int
 
 template <class Real>
 void soft_cache_upstream_cuda(const RowLayout&, const std::int64_t*, std::int64_t, bool, Real*, void*) {
+  refuse();
+}
+
+std::size_t residency_scan_workspace(const ResidencyShape&) {
+  return 0;
+}
+
+void residency_scan_cuda(const ResidencyShape&, const float*, const std::uint8_t*, const std::int64_t*,
+                         const std::int64_t*, std::int64_t, std::int64_t*, void*, void*) {
   refuse();
 }
 

@@ -473,6 +473,8 @@ ModelOutput MoeModelImpl::forward_reference(const TokenBatch& batch) {
   const SharedInputs shared = impl_->shared_inputs(batch);
   Architecture a = impl_->architecture;
   a.top_k = impl_->reference_top_k;
+  // The untouched model serves what its routers like best, whatever the tuned ones are trained under.
+  TopKSelector selector;
   ModelOutput output;
   Tensor hidden = at::embedding(impl_->embedding, batch.tokens_BS);
   for (std::size_t i = 0; i < impl_->layers.size(); ++i) {
@@ -481,7 +483,7 @@ ModelOutput MoeModelImpl::forward_reference(const TokenBatch& batch) {
       throw std::logic_error("forward_reference: no reference routers; call keep_reference_routers first");
     }
     const ExpertWeights base = without_adapters(layer.experts);
-    LayerResult result = run_layer(a, layer, static_cast<std::int64_t>(i), shared, *impl_->selector, *impl_->executor,
+    LayerResult result = run_layer(a, layer, static_cast<std::int64_t>(i), shared, selector, *impl_->executor,
                                    layer.reference_router_ED, base, hidden, std::nullopt);
     hidden = result.hidden_BSD;
     output.routing.push_back(

@@ -9,6 +9,7 @@
 
 #include "hestia/core/error.hpp"
 #include "hestia/core/random.hpp"
+#include "demand_cache.hpp"
 #include "layer_steps.hpp"
 
 namespace hestia {
@@ -20,108 +21,6 @@ std::uint64_t victim_seed(std::uint64_t seed, std::int64_t layer, std::int64_t s
   const std::uint64_t of_layer = SplitMix64(SplitMix64(seed).next() + static_cast<std::uint64_t>(layer)).next();
   return SplitMix64(of_layer + static_cast<std::uint64_t>(sequence)).next();
 }
-
-// The slots of one layer from one reset to the next.
-class DemandCache {
- public:
-  // Under `given_uses`, the policy is LFU on the use counts that `set_uses` gave, which serving leaves alone.
-  DemandCache(const SimulationOptions& options, std::int64_t num_experts, std::uint64_t seed, bool given_uses = false)
-      : policy_(given_uses ? CachePolicyKind::kLfu : options.policy),
-        given_uses_(given_uses),
-        slots_(static_cast<std::size_t>(options.slots)),
-        gamma_(options.gamma),
-        random_(seed),
-        states_(static_cast<std::size_t>(num_experts)),
-        resident_(static_cast<std::size_t>(num_experts), 0),
-        in_step_(static_cast<std::size_t>(num_experts), 0),
-        seen_(static_cast<std::size_t>(num_experts), 0) {}
-
-  void set_uses(std::uint16_t expert, std::int64_t uses) { states_[expert].use_count = static_cast<double>(uses); }
-
-  // Serves one step: `experts` by falling weight, `next_uses` beside them (read under Belady only).
-  void serve(std::span<const std::uint16_t> experts, const std::int64_t* next_uses, SimulationCounts& counts) {
-    counts.steps += 1;
-    counts.requests += static_cast<std::int64_t>(experts.size());
-    if (policy_ == CachePolicyKind::kGamma) {
-      for (ExpertState& state : states_) {
-        state.use_count = discounted_use(state.use_count, gamma_);
-      }
-    }
-    // From the lowest weight to the highest, so that the top expert ends most recent.
-    for (std::size_t i = experts.size(); i-- > 0;) {
-      const std::uint16_t expert = experts[i];
-      ExpertState& state = states_[expert];
-      state.use_count += given_uses_ ? 0.0 : 1.0;
-      state.last_touch = serial_;
-      if (next_uses != nullptr) {
-        state.next_use = next_uses[i];
-      }
-      in_step_[expert] = 1;
-      counts.cold += seen_[expert] != 0 ? 0 : 1;
-      seen_[expert] = 1;
-      if (resident_[expert] != 0) {
-        counts.hits += 1;
-      } else {
-        counts.loads += 1;
-        state.loaded_at = serial_;
-        resident_[expert] = 1;
-        residents_.push_back(expert);
-      }
-      ++serial_;
-    }
-    if (residents_.size() > slots_) {
-      evict(residents_.size() - slots_, experts.size() > slots_);
-      counts.evictions += static_cast<std::int64_t>(evicted_);
-    }
-    for (const std::uint16_t expert : experts) {
-      in_step_[expert] = 0;
-    }
-  }
-
- private:
-  // The experts of the step are victims only when they alone do not fit.
-  void evict(std::size_t number, bool step_too_large) {
-    candidates_.clear();
-    for (const int expert : residents_) {
-      if (step_too_large || in_step_[static_cast<std::size_t>(expert)] == 0) {
-        candidates_.push_back(expert);
-      }
-    }
-    if (policy_ == CachePolicyKind::kRandom) {
-      std::sort(candidates_.begin(), candidates_.end());
-      for (std::size_t i = 0; i < number; ++i) {
-        const auto drawn = static_cast<std::ptrdiff_t>(random_.below(candidates_.size()));
-        resident_[static_cast<std::size_t>(candidates_[static_cast<std::size_t>(drawn)])] = 0;
-        candidates_.erase(candidates_.begin() + drawn);
-      }
-    } else {
-      // A strict order, so the set of the first `number` is unique whatever nth_element does inside.
-      const auto last_victim = candidates_.begin() + static_cast<std::ptrdiff_t>(number) - 1;
-      std::nth_element(candidates_.begin(), last_victim, candidates_.end(), [this](int a, int b) {
-        return evicts_before(policy_, states_[static_cast<std::size_t>(a)], a, states_[static_cast<std::size_t>(b)], b);
-      });
-      for (std::size_t i = 0; i < number; ++i) {
-        resident_[static_cast<std::size_t>(candidates_[i])] = 0;
-      }
-    }
-    std::erase_if(residents_, [this](int expert) { return resident_[static_cast<std::size_t>(expert)] == 0; });
-    evicted_ = number;
-  }
-
-  CachePolicyKind policy_;
-  bool given_uses_;
-  std::size_t slots_;
-  double gamma_;
-  SplitMix64 random_;
-  std::int64_t serial_ = 0;
-  std::size_t evicted_ = 0;
-  std::vector<ExpertState> states_;
-  std::vector<std::uint8_t> resident_;
-  std::vector<std::uint8_t> in_step_;
-  std::vector<std::uint8_t> seen_;
-  std::vector<int> residents_;
-  std::vector<int> candidates_;
-};
 
 // For every request of the steps, the position of the next step that asks for the same expert; the number of steps when
 // none does. One backward pass.

@@ -35,6 +35,9 @@ struct TokenBatch {
   torch::Tensor tokens_BS;
   torch::Tensor positions_BS;     ///< 0 at the start of each sequence.
   torch::Tensor sequence_ids_BS;  ///< Attention stays inside a sequence; negative: padding.
+  /// 0 at prompt tokens, bool or integer; undefined: every token counts. Read by selectors that tell prompt and
+  /// completion apart.
+  torch::Tensor counted_BS = {};
 };
 
 /// Result of a forward.
@@ -130,8 +133,9 @@ class MoeModelImpl : public torch::nn::Module {
 
   /// Forward up to the final norm, with one routing record per MoE layer.
   [[nodiscard]] ModelOutput forward(const TokenBatch& batch);
-  /// The same with the kept reference routers and their K in place of the present ones, and without adapters: the base
-  /// model's forward, as long as only routers and adapters train. No gradient. Throws std::logic_error before
+  /// The same with the kept reference routers and their K in place of the present ones, plain Top-K in place of the
+  /// selector, and without adapters: the base model's forward, as long as only routers and adapters train. No gradient.
+  /// Throws std::logic_error before
   /// `keep_reference_routers`.
   [[nodiscard]] ModelOutput forward_reference(const TokenBatch& batch);
   /// Language-model head: hidden [..., D] -> logits [..., V] in the model's dtype.
@@ -140,6 +144,8 @@ class MoeModelImpl : public torch::nn::Module {
   /// Its matrix [V, D] in the model's dtype: the parameter itself (the token embedding when tied).
   [[nodiscard]] const torch::Tensor& head_weight() const noexcept;
 
+  /// What chooses the experts in `forward`; TopKSelector until it is set. Shared with the graphs of checkpointed
+  /// forwards.
   void set_selector(std::shared_ptr<Selector> selector);
   void set_executor(std::shared_ptr<Executor> executor);
   /// Keeps a frozen float32 copy of every router as it is now, and K; later forwards fill reference_logits_TE with it.

@@ -1,0 +1,134 @@
+#include "hestia/model/residency_selector.hpp"
+
+#include <cmath>
+#include <stdexcept>
+#include <utility>
+
+#include <ATen/Parallel.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <fmt/format.h>
+
+#include "hestia/core/error.hpp"
+#include "hestia/kernels/residency_scan.hpp"
+
+namespace hestia {
+
+using torch::Tensor;
+
+/// Runs of one batch on its device: stretches of one sequence id within a row, padding included.
+struct ResidencySelector::Layout {
+  // What it was made from; held, so that no other tensor can be taken for it.
+  Tensor sequence_ids_BS;
+  Tensor given_counted_BS;
+  std::uint32_t ids_version = 0;
+  std::uint32_t counted_version = 0;
+
+  Tensor run_begins;  ///< int64 [runs]
+  Tensor run_ends;
+  Tensor counted_T;  ///< uint8, 0 at prompt tokens and padding
+
+  [[nodiscard]] bool is_of(const TokenBatch& batch) const {
+    return sequence_ids_BS.is_same(batch.sequence_ids_BS) && ids_version == batch.sequence_ids_BS._version() &&
+           given_counted_BS.is_same(batch.counted_BS) &&
+           (!given_counted_BS.defined() || counted_version == given_counted_BS._version());
+  }
+};
+
+ResidencySelector::ResidencySelector(ResidencyRule rule) : rule_(std::move(rule)) {
+  const auto refuse = [](const std::string& problem) { throw std::invalid_argument("residency rule: " + problem); };
+  // Written so that NaN fails too.
+  if (!(rule_.lambda >= 0.0 && std::isfinite(rule_.lambda))) {
+    refuse(fmt::format("lambda must be at least 0 and finite, got {}", rule_.lambda));
+  }
+  if (rule_.always_keep < 0 || rule_.slots < 1) {
+    refuse(fmt::format("always_keep must be at least 0 and slots at least 1, got {} and {}", rule_.always_keep,
+                       rule_.slots));
+  }
+  if (rule_.policy != policy_name(CachePolicyKind::kLru)) {
+    refuse(fmt::format("the policy must be lru, got \"{}\"", rule_.policy));
+  }
+  for (const float range : rule_.logit_range) {
+    if (!(range >= 0.0F && std::isfinite(range))) {
+      refuse(fmt::format("a logit range must be at least 0 and finite, got {}", range));
+    }
+  }
+}
+
+ResidencySelector::~ResidencySelector() = default;
+
+const ResidencySelector::Layout& ResidencySelector::layout_of(const TokenBatch& batch) {
+  if (layout_ && layout_->is_of(batch)) {
+    return *layout_;
+  }
+  if (batch.counted_BS.defined() && batch.counted_BS.sizes() != batch.sequence_ids_BS.sizes()) {
+    throw std::invalid_argument("residency selector: counted_BS must have the shape of the sequence ids");
+  }
+  auto layout = std::make_unique<Layout>();
+  layout->sequence_ids_BS = batch.sequence_ids_BS;
+  layout->given_counted_BS = batch.counted_BS;
+  layout->ids_version = batch.sequence_ids_BS._version();
+  layout->counted_version = batch.counted_BS.defined() ? batch.counted_BS._version() : 0;
+  const Tensor ids = batch.sequence_ids_BS.to(torch::kCPU).contiguous();
+  const std::int64_t* const id = ids.const_data_ptr<std::int64_t>();
+  const std::int64_t row_length = ids.size(1);
+  std::vector<std::int64_t> begins;
+  std::vector<std::int64_t> ends;
+  for (std::int64_t token = 0; token < ids.numel(); ++token) {
+    if (token % row_length == 0 || id[token] != id[token - 1]) {
+      begins.push_back(token);
+      ends.push_back(token);
+    }
+    ends.back() = token + 1;
+  }
+  const torch::Device device = batch.sequence_ids_BS.device();
+  layout->run_begins = torch::tensor(begins, torch::kInt64).to(device);
+  layout->run_ends = torch::tensor(ends, torch::kInt64).to(device);
+  Tensor counted = batch.sequence_ids_BS.ge(0);
+  if (batch.counted_BS.defined()) {
+    counted = counted.logical_and(batch.counted_BS.ne(0));
+  }
+  layout->counted_T = counted.reshape({-1}).to(torch::kUInt8).contiguous();
+  layout_ = std::move(layout);
+  return *layout_;
+}
+
+Tensor ResidencySelector::select(const Tensor& logits_TE, std::int64_t top_k, std::int64_t moe_layer,
+                                 const TokenBatch& batch) {
+  const torch::NoGradGuard no_grad;
+  const Tensor logits = logits_TE.detach().to(torch::kFloat32).contiguous();
+  if (logits.dim() != 2 || logits.size(0) != batch.sequence_ids_BS.numel() || top_k < 1 || top_k > logits.size(1)) {
+    throw std::invalid_argument(
+        fmt::format("residency selector: logits must be [tokens of the batch, experts] with K from 1 to the experts, "
+                    "got {} dimensions and K {}",
+                    logits.dim(), top_k));
+  }
+  const ResidencyShape shape{.num_tokens = logits.size(0),
+                             .num_experts = logits.size(1),
+                             .top_k = top_k,
+                             .always_keep = rule_.always_keep,
+                             .slots = rule_.slots,
+                             .bonus = rule_.bonus(moe_layer)};
+  const Layout& layout = layout_of(batch);
+  Tensor selected = torch::empty({shape.num_tokens, top_k}, logits.options().dtype(torch::kInt64));
+  const float* const z = logits.const_data_ptr<float>();
+  const std::uint8_t* const counted = layout.counted_T.const_data_ptr<std::uint8_t>();
+  const std::int64_t* const begins = layout.run_begins.const_data_ptr<std::int64_t>();
+  const std::int64_t* const ends = layout.run_ends.const_data_ptr<std::int64_t>();
+  const std::int64_t num_runs = layout.run_begins.numel();
+  auto* const out = selected.mutable_data_ptr<std::int64_t>();
+  if (logits.is_cuda()) {
+    const c10::cuda::CUDAGuard guard(logits.device());
+    const Tensor workspace = torch::empty({static_cast<std::int64_t>(residency_scan_workspace(shape))},
+                                          logits.options().dtype(torch::kUInt8));
+    residency_scan_cuda(shape, z, counted, begins, ends, num_runs, out, workspace.data_ptr(),
+                        c10::cuda::getCurrentCUDAStream(logits.device().index()).stream());
+  } else {
+    at::parallel_for(0, num_runs, 1, [&](std::int64_t first, std::int64_t last) {
+      residency_scan_cpu(shape, z, counted, begins + first, ends + first, last - first, out);
+    });
+  }
+  return selected;
+}
+
+}  // namespace hestia

@@ -1,0 +1,74 @@
+#include "hestia/kernels/residency_scan.hpp"
+
+#include <catch2/catch.hpp>
+
+#include "residency_cases.hpp"
+
+using namespace hestia;
+using hestia::testing::random_residency_case;
+using hestia::testing::ResidencyCase;
+
+namespace {
+
+using Choices = std::vector<std::int64_t>;
+
+// -1 where nothing was written.
+Choices scanned(const ResidencyCase& c, const std::uint8_t* counted) {
+  Choices selected(static_cast<std::size_t>(c.shape.num_tokens * c.shape.top_k), -1);
+  residency_scan_cpu(c.shape, c.logits.data(), counted, c.run_begin.data(), c.run_end.data(), c.num_runs(),
+                     selected.data());
+  return selected;
+}
+
+Choices by_reference(const ResidencyCase& c, const std::uint8_t* counted) {
+  Choices selected(static_cast<std::size_t>(c.shape.num_tokens * c.shape.top_k), -1);
+  route_with_residency(c.shape, c.logits.data(), counted, c.run_begin.data(), c.run_end.data(), c.num_runs(),
+                       selected.data());
+  return selected;
+}
+
+}  // namespace
+
+TEST_CASE("the residency scan chooses what the reference chooses, token by token") {
+  SplitMix64 random(2026);
+  int moved_by_prior = 0;
+  for (int i = 0; i < 600; ++i) {
+    ResidencyCase c = random_residency_case(random, i % 3 == 0 ? 300 : 70, 60);
+    INFO("case " << i << ": " << c.text());
+    const bool all_count = i % 4 == 0;
+    const Choices selected = scanned(c, all_count ? nullptr : c.counted.data());
+    REQUIRE(selected == by_reference(c, all_count ? nullptr : c.counted.data()));
+    c.shape.bonus = 0.0F;
+    moved_by_prior += selected != scanned(c, nullptr) ? 1 : 0;
+  }
+  CHECK(moved_by_prior > 200);
+}
+
+TEST_CASE("the residency scan leaves tokens outside the runs alone") {
+  SplitMix64 random(7);
+  ResidencyCase c = random_residency_case(random, 20, 40);
+  c.run_begin = {2, 6};
+  c.run_end = {4, 7};
+  c.shape.num_tokens = 9;
+  c.logits.resize(static_cast<std::size_t>(9 * c.shape.num_experts), 0.25F);
+  const Choices selected = scanned(c, nullptr);
+  for (std::int64_t token = 0; token < 9; ++token) {
+    const bool inside = token == 2 || token == 3 || token == 6;
+    for (std::int64_t k = 0; k < c.shape.top_k; ++k) {
+      CHECK((selected[static_cast<std::size_t>(token * c.shape.top_k + k)] >= 0) == inside);
+    }
+  }
+}
+
+TEST_CASE("the residency scan gives distinct experts whatever the logits hold") {
+  const float inf = std::numeric_limits<float>::infinity();
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  ResidencyCase c;
+  c.shape = {.num_tokens = 3, .num_experts = 5, .top_k = 3, .always_keep = 1, .slots = 2, .bonus = 0.5F};
+  c.logits = {nan, nan, nan, nan, nan, inf, nan, -inf, 1, inf, -inf, -inf, -inf, nan, -inf};
+  c.run_begin = {0};
+  c.run_end = {3};
+  const Choices selected = scanned(c, nullptr);
+  CHECK(selected == by_reference(c, nullptr));
+  CHECK(selected == Choices{0, 1, 2, 0, 4, 3, 0, 1, 2});
+}
