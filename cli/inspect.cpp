@@ -134,8 +134,9 @@ void inspect_bundle(const std::filesystem::path& directory) {
                {"experts per token", manifest.top_k == base_top_k
                                          ? std::to_string(base_top_k)
                                          : fmt::format("{}, the base model {}", manifest.top_k, base_top_k)},
-               {"serve with", fmt::format("{} slots, {}, residency lambda {}", manifest.residency.slots,
-                                          manifest.residency.policy, manifest.residency.lambda)}};
+               {"serve with",
+                fmt::format("{} slots, {}, residency lambda {}, J {}", manifest.residency.slots,
+                            manifest.residency.policy, manifest.residency.lambda, manifest.residency.always_keep)}};
   for (const auto& [name, figures] : manifest.metrics.items()) {
     rows.emplace_back(name, figures.dump());
   }

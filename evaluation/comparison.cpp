@@ -17,11 +17,13 @@
 #include "hestia/core/log.hpp"
 #include "hestia/core/progress.hpp"
 #include "hestia/evaluation/build_info.hpp"
+#include "hestia/model/residency_selector.hpp"
 #include "hestia/model/static_set.hpp"
 #include "hestia/model/tensors.hpp"
 #include "hestia/routing/agreement.hpp"
 #include "hestia/trainer/bundle.hpp"
 #include "hestia/trainer/data_source.hpp"
+#include "hestia/trainer/residency.hpp"
 #include "hestia/trainer/trainer.hpp"
 
 namespace hestia {
@@ -114,6 +116,44 @@ StaticSetFigures measure_static_set(MoeModel& model, const PackedData& held_out,
   }
   model->set_selector(std::make_shared<TopKSelector>());
   return figures;
+}
+
+// Name of a router served under a rule.
+std::string under_rule(const std::string& router, const ResidencyRule& rule, std::int64_t bundle_slots) {
+  return fmt::format("{}, lambda {:g}, J {}{}", router, rule.lambda, rule.always_keep,
+                     rule.slots == bundle_slots ? "" : fmt::format(", C {}", rule.slots));
+}
+
+// The rules to serve every router under beside plain Top-K: the recipe's grid, and the one the bundle is meant for.
+std::vector<ResidencyRule> residency_rules(const LoadedRecipe<FinetuneRecipe>& loaded, const ResidencyRule& bundle,
+                                           const Architecture& architecture) {
+  const ResidencyPriorOptions& prior = loaded.recipe.evaluate.residency_prior;
+  if (prior.slots > architecture.num_experts) {
+    throw UsageError(
+        fmt::format("{}: evaluate.residency_prior.slots must be at most the model's experts per layer ({}), got {}",
+                    loaded.source.location("evaluate.residency_prior.slots"), architecture.num_experts, prior.slots));
+  }
+  std::vector<ResidencyRule> rules;
+  const auto add = [&](double lambda, std::int64_t always_keep, std::int64_t slots) {
+    const bool known = std::any_of(rules.begin(), rules.end(), [&](const ResidencyRule& rule) {
+      return rule.lambda == lambda && rule.always_keep == always_keep && rule.slots == slots;
+    });
+    if (!known) {
+      rules.push_back(bundle);
+      rules.back().lambda = lambda;
+      rules.back().always_keep = always_keep;
+      rules.back().slots = slots;
+    }
+  };
+  for (const std::int64_t always_keep : prior.always_keep) {
+    for (const double lambda : prior.lambdas) {
+      add(lambda, always_keep, prior.slots > 0 ? prior.slots : bundle.slots);
+    }
+  }
+  if (bundle.lambda > 0.0) {
+    add(bundle.lambda, bundle.always_keep, bundle.slots);
+  }
+  return rules;
 }
 
 std::int64_t expert_bytes_of(MoeModel& model) {
@@ -266,6 +306,7 @@ ArmFigures measure_arm(MoeModel& model, const std::string& name, const PackedDat
   constexpr std::int64_t kRows = 8;
   ArmFigures arm;
   arm.name = name;
+  arm.router = name;
   arm.router_hash = router_hash(model);
   arm.top_k = architecture.top_k;
   arm.adapters = model->adapter_settings().has_value();
@@ -360,10 +401,7 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const std::f
   comparison.device = model->device().str();
   comparison.model_path = recipe.model.path;
   comparison.bundle = bundle_dir.string();
-  const auto arm = [&](const char* name, bool against_baseline = true) {
-    comparison.arms.push_back(measure_arm(model, name, held_out, recipe.data.train, recipe.evaluate,
-                                          recipe.data.sequence_length, quiet, against_baseline));
-  };
+  BundleManifest manifest;
   {
     // A bundle that is damaged or of another model shows now, not after minutes of measuring the baseline.
     const torch::NoGradGuard no_grad;
@@ -371,15 +409,44 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const std::f
     for (const torch::Tensor& router : model->routers()) {
       base.push_back(router.clone());
     }
-    comparison.predictor = load_bundle(model, bundle_dir).predictor;
+    manifest = load_bundle(model, bundle_dir);
+    comparison.predictor = manifest.predictor;
     for (std::size_t i = 0; i < base.size(); ++i) {
       model->routers()[i].copy_(base[i]);
     }
     model->remove_adapters();
     model->set_top_k(comparison.top_k);
   }
-  arm(kBaselineArm, false);
+  const std::vector<ResidencyRule> rules = residency_rules(loaded, manifest.residency, model->architecture());
+  EvaluateOptions options = recipe.evaluate;
+  if (!rules.empty()) {
+    // What a rule is about is counted in any case.
+    options.slots = slots_of(options, comparison.num_experts);
+    for (const ResidencyRule& rule : rules) {
+      options.slots.push_back(rule.slots);
+      if (std::find(options.policies.begin(), options.policies.end(), rule.policy) == options.policies.end()) {
+        options.policies.push_back(rule.policy);
+      }
+    }
+  }
+  std::vector<ArmFigures> under_rules;
+  const auto arm = [&](const char* name, bool against_baseline = true) {
+    comparison.arms.push_back(measure_arm(model, name, held_out, recipe.data.train, options,
+                                          recipe.data.sequence_length, quiet, against_baseline));
+    EvaluateOptions under_rule_options = options;
+    under_rule_options.static_set.clear();  // a selector of its own, which knows no residents
+    for (const ResidencyRule& rule : rules) {
+      model->set_selector(std::make_shared<ResidencySelector>(rule));
+      under_rules.push_back(measure_arm(model, under_rule(name, rule, manifest.residency.slots), held_out,
+                                        recipe.data.train, under_rule_options, recipe.data.sequence_length, quiet,
+                                        true));
+      under_rules.back().router = name;
+      under_rules.back().residency = rule;
+    }
+    model->set_selector(std::make_shared<TopKSelector>());
+  };
   model->keep_reference_routers();
+  arm(kBaselineArm, false);
   load_bundle(model, bundle_dir);
   arm(kTunedArm);
   const auto control = latest_checkpoint(run_dir / "control");
@@ -389,6 +456,10 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const std::f
     std::swap(comparison.arms[1], comparison.arms[2]);
   } else if (recipe.control.enabled) {
     log_warning(fmt::format("the control run of {} is not finished: the comparison has no control", run_dir.string()));
+  }
+  for (const ArmFigures& plain : std::vector<ArmFigures>(comparison.arms)) {
+    std::copy_if(under_rules.begin(), under_rules.end(), std::back_inserter(comparison.arms),
+                 [&](const ArmFigures& figures) { return figures.router == plain.name; });
   }
   comparison.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   std::filesystem::create_directories(run_dir);
@@ -433,9 +504,11 @@ Json comparison_json(const Comparison& comparison) {
       domains.push_back(domain_json(figures));
     }
     json["arms"].push_back({{"name", arm.name},
+                            {"router", arm.router},
                             {"router_hash", arm.router_hash},
                             {"top_k", arm.top_k},
                             {"adapters", arm.adapters},
+                            {"residency", arm.residency ? residency_json(*arm.residency) : Json()},
                             {"domains", domains}});
   }
   json["delta"] = delta_json(comparison);

@@ -21,8 +21,8 @@ struct ResidencySelector::Layout {
   // What it was made from; held, so that no other tensor can be taken for it.
   Tensor sequence_ids_BS;
   Tensor given_counted_BS;
-  std::uint32_t ids_version = 0;
-  std::uint32_t counted_version = 0;
+  std::int64_t ids_version = 0;
+  std::int64_t counted_version = 0;
 
   Tensor run_begins;  ///< int64 [runs]
   Tensor run_ends;

@@ -5,6 +5,7 @@
 #include "hestia/core/error.hpp"
 #include "hestia/core/files.hpp"
 #include "hestia/model/adapters.hpp"
+#include "hestia/trainer/residency.hpp"
 
 namespace hestia {
 
@@ -58,11 +59,7 @@ void write_bundle(const std::filesystem::path& directory, MoeModel& tuned, const
   json["router_hash"] = manifest.router_hash;
   json["top_k"] = tuned->architecture().top_k;
   json["adapters"] = adapters;
-  json["residency"] = {{"lambda", manifest.residency.lambda},
-                       {"always_keep", manifest.residency.always_keep},
-                       {"slots", manifest.residency.slots},
-                       {"policy", manifest.residency.policy},
-                       {"logit_range", manifest.residency.logit_range}};
+  json["residency"] = residency_json(manifest.residency);
   json["metrics"] = manifest.metrics;
   if (!manifest.predictor.is_null()) {
     json["predictor"] = manifest.predictor;
@@ -125,15 +122,8 @@ BundleManifest read_manifest(const std::filesystem::path& directory) {
   }
   Json residency;
   take(json, "residency", subject, residency, problems);
-  if (residency.is_object()) {
-    take(residency, "lambda", subject + ": residency", manifest.residency.lambda, problems);
-    take(residency, "always_keep", subject + ": residency", manifest.residency.always_keep, problems);
-    take(residency, "slots", subject + ": residency", manifest.residency.slots, problems);
-    take(residency, "policy", subject + ": residency", manifest.residency.policy, problems);
-    take(residency, "logit_range", subject + ": residency", manifest.residency.logit_range, problems);
-  } else if (!residency.is_null()) {
-    problems.add(fmt::format("{}: key \"residency\" must be an object, got {}; export the bundle again", subject,
-                             residency.dump()));
+  if (!residency.is_null()) {
+    manifest.residency = residency_from_json(residency, subject + ": key \"residency\"", problems);
   }
   problems.throw_input_if_any();
   return manifest;
@@ -148,6 +138,13 @@ BundleManifest load_bundle(MoeModel& model, const std::filesystem::path& directo
                     "{:.12}; load it onto the "
                     "checkpoint it was tuned from",
                     directory.string(), manifest.model_path, manifest.base_router_hash, base));
+  }
+  const std::size_t num_layers = model->architecture().moe_layers().size();
+  if (manifest.residency.logit_range.size() != num_layers) {
+    throw InputError(
+        fmt::format("{}: residency.logit_range must have one number per MoE layer ({}), got {}; export the "
+                    "bundle again",
+                    manifest_path(directory).string(), num_layers, manifest.residency.logit_range.size()));
   }
   if (manifest.top_k > model->architecture().num_experts) {
     throw InputError(

@@ -128,11 +128,36 @@ double QualityResult::bits_per_byte() const {
 TokenBatch to_device(const PackedBatch& batch, torch::Device device) {
   return {from_vector(batch.tokens, batch.num_rows, batch.row_length, device),
           from_vector(batch.positions, batch.num_rows, batch.row_length, device),
-          from_vector(batch.sequence_ids, batch.num_rows, batch.row_length, device)};
+          from_vector(batch.sequence_ids, batch.num_rows, batch.row_length, device),
+          torch::from_blob(const_cast<std::uint8_t*>(batch.counted.data()),  // NOLINT
+                           {batch.num_rows, batch.row_length}, torch::kUInt8)
+              .clone()
+              .to(device)};
 }
 
 SequenceLayout layout_of(const PackedBatch& batch) {
   return {batch.sequence_ids, batch.counted};
+}
+
+std::vector<float> mean_logit_range(MoeModel& model, const std::vector<PackedBatch>& batches) {
+  const torch::NoGradGuard no_grad;
+  std::vector<double> sums(model->architecture().moe_layers().size(), 0.0);
+  double tokens = 0.0;
+  for (const PackedBatch& batch : batches) {
+    const TokenBatch on_device = to_device(batch, model->device());
+    const torch::Tensor real = on_device.sequence_ids_BS.reshape({-1}).ge(0);
+    const ModelOutput output = model->forward(on_device);
+    for (std::size_t layer = 0; layer < sums.size(); ++layer) {
+      const auto [low, high] = output.routing[layer].logits_TE.to(torch::kFloat64).aminmax(1, /*keepdim=*/false);
+      sums[layer] += (high - low).masked_select(real).sum().item<double>();
+    }
+    tokens += real.sum().item<double>();
+  }
+  std::vector<float> ranges;
+  for (const double sum : sums) {
+    ranges.push_back(static_cast<float>(sum / tokens));
+  }
+  return ranges;
 }
 
 torch::Tensor nll_sum(MoeModel& model, const torch::Tensor& hidden_BSD, const torch::Tensor& labels_BS) {

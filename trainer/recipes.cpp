@@ -137,6 +137,28 @@ FieldList ExportOptions::fields() {
   return list;
 }
 
+FieldList ResidencyOptions::fields() {
+  FieldList list;
+  list.add("lambda", lambda, "bonus of a resident expert's logit, in mean logit ranges; 0: plain Top-K",
+           {.low = 0.0, .high = 1e6});
+  list.add("always_keep", always_keep, "experts per token chosen by their logits alone (J)", {.low = 0});
+  list.add("slots", slots, "slots per layer of the cache; 0: losses.cache_simulation.slots, or E/4", {.low = 0});
+  list.add("policy", policy, "of that cache", {"lru"});
+  list.add("in_loop", in_loop, "train under this routing, not only serve with it");
+  list.add("calibration_tokens", calibration_tokens, "training tokens per domain behind the mean logit range",
+           {.low = 1});
+  return list;
+}
+
+FieldList ResidencyPriorOptions::fields() {
+  FieldList list;
+  list.add("lambdas", lambdas, "evaluate every router under residency-aware routing too; empty: do not",
+           {.low = 0.0, .high = 1e6, .exclusive_low = true});
+  list.add("always_keep", always_keep, "values of J, each with each lambda", {.low = 0});
+  list.add("slots", slots, "slots per layer of the cache; 0: the bundle's", {.low = 0});
+  return list;
+}
+
 FieldList EvaluateOptions::fields() {
   FieldList list;
   list.add("tokens_per_domain", tokens_per_domain, "held-out tokens per domain", {.low = 1});
@@ -146,6 +168,7 @@ FieldList EvaluateOptions::fields() {
   list.add("segments", segments, "steps per segment of the segment metrics (SRP, SCH); empty: none", {.low = 1});
   list.add("static_set", static_set, "experts per layer of the static-set test; 0: E/4, at least K; empty: none",
            {.low = 0});
+  list.add_section("residency_prior", residency_prior.fields(), "arms under residency-aware routing");
   return list;
 }
 
@@ -160,6 +183,7 @@ FieldList FinetuneRecipe::fields() {
   terms.add_section("logit_distillation", distillation.fields(), "stay near the base model's language-model logits");
   list.add_section("losses", terms, "objectives beside the language-model loss");
   list.add_section("train", train.fields(), "optimiser and loop");
+  list.add_section("residency", residency.fields(), "residency-aware routing: in training, and to serve with");
   list.add_section("control", control.fields(), "plain NLL tuning to compare with");
   list.add_section("export", export_options.fields(), "router bundle");
   list.add_section("evaluate", evaluate.fields(), "comparison of baseline, control and tuned router");
@@ -423,6 +447,15 @@ LoadedRecipe<FinetuneRecipe> load_finetune_recipe(const std::filesystem::path& p
   if (recipe.model.path.empty()) {
     problems.add(fmt::format("{}: model.path is missing; give the directory of the checkpoint to tune",
                              loaded.source.location("model.path")));
+  }
+  if (recipe.residency.in_loop && recipe.residency.lambda == 0.0) {
+    problems.add(
+        fmt::format("{}: residency.lambda must be above 0 when residency.in_loop is true (0 is plain Top-K), got 0",
+                    loaded.source.location("residency.lambda")));
+  }
+  if (!recipe.evaluate.residency_prior.lambdas.empty() && recipe.evaluate.residency_prior.always_keep.empty()) {
+    problems.add(fmt::format("{}: evaluate.residency_prior.always_keep must name at least one value, got none",
+                             loaded.source.location("evaluate.residency_prior.always_keep")));
   }
   if (recipe.data.evaluate.empty()) {
     problems.add(fmt::format("{}: data.evaluate must name at least one domain, got none",

@@ -18,6 +18,7 @@
 #include "hestia/core/random.hpp"
 #include "hestia/data/tokenizer.hpp"
 #include "hestia/model/adapters.hpp"
+#include "hestia/model/residency_selector.hpp"
 #include "hestia/model/tensors.hpp"
 #include "hestia/model/tuned_checkpoint.hpp"
 #include "hestia/routing/metrics.hpp"
@@ -26,6 +27,7 @@
 #include "hestia/trainer/data_source.hpp"
 #include "hestia/trainer/measure.hpp"
 #include "hestia/trainer/preference_predictor.hpp"
+#include "hestia/trainer/residency.hpp"
 
 namespace hestia {
 
@@ -119,6 +121,7 @@ FinetuneRecipe control_recipe(const FinetuneRecipe& recipe) {
   control.control.enabled = false;
   control.losses.set_all_weights(0.0);
   control.distillation.weight = 0.0;
+  control.residency.in_loop = false;
   return control;
 }
 
@@ -128,8 +131,9 @@ bool is_finished(const std::filesystem::path& run_dir, std::int64_t steps) {
   return latest && latest->first == steps;
 }
 
-void finetune_once(const FinetuneRecipe& recipe, const std::string& resolved, const std::string& label,
+void finetune_once(const LoadedRecipe<FinetuneRecipe>& loaded, const std::string& resolved, const std::string& label,
                    const PackedData& train_data, const PackedData& held_out, const RunFlags& flags, bool resume) {
+  const FinetuneRecipe& recipe = loaded.recipe;
   const torch::Device device = device_from_recipe(recipe.model.device);
   MoeModel model = load_model(recipe.model.path, dtype_from_recipe(recipe.model.dtype), device);
   model->keep_reference_routers();
@@ -139,6 +143,21 @@ void finetune_once(const FinetuneRecipe& recipe, const std::string& resolved, co
   }
   model->set_activation_checkpointing(recipe.model.activation_checkpointing);
   TrainingJob job;
+  ResidencyRule rule = residency_rule(loaded, model->architecture());
+  if (recipe.residency.in_loop) {
+    const std::filesystem::path saved = residency_path(recipe.run_dir);
+    if (resume && std::filesystem::exists(saved)) {
+      rule = read_residency(saved);
+    } else {
+      calibrate(rule, model, calibration_data(train_data, recipe.residency.calibration_tokens),
+                recipe.data.sequence_length);
+    }
+    log_info(fmt::format(
+        "residency in the loop: lambda {:g}, {} of {} experts by logit alone, {} slots, logit range {:.3f}",
+        rule.lambda, rule.always_keep, model->architecture().top_k, rule.slots, fmt::join(rule.logit_range, " ")));
+    job.run_files = {{saved.filename().string(), residency_json(rule).dump(2) + "\n"}};
+    model->set_selector(std::make_shared<ResidencySelector>(rule));
+  }
   job.model = model;
   job.options = recipe.train;
   job.losses = make_routing_losses(recipe.losses, model->architecture().num_experts, model->architecture().top_k);
@@ -313,22 +332,6 @@ PreferencePredictor make_predictor(const FinetuneRecipe& recipe, MoeModel& model
   return predictor;
 }
 
-// Adds max z - min z of every token to `sum` per layer; softmax keeps the difference: log p_max - log p_min.
-void add_logit_range(const SequenceRouting& routing, std::vector<double>& sum, std::int64_t& tokens) {
-  const auto num_experts = static_cast<std::size_t>(routing.num_experts);
-  for (std::int64_t layer = 0; layer < routing.num_layers; ++layer) {
-    for (std::int64_t token = 0; token < routing.num_tokens; ++token) {
-      const auto begin =
-          routing.probabilities.begin() +
-          static_cast<std::ptrdiff_t>(static_cast<std::size_t>(layer * routing.num_tokens + token) * num_experts);
-      const auto [low, high] = std::minmax_element(begin, begin + static_cast<std::ptrdiff_t>(num_experts));
-      const double floor = std::max(static_cast<double>(*low), 1e-38);
-      sum[static_cast<std::size_t>(layer)] += std::log(static_cast<double>(*high)) - std::log(floor);
-    }
-  }
-  tokens += routing.num_tokens;
-}
-
 std::vector<PackedBatch> all_batches(const PackedData& data, const TrainOptions& train, std::int64_t sequence_length) {
   return pack_for_evaluation(data, -1, train.rows_per_batch, sequence_length);
 }
@@ -471,7 +474,7 @@ void run_finetune(const LoadedRecipe<FinetuneRecipe>& loaded, const RunFlags& fl
   if (resume_main && is_finished(recipe.run_dir, recipe.train.steps)) {
     log_info(fmt::format("{}: all {} steps are done already", recipe.run_dir, recipe.train.steps));
   } else {
-    finetune_once(recipe, save_recipe(recipe.fields()), "tune", train_data, held_out, flags, resume_main);
+    finetune_once(loaded, save_recipe(recipe.fields()), "tune", train_data, held_out, flags, resume_main);
   }
   if (recipe.control.enabled) {
     FinetuneRecipe control = control_recipe(recipe);
@@ -480,7 +483,7 @@ void run_finetune(const LoadedRecipe<FinetuneRecipe>& loaded, const RunFlags& fl
       log_info(fmt::format("{}: all {} steps are done already", control.run_dir, control.train.steps));
     } else {
       log_info("control: plain NLL tuning with the same trainable set, data and steps");
-      finetune_once(control, save_recipe(control.fields()), "control", train_data, held_out, flags,
+      finetune_once({control, loaded.source}, save_recipe(control.fields()), "control", train_data, held_out, flags,
                     flags.resume && started);
     }
   }
@@ -620,8 +623,6 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, con
   const Architecture& architecture = model->architecture();
   const std::vector<std::int64_t> layers = architecture.moe_layers();
   const auto num_layers = static_cast<std::int64_t>(layers.size());
-  std::int64_t slots = recipe.losses.cache_simulation.slots;
-  slots = slots > 0 ? slots : std::max<std::int64_t>(1, architecture.num_experts / 4);
 
   BundleManifest manifest;
   manifest.model_family = architecture.family;
@@ -630,7 +631,21 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, con
   manifest.base_router_hash = router_hash(model);
   // Of the run: overrides that are missing now were part of it.
   manifest.recipe = read_text_file(std::filesystem::path(recipe.run_dir) / "recipe.yaml");
-  manifest.residency.slots = slots;
+  if (std::filesystem::exists(residency_path(recipe.run_dir))) {
+    manifest.residency = read_residency(residency_path(recipe.run_dir));
+  } else {
+    manifest.residency = residency_rule(loaded, architecture);
+    // As many as hold the calibration set whole.
+    DataOptions first_part = recipe.data;
+    const std::int64_t enough = recipe.residency.calibration_tokens + recipe.data.sequence_length;
+    first_part.max_tokens_per_domain =
+        first_part.max_tokens_per_domain == 0 ? enough : std::min(enough, first_part.max_tokens_per_domain);
+    calibrate(
+        manifest.residency, model,
+        calibration_data(load_training_data(first_part, *tokenizer, threads), recipe.residency.calibration_tokens),
+        recipe.data.sequence_length);
+  }
+  const std::int64_t slots = manifest.residency.slots;
 
   const std::vector<torch::Tensor> base_routers = copies_of_routers(model);
   const std::int64_t base_top_k = architecture.top_k;
@@ -642,6 +657,10 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, con
     set_routers(model, tuned ? tuned_routers : base_routers);
     model->set_adapters_enabled(tuned);
     model->set_top_k(tuned ? tuned_top_k : base_top_k);
+    if (manifest.residency.lambda > 0.0) {
+      model->set_selector(tuned ? std::shared_ptr<Selector>(std::make_shared<ResidencySelector>(manifest.residency))
+                                : std::make_shared<TopKSelector>());
+    }
   };
 
   std::filesystem::create_directories(directory);
@@ -655,8 +674,6 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, con
   RoutingMetrics tuned_metrics(num_layers, architecture.num_experts, tuned_top_k, layers, 0);
   QualityResult baseline_quality;
   QualityResult tuned_quality;
-  std::vector<double> range(static_cast<std::size_t>(num_layers), 0.0);
-  std::int64_t range_tokens = 0;
   // Both routers batch by batch, so that probabilities of one batch are all that is held.
   std::int64_t first_id = 0;
   for (const PackedBatch& batch : batches) {
@@ -667,7 +684,6 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, con
                                       [&](SequenceRouting&& routing) {
                                         routing.id += first_id;
                                         baseline_metrics.add(routing);
-                                        add_logit_range(routing, range, range_tokens);
                                         baseline.push_back(std::move(routing));
                                       },
                                       advance));
@@ -684,10 +700,6 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, con
     first_id += static_cast<std::int64_t>(batch.domains.size());
   }
   progress.finish();
-  for (const double sum : range) {
-    manifest.residency.logit_range.push_back(
-        static_cast<float>(sum / static_cast<double>(std::max<std::int64_t>(1, range_tokens))));
-  }
   manifest.metrics = {{"domains", recipe.data.train},
                       {"baseline", figures_of(baseline_quality, baseline_metrics, slots, num_layers)},
                       {"tuned", figures_of(tuned_quality, tuned_metrics, slots, num_layers)}};

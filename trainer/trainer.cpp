@@ -369,7 +369,7 @@ class Loop {
   std::int64_t open_run() {
     const std::filesystem::path recipe_path = job_.run_dir / "recipe.yaml";
     if (job_.overwrite) {
-      for (const char* name : {"checkpoints", "metrics.jsonl", "recipe.yaml"}) {
+      for (const char* name : {"checkpoints", "metrics.jsonl", "recipe.yaml", "residency.json"}) {
         std::filesystem::remove_all(job_.run_dir / name);
       }
     }
@@ -402,6 +402,9 @@ class Loop {
                  : ", which saved no checkpoint; "));
     }
     std::filesystem::create_directories(job_.run_dir);
+    for (const auto& [name, text] : job_.run_files) {
+      write_text_atomically(job_.run_dir / name, text);
+    }
     write_text_atomically(recipe_path, job_.resolved_recipe);
     return 0;
   }

@@ -3,11 +3,13 @@
 #include <cstdint>
 #include <filesystem>
 #include <limits>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "hestia/core/json_lines.hpp"
 #include "hestia/routing/metrics.hpp"
+#include "hestia/routing/residency.hpp"
 #include "hestia/routing/simulator.hpp"
 #include "hestia/trainer/measure.hpp"
 #include "hestia/trainer/recipes.hpp"
@@ -62,9 +64,11 @@ struct DomainFigures {
   double top_k_agreement = std::numeric_limits<double>::quiet_NaN();
 };
 
-/// One router ("baseline", "nll control", "tuned").
+/// One router ("baseline", "nll control", "tuned"), served by plain Top-K or under a residency rule.
 struct ArmFigures {
   std::string name;
+  std::string router;                      ///< Name of the router; `name` adds the rule.
+  std::optional<ResidencyRule> residency;  ///< What it was served under; empty: plain Top-K.
   std::string router_hash;
   std::int64_t top_k = 0;  ///< Experts per token that it was served with.
   bool adapters = false;   ///< The experts had adapters: another expert store than the baseline's.
@@ -105,8 +109,9 @@ inline constexpr const char* kTunedArm = "tuned";
                                      std::int64_t sequence_length, bool quiet, bool against_reference = false);
 
 /// `hestia evaluate`: baseline, control (when the run has one) and tuned router on the held-out split of
-/// `data.evaluate`; writes run_dir/results.json and returns the comparison. Throws InputError when the bundle is
-/// missing (names the export command).
+/// `data.evaluate`, then each of them under the residency rules of `evaluate.residency_prior` and of the bundle; writes
+/// run_dir/results.json and returns the comparison. Throws InputError when the bundle is missing (names the export
+/// command).
 Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const std::filesystem::path& bundle, bool quiet);
 
 /// The aligned table that `hestia evaluate` prints.

@@ -8,17 +8,9 @@
 
 #include "hestia/core/json_lines.hpp"
 #include "hestia/model/moe_model.hpp"
+#include "hestia/routing/residency.hpp"
 
 namespace hestia {
-
-/// The rule a runtime serves a tuned router with (objectives.md, "Residency-aware routing"). lambda 0: plain Top-K.
-struct ResidencyRule {
-  double lambda = 0.0;
-  std::int64_t always_keep = 2;  ///< J
-  std::int64_t slots = 0;        ///< C
-  std::string policy = "lru";
-  std::vector<float> logit_range;  ///< D_avg per MoE layer: mean of max z - min z under the base router.
-};
 
 /// The adapters that belong to a bundle's routers.
 struct BundleAdapters {
@@ -38,9 +30,9 @@ struct BundleManifest {
   std::string recipe;            ///< The resolved recipe, YAML.
   std::int64_t top_k = 0;        ///< K that the routers are served with; `architecture` has the base's.
   std::optional<BundleAdapters> adapters;
-  ResidencyRule residency;
-  Json metrics;    ///< {"baseline": {...}, "tuned": {...}}
-  Json predictor;  ///< How the preference predictor compares (predictor_json); null when there is none.
+  ResidencyRule residency;  ///< The rule a runtime serves the tuned router with.
+  Json metrics;             ///< {"baseline": {...}, "tuned": {...}}
+  Json predictor;           ///< How the preference predictor compares (predictor_json); null when there is none.
 };
 
 /// Writes router.safetensors, adapters.safetensors when `tuned` has adapters, and manifest.json of a bundle into
@@ -51,7 +43,8 @@ void write_bundle(const std::filesystem::path& directory, MoeModel& tuned, const
 [[nodiscard]] BundleManifest read_manifest(const std::filesystem::path& directory);
 /// Puts the bundle's routers, adapters and K into `model`, whose routers must be the base the bundle was made from; the
 /// adapters of a model that has some give way to the bundle's, or to none. Throws InputError naming both identities
-/// otherwise, or when router.safetensors or adapters.safetensors does not match the manifest's hash.
+/// otherwise, or when router.safetensors or adapters.safetensors does not match the manifest's hash or the residency
+/// rule does not cover every MoE layer.
 BundleManifest load_bundle(MoeModel& model, const std::filesystem::path& directory);
 
 }  // namespace hestia

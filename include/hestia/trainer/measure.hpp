@@ -43,4 +43,9 @@ QualityResult measure(
     const std::function<void(SequenceRouting&&)>& visit, const std::function<void(std::int64_t tokens)>& progress = {},
     const std::function<void(const SequenceRouting& reference, const SequenceRouting& own)>& compare = {});
 
+/// Mean over the tokens of `batches` (padding left out) of max z - min z over the experts, per MoE layer, from the
+/// logits themselves: D_avg of residency-aware routing. Without gradient, under the selector that the model has. NaN
+/// when there are no tokens or a logit is not finite.
+[[nodiscard]] std::vector<float> mean_logit_range(MoeModel& model, const std::vector<PackedBatch>& batches);
+
 }  // namespace hestia

@@ -124,6 +124,26 @@ struct ExportOptions {
   FieldList fields();
 };
 
+/// Section `residency`: residency-aware routing (docs/routing.md), the rule that the bundle is to be served with and,
+/// in the loop, trained under.
+struct ResidencyOptions {
+  double lambda = 0.0;           ///< Of z' = z + lambda * D_avg * resident; 0: plain Top-K.
+  std::int64_t always_keep = 2;  ///< J, experts chosen by z alone.
+  std::int64_t slots = 0;        ///< C; 0: losses.cache_simulation.slots, or E/4.
+  std::string policy = "lru";
+  bool in_loop = false;                    ///< Route by the rule while training.
+  std::int64_t calibration_tokens = 8192;  ///< Training tokens per domain behind D_avg.
+  FieldList fields();
+};
+
+/// Section `evaluate.residency_prior`: every router also under residency-aware routing, for each lambda and J.
+struct ResidencyPriorOptions {
+  std::vector<double> lambdas;  ///< Empty: no such arms.
+  std::vector<std::int64_t> always_keep = {2};
+  std::int64_t slots = 0;  ///< C; 0: the bundle's.
+  FieldList fields();
+};
+
 /// Section `evaluate`: the comparison of baseline, control and tuned router.
 struct EvaluateOptions {
   std::int64_t tokens_per_domain = 16384;
@@ -132,6 +152,7 @@ struct EvaluateOptions {
   double gamma = 0.9;                             ///< Of the gamma-cache.
   std::vector<std::int64_t> segments = {16, 64};  ///< Steps per segment of the segment metrics; empty: none.
   std::vector<std::int64_t> static_set = {0};     ///< C of the static-set test; 0: E/4, at least K; empty: none.
+  ResidencyPriorOptions residency_prior;
   FieldList fields();
 };
 
@@ -145,6 +166,7 @@ struct FinetuneRecipe {
   RoutingLossOptions losses;
   LogitDistillationOptions distillation;  ///< In the section `losses`.
   TrainOptions train;
+  ResidencyOptions residency;
   ControlOptions control;
   ExportOptions export_options;
   EvaluateOptions evaluate;

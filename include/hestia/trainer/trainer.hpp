@@ -41,7 +41,9 @@ struct TrainingJob {
   std::uint64_t seed = 1;
   std::filesystem::path run_dir;
   std::string resolved_recipe;  ///< Saved as recipe.yaml; a resumed run must match it.
-  std::string label;            ///< Shown in front of the progress bar.
+  /// Name and text of other files that a fresh run starts its directory with.
+  std::vector<std::pair<std::string, std::string>> run_files;
+  std::string label;  ///< Shown in front of the progress bar.
   bool resume = false;
   bool overwrite = false;
   bool quiet = false;

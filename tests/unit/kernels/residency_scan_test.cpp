@@ -72,3 +72,22 @@ TEST_CASE("the residency scan gives distinct experts whatever the logits hold") 
   CHECK(selected == by_reference(c, nullptr));
   CHECK(selected == Choices{0, 1, 2, 0, 4, 3, 0, 1, 2});
 }
+
+TEST_CASE("the residency scan gives the worked example of docs slash routing") {
+  ResidencyCase c;
+  c.shape = {.num_tokens = 4, .num_experts = 5, .top_k = 2, .always_keep = 1, .slots = 2, .bonus = 1.0F};
+  c.logits = {3, 1, 0, 2, 0, 0, 2.5F, 2, 1.5F, 0, 2, 1.5F, 3, 0, 2, 0, 1, 0, 3, 2};
+  c.run_begin = {0};
+  c.run_end = {4};
+  const auto loads = [&] {
+    Choices selected(8);
+    return route_with_residency(c.shape, c.logits.data(), nullptr, c.run_begin.data(), c.run_end.data(), 1,
+                                selected.data())
+        .loads;
+  };
+  CHECK(scanned(c, nullptr) == Choices{0, 3, 1, 3, 2, 1, 3, 4});
+  CHECK(loads() == 6);
+  c.shape.bonus = 0.0F;
+  CHECK(scanned(c, nullptr) == Choices{0, 3, 1, 2, 2, 0, 3, 4});
+  CHECK(loads() == 7);
+}

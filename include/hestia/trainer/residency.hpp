@@ -1,0 +1,39 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+
+#include "hestia/core/json_lines.hpp"
+#include "hestia/data/packing.hpp"
+#include "hestia/model/moe_model.hpp"
+#include "hestia/routing/residency.hpp"
+#include "hestia/trainer/recipes.hpp"
+
+namespace hestia {
+
+/// The rule of the recipe's section `residency` for a model, not calibrated yet (no logit_range): slots 0 become those
+/// of losses.cache_simulation, or E/4. Throws UsageError with file:line when slots are more than the experts, or when
+/// the rule is in the loop and J leaves it no choice (always_keep at least K).
+[[nodiscard]] ResidencyRule residency_rule(const LoadedRecipe<FinetuneRecipe>& loaded,
+                                           const Architecture& architecture);
+
+/// The calibration set of a recipe: of every training domain the whole sequences among its first `tokens` training
+/// tokens, at least one.
+[[nodiscard]] PackedData calibration_data(const PackedData& train_data, std::int64_t tokens);
+
+/// Sets rule.logit_range, the mean of max z - min z over all tokens of `data` in every MoE layer, and what it was taken
+/// over. `model` must be the base model: its routers as they are now, its selector as it is set. Throws RunError when a
+/// logit is not finite.
+void calibrate(ResidencyRule& rule, MoeModel& model, const PackedData& data, std::int64_t sequence_length);
+
+/// The rule as it stands in `residency.json` of a run directory and under `residency` in a bundle's manifest.
+[[nodiscard]] Json residency_json(const ResidencyRule& rule);
+/// Its inverse; `subject` names the file in what is added to `problems` (missing keys, wrong types, numbers out of
+/// range).
+[[nodiscard]] ResidencyRule residency_from_json(const Json& json, const std::string& subject, Problems& problems);
+/// Where a run that was trained in the loop keeps its rule.
+[[nodiscard]] std::filesystem::path residency_path(const std::filesystem::path& run_dir);
+/// Reads residency.json. Throws InputError listing what is wrong.
+[[nodiscard]] ResidencyRule read_residency(const std::filesystem::path& path);
+
+}  // namespace hestia

@@ -1,0 +1,221 @@
+#include "hestia/model/residency_selector.hpp"
+
+#include <limits>
+
+#include <ATen/Parallel.h>
+#include <torch/cuda.h>
+#include <catch2/catch.hpp>
+
+#include "hestia/kernels/soft_cache.hpp"
+#include "model_fixtures.hpp"
+#include "residency_cases.hpp"
+
+namespace {
+
+using namespace hestia;
+using namespace hestia::testing;
+using torch::Tensor;
+
+ResidencyRule rule_of(double lambda, std::int64_t always_keep, std::int64_t slots, std::size_t layers = 3) {
+  ResidencyRule rule;
+  rule.lambda = lambda;
+  rule.always_keep = always_keep;
+  rule.slots = slots;
+  for (std::size_t i = 0; i < layers; ++i) {
+    rule.logit_range.push_back(2.0F + 0.25F * static_cast<float>(i));
+  }
+  return rule;
+}
+
+MoeModel float_model(const Architecture& a) {
+  at::set_num_threads(1);
+  return create_model(a, torch::kFloat32, torch::kCPU, 12);
+}
+
+/// Three sequences of 4, 5 and 6 tokens, the second with a prompt of 3.
+TokenBatch batch_with_prompt(const Architecture& a) {
+  TokenBatch batch = packed_batch(a);
+  batch.counted_BS = torch::tensor({1, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0}, torch::kUInt8).view({2, 9});
+  return batch;
+}
+
+/// [T, K] of the reference for one layer's logits, the padding of the batch by plain Top-K.
+Tensor by_reference(const ResidencyRule& rule, const Tensor& logits_TE, std::int64_t top_k, std::int64_t layer,
+                    const std::vector<std::int64_t>& begins, const std::vector<std::int64_t>& ends,
+                    const Tensor& counted_BS) {
+  const ResidencyShape shape{.num_tokens = logits_TE.size(0),
+                             .num_experts = logits_TE.size(1),
+                             .top_k = top_k,
+                             .always_keep = rule.always_keep,
+                             .slots = rule.slots,
+                             .bonus = rule.bonus(layer)};
+  Tensor selected = top_k_lowest_index(logits_TE, top_k).clone();
+  const Tensor logits = logits_TE.detach().contiguous();
+  const Tensor counted = counted_BS.reshape({-1}).contiguous();
+  route_with_residency(shape, logits.const_data_ptr<float>(), counted.const_data_ptr<std::uint8_t>(), begins.data(),
+                       ends.data(), static_cast<std::int64_t>(begins.size()), selected.data_ptr<std::int64_t>());
+  return selected;
+}
+
+bool same(const Tensor& a, const Tensor& b) {
+  return torch::equal(a.cpu(), b.cpu());
+}
+
+}  // namespace
+
+TEST_CASE("every layer serves what the reference chooses, prompts, packing and padding included") {
+  const Architecture a = small_architecture();
+  MoeModel model = float_model(a);
+  const ResidencyRule rule = rule_of(0.4, 1, 3);
+  model->set_selector(std::make_shared<ResidencySelector>(rule));
+  const TokenBatch batch = batch_with_prompt(a);
+  const torch::NoGradGuard no_grad;
+  const ModelOutput output = model->forward(batch);
+  bool differs = false;
+  for (std::size_t layer = 0; layer < output.routing.size(); ++layer) {
+    const RoutingRecord& record = output.routing[layer];
+    const Tensor expected = by_reference(rule, record.logits_TE, a.top_k, static_cast<std::int64_t>(layer), {0, 4, 9},
+                                         {4, 9, 15}, batch.counted_BS);
+    CHECK(same(record.selected_TK, expected));
+    differs = differs || !same(expected, top_k_lowest_index(record.logits_TE, a.top_k));
+    // Weights come from z, falling, renormalised where the model does.
+    Tensor weights = record.logits_TE.softmax(1).gather(1, record.selected_TK);
+    weights = weights / weights.sum(1, true);
+    CHECK(torch::equal(record.weights_TK, weights));
+    CHECK((record.weights_TK.select(1, 0) >= record.weights_TK.select(1, 1)).all().item<bool>());
+  }
+  CHECK(differs);
+}
+
+TEST_CASE("packed sequences are routed as each one alone") {
+  const Architecture a = small_architecture();
+  MoeModel model = float_model(a);
+  model->set_selector(std::make_shared<ResidencySelector>(rule_of(0.5, 1, 3)));
+  const TokenBatch batch = batch_with_prompt(a);
+  const torch::NoGradGuard no_grad;
+  const ModelOutput packed = model->forward(batch);
+  const auto flat = [](const Tensor& x) { return x.reshape({-1}); };
+  for (const auto& [begin, end] : {std::pair(0, 4), std::pair(4, 9), std::pair(9, 15)}) {
+    const auto part = [&](const Tensor& x) { return flat(x).slice(0, begin, end).unsqueeze(0).contiguous(); };
+    const ModelOutput alone = model->forward(
+        {part(batch.tokens_BS), part(batch.positions_BS), part(batch.sequence_ids_BS), part(batch.counted_BS)});
+    for (std::size_t layer = 0; layer < packed.routing.size(); ++layer) {
+      CHECK(same(alone.routing[layer].selected_TK, packed.routing[layer].selected_TK.slice(0, begin, end)));
+    }
+  }
+}
+
+TEST_CASE("lambda 0 and J at K are plain Top-K; without prompts every token counts") {
+  const Architecture a = small_architecture();
+  MoeModel model = float_model(a);
+  const TokenBatch batch = packed_batch(a);
+  const torch::NoGradGuard no_grad;
+  const ModelOutput plain = model->forward(batch);
+  for (const ResidencyRule& rule : {rule_of(0.0, 1, 3), rule_of(2.0, a.top_k, 3), rule_of(2.0, 99, 1)}) {
+    model->set_selector(std::make_shared<ResidencySelector>(rule));
+    const ModelOutput output = model->forward(batch);
+    for (std::size_t layer = 0; layer < plain.routing.size(); ++layer) {
+      CHECK(same(output.routing[layer].selected_TK, plain.routing[layer].selected_TK));
+    }
+    CHECK(torch::equal(output.hidden_BSD, plain.hidden_BSD));
+  }
+}
+
+TEST_CASE("the weights of what is served carry gradient to the routers, checkpointed or not") {
+  const Architecture a = small_architecture();
+  MoeModel model = float_model(a);
+  freeze_all_but_routers(model);
+  const TokenBatch batch = batch_with_prompt(a);
+  const auto gradients = [&](bool checkpointing, std::shared_ptr<Selector> selector) {
+    model->set_selector(std::move(selector));
+    model->set_activation_checkpointing(checkpointing);
+    std::vector<Tensor> routers = model->routers();
+    const ModelOutput output = model->forward(batch);
+    CHECK_FALSE(output.routing[0].selected_TK.requires_grad());
+    return torch::autograd::grad({probe_loss(output, true, false)}, routers);
+  };
+  const auto kept = gradients(false, std::make_shared<ResidencySelector>(rule_of(0.5, 1, 3)));
+  const auto recomputed = gradients(true, std::make_shared<ResidencySelector>(rule_of(0.5, 1, 3)));
+  const auto plain = gradients(false, std::make_shared<TopKSelector>());
+  for (std::size_t i = 0; i < kept.size(); ++i) {
+    CHECK(kept[i].abs().max().item<double>() > 0.0);
+    CHECK(relative_error(recomputed[i], kept[i]) < 1e-5);
+    CHECK(relative_error(plain[i], kept[i]) > 1e-3);
+  }
+}
+
+TEST_CASE("the base model's forward is routed plainly whatever the selector") {
+  const Architecture a = small_architecture();
+  MoeModel model = float_model(a);
+  const TokenBatch batch = batch_with_prompt(a);
+  const torch::NoGradGuard no_grad;
+  const Tensor plain = model->forward(batch).hidden_BSD;
+  model->keep_reference_routers();
+  model->set_selector(std::make_shared<ResidencySelector>(rule_of(2.0, 0, 3)));
+  CHECK(torch::equal(model->forward_reference(batch).hidden_BSD, plain));
+  CHECK_FALSE(torch::equal(model->forward(batch).hidden_BSD, plain));
+}
+
+TEST_CASE("a batch changed in place is laid out anew") {
+  at::set_num_threads(1);
+  ResidencySelector selector(rule_of(1.0, 0, 2, 1));
+  const Tensor logits = random_normal({6, 5}, 3, torch::kFloat32);
+  TokenBatch batch;
+  batch.sequence_ids_BS = torch::zeros({1, 6}, torch::kInt64);
+  const Tensor together = selector.select(logits, 2, 0, batch);
+  batch.sequence_ids_BS.slice(1, 3, 6).fill_(1);
+  const Tensor apart = selector.select(logits, 2, 0, batch);
+  CHECK(same(apart.slice(0, 3, 4), top_k_lowest_index(logits.slice(0, 3, 4), 2)));
+  CHECK_FALSE(same(apart, together));
+}
+
+TEST_CASE("a rule without a meaning is refused") {
+  const auto refused = [](const ResidencyRule& rule, const std::string& part) {
+    CHECK_THROWS_WITH(ResidencySelector(rule), Catch::Contains(part));
+  };
+  refused(rule_of(-0.1, 1, 3), "lambda must be at least 0 and finite, got -0.1");
+  refused(rule_of(std::numeric_limits<double>::quiet_NaN(), 1, 3), "lambda");
+  refused(rule_of(0.1, -1, 3), "always_keep");
+  refused(rule_of(0.1, 1, 0), "slots at least 1, got 1 and 0");
+  ResidencyRule rule = rule_of(0.1, 1, 3);
+  rule.policy = "lfu";
+  refused(rule, "the policy must be lru, got \"lfu\"");
+  rule = rule_of(0.1, 1, 3);
+  rule.logit_range[1] = -1.0F;
+  refused(rule, "logit range");
+  ResidencySelector one_layer(rule_of(0.1, 1, 3, 1));
+  TokenBatch batch;
+  batch.sequence_ids_BS = torch::zeros({1, 2}, torch::kInt64);
+  CHECK_THROWS_AS(one_layer.select(torch::zeros({2, 4}), 2, 1, batch), std::out_of_range);
+}
+
+TEST_CASE("the CUDA residency scan chooses what the CPU chooses", "[gpu]") {
+  if (!torch::cuda::is_available() || !has_cuda_kernels()) {
+    WARN("SKIPPED: needs a GPU and a build with CUDA kernels");
+    return;
+  }
+  SplitMix64 random(99);
+  for (int i = 0; i < 120; ++i) {
+    const std::int64_t most = std::vector<std::int64_t>{32, 64, 128, 256, 512}.at(static_cast<std::size_t>(i % 5));
+    ResidencyCase c = random_residency_case(random, most, 400);
+    INFO("case " << i << ": " << c.text());
+    Tensor ids = torch::full({1, c.shape.num_tokens}, -1, torch::kInt64);
+    for (std::int64_t run = 0; run < c.num_runs(); ++run) {
+      ids.slice(1, c.run_begin[static_cast<std::size_t>(run)], c.run_end[static_cast<std::size_t>(run)]).fill_(run);
+    }
+    TokenBatch batch;
+    batch.sequence_ids_BS = ids;
+    batch.counted_BS = torch::tensor(c.counted, torch::kUInt8).view({1, -1});
+    ResidencyRule rule = rule_of(1.0, c.shape.always_keep, c.shape.slots, 1);
+    rule.logit_range[0] = c.shape.bonus;
+    ResidencySelector on_cpu(rule);
+    ResidencySelector on_gpu(rule);
+    const Tensor logits = torch::tensor(c.logits).view({c.shape.num_tokens, c.shape.num_experts});
+    const Tensor expected = on_cpu.select(logits, c.shape.top_k, 0, batch);
+    batch.sequence_ids_BS = ids.to(torch::kCUDA);
+    batch.counted_BS = batch.counted_BS.to(torch::kCUDA);
+    const Tensor found = on_gpu.select(logits.to(torch::kCUDA), c.shape.top_k, 0, batch);
+    CHECK(found.is_cuda());
+    REQUIRE(same(found, expected));
+  }
+}

@@ -1,0 +1,234 @@
+#include "hestia/trainer/residency.hpp"
+
+#include <cmath>
+#include <limits>
+
+#include <ATen/Parallel.h>
+#include <catch2/catch.hpp>
+
+#include "hestia/core/error.hpp"
+#include "hestia/core/files.hpp"
+#include "hestia/model/residency_selector.hpp"
+#include "hestia/trainer/measure.hpp"
+#include "hestia/trainer/trainer.hpp"
+#include "temporary_folder.hpp"
+#include "tiny_model.hpp"
+
+using namespace hestia;
+using hestia::testing::tiny_data;
+using hestia::testing::tiny_model;
+
+namespace {
+
+ResidencyRule in_loop_rule() {
+  ResidencyRule rule;
+  rule.lambda = 0.3;
+  rule.always_keep = 1;
+  rule.slots = 3;
+  rule.logit_range = {2.0F, 2.5F};
+  return rule;
+}
+
+TrainingJob job_in_loop(MoeModel& model, const PackedData& data, const std::filesystem::path& run_dir) {
+  at::set_num_threads(1);
+  model->keep_reference_routers();
+  model->set_selector(std::make_shared<ResidencySelector>(in_loop_rule()));
+  RoutingLossOptions losses;
+  losses.set_all_weights(0.02);
+  TrainingJob job;
+  job.model = model;
+  job.options.steps = 6;
+  job.options.rows_per_batch = 2;
+  job.options.learning_rate = 1e-2;
+  job.options.log_every = 1;
+  job.losses = make_routing_losses(losses, 8, 2);
+  job.train_data = &data;
+  job.sequence_length = 24;
+  job.seed = 11;
+  job.run_dir = run_dir;
+  job.resolved_recipe = "recipe_version: 1\n";
+  job.run_files = {{"residency.json", residency_json(in_loop_rule()).dump() + "\n"}};
+  job.quiet = true;
+  return job;
+}
+
+bool same_routers(MoeModel& a, MoeModel& b) {
+  for (std::size_t i = 0; i < a->routers().size(); ++i) {
+    if (!torch::equal(a->routers()[i], b->routers()[i])) {
+      return false;
+    }
+  }
+  return true;
+}
+
+LoadedRecipe<FinetuneRecipe> recipe_with(const TemporaryFolder& folder, const std::string& residency,
+                                         const std::vector<std::string>& overrides = {}) {
+  const auto path = folder.path() / "recipe.yaml";
+  write_text_atomically(path, R"(recipe_version: 1
+run_dir: runs/example
+model: {path: checkpoints/tiny}
+data:
+  train: [alpha]
+  evaluate: [alpha]
+  corpora:
+    - {domain: alpha, paths: [a.txt]}
+)" + residency);
+  return load_finetune_recipe(path, overrides);
+}
+
+}  // namespace
+
+TEST_CASE("a run in the residency loop differs from a plain one and resumes bit-identically") {
+  const TemporaryFolder folder;
+  const PackedData data = tiny_data(5, 40, 24);
+  MoeModel whole = tiny_model();
+  train(job_in_loop(whole, data, folder.path() / "whole"));
+  CHECK(read_residency(residency_path(folder.path() / "whole")).logit_range == in_loop_rule().logit_range);
+
+  MoeModel plain = tiny_model();
+  TrainingJob without = job_in_loop(plain, data, folder.path() / "plain");
+  plain->set_selector(std::make_shared<TopKSelector>());
+  train(without);
+  CHECK_FALSE(same_routers(whole, plain));
+
+  std::atomic<bool> stop{false};
+  MoeModel interrupted = tiny_model();
+  TrainingJob first = job_in_loop(interrupted, data, folder.path() / "halves");
+  first.stop = &stop;
+  first.on_step = [&](const Json& event) { stop = event.at("step").get<std::int64_t>() == 3; };
+  CHECK_THROWS_AS(train(first), InterruptedError);
+  MoeModel resumed = tiny_model();
+  TrainingJob second = job_in_loop(resumed, data, folder.path() / "halves");
+  second.resume = true;
+  train(second);
+  CHECK(same_routers(whole, resumed));
+
+  MoeModel checkpointed = tiny_model();
+  checkpointed->set_activation_checkpointing(true);
+  train(job_in_loop(checkpointed, data, folder.path() / "checkpointed"));
+  for (std::size_t i = 0; i < whole->routers().size(); ++i) {
+    CHECK(torch::allclose(whole->routers()[i], checkpointed->routers()[i], 1e-3, 1e-4));
+  }
+}
+
+TEST_CASE("the logit range is the mean over real tokens, from the logits themselves") {
+  at::set_num_threads(1);
+  MoeModel model = tiny_model();
+  const PackedData data = tiny_data(6, 9, 20);
+  const double scale = GENERATE(1.0, 1000.0);  // the second far beyond what float32 probabilities can tell apart
+  {
+    const torch::NoGradGuard no_grad;
+    for (torch::Tensor& router : model->routers()) {
+      router.mul_(scale);
+    }
+  }
+  ResidencyRule rule;
+  calibrate(rule, model, data, 24);
+  std::vector<double> sums(2, 0.0);
+  double tokens = 0.0;
+  const torch::NoGradGuard no_grad;
+  for (const TokenSequence& sequence : data.sequences) {
+    const auto length = static_cast<std::int64_t>(sequence.tokens.size());
+    const torch::Tensor ids =
+        torch::tensor(std::vector<std::int64_t>(sequence.tokens.begin(), sequence.tokens.end())).unsqueeze(0);
+    const ModelOutput output =
+        model->forward({ids, torch::arange(length).unsqueeze(0), torch::zeros({1, length}, torch::kInt64)});
+    for (std::size_t layer = 0; layer < 2; ++layer) {
+      for (std::int64_t t = 0; t < length; ++t) {
+        sums[layer] += (output.routing[layer].logits_TE[t].max() - output.routing[layer].logits_TE[t].min())
+                           .to(torch::kFloat64)
+                           .item<double>();
+      }
+    }
+    tokens += static_cast<double>(length);
+  }
+  REQUIRE(rule.logit_range.size() == 2);
+  for (std::size_t layer = 0; layer < 2; ++layer) {
+    CHECK(static_cast<double>(rule.logit_range[layer]) == Approx(sums[layer] / tokens).epsilon(1e-4));
+  }
+  if (scale > 1.0) {
+    CHECK(rule.logit_range[0] > 100.0F);
+  }
+  CHECK(rule.calibration == std::to_string(data.num_tokens()) + " tokens of the training split of alpha, beta");
+}
+
+TEST_CASE("a calibration set holds the leading whole sequences of every domain") {
+  PackedData data;
+  data.domains = {"alpha", "beta"};
+  for (const auto& [domain, length] :
+       {std::pair(0, 5), std::pair(1, 30), std::pair(0, 4), std::pair(0, 2), std::pair(1, 3), std::pair(0, 1)}) {
+    TokenSequence sequence;
+    sequence.domain = domain;
+    sequence.tokens.assign(static_cast<std::size_t>(length), 1);
+    data.sequences.push_back(sequence);
+  }
+  const auto lengths = [&](std::int64_t tokens) {
+    std::vector<std::size_t> found;
+    for (const TokenSequence& sequence : calibration_data(data, tokens).sequences) {
+      found.push_back(sequence.tokens.size());
+    }
+    return found;
+  };
+  CHECK(lengths(10) == std::vector<std::size_t>{5, 30, 4});  // at least one; nothing after what did not fit
+  CHECK(lengths(9) == std::vector<std::size_t>{5, 30, 4});
+  CHECK(lengths(100) == std::vector<std::size_t>{5, 30, 4, 2, 3, 1});
+}
+
+TEST_CASE("a residency rule survives its file, and a damaged one says what is wrong") {
+  const TemporaryFolder folder;
+  ResidencyRule rule = in_loop_rule();
+  rule.calibration = "some text";
+  const auto path = folder.path() / "residency.json";
+  const auto write = [&](const std::function<void(Json&)>& change) {
+    Json json = residency_json(rule);
+    change(json);
+    write_text_atomically(path, json.dump());
+  };
+  write([](Json&) {});
+  const ResidencyRule read = read_residency(path);
+  CHECK(read.lambda == rule.lambda);
+  CHECK(read.always_keep == rule.always_keep);
+  CHECK(read.slots == rule.slots);
+  CHECK(read.policy == "lru");
+  CHECK(read.calibration == "some text");
+  CHECK(read.logit_range == rule.logit_range);
+  write([](Json& json) {
+    json.erase("slots");
+    json["lambda"] = "big";
+    json["policy"] = "lfu";
+  });
+  CHECK_THROWS_WITH(read_residency(path), Catch::Contains("\"slots\" is missing") &&
+                                              Catch::Contains("\"lambda\" has the wrong type, got \"big\"") &&
+                                              Catch::Contains("policy must be lru, got \"lfu\""));
+  write([](Json& json) { json["logit_range"] = {1.0, -2.0}; });
+  CHECK_THROWS_WITH(read_residency(path), Catch::Contains("must be finite and at least 0"));
+  write([](Json& json) { json["format_version"] = 2; });
+  CHECK_THROWS_WITH(read_residency(path), Catch::Contains("format version 2"));
+}
+
+TEST_CASE("the recipe's residency section is checked with its line") {
+  const TemporaryFolder folder;
+  Architecture architecture = hestia::testing::tiny_architecture();  // 8 experts, 2 per token
+  const auto rule = residency_rule(recipe_with(folder, "residency: {lambda: 0.2, always_keep: 1}\n"), architecture);
+  CHECK(rule.lambda == 0.2);
+  CHECK(rule.always_keep == 1);
+  CHECK(rule.slots == 2);
+  CHECK(residency_rule(recipe_with(folder, "", {"losses.cache_simulation.slots=5"}), architecture).slots == 5);
+  CHECK(residency_rule(recipe_with(folder, "", {"residency.slots=6", "losses.cache_simulation.slots=5"}), architecture)
+            .slots == 6);
+  CHECK_THROWS_WITH(recipe_with(folder, "residency:\n  lambda: 0.2\n  policy: lfu\n"),
+                    Catch::Contains(":11: residency.policy") && Catch::Contains("lru") && Catch::Contains("lfu"));
+  CHECK_THROWS_WITH(recipe_with(folder, "residency:\n  in_loop: true\n"),
+                    Catch::Contains("residency.lambda must be above 0 when residency.in_loop is true"));
+  CHECK_THROWS_WITH(recipe_with(folder, "residency: {lambda: -0.5}\n"),
+                    Catch::Contains(":9: residency.lambda must be") && Catch::Contains("got -0.5"));
+  CHECK_THROWS_WITH(recipe_with(folder, "evaluate:\n  residency_prior: {lambdas: [0.1, 0]}\n"),
+                    Catch::Contains(":10: evaluate.residency_prior.lambdas") && Catch::Contains("got 0"));
+  CHECK_THROWS_WITH(recipe_with(folder, "evaluate:\n  residency_prior: {lambdas: [0.1], always_keep: []}\n"),
+                    Catch::Contains("evaluate.residency_prior.always_keep must name at least one value"));
+  CHECK_THROWS_WITH(residency_rule(recipe_with(folder, "residency: {slots: 9}\n"), architecture),
+                    Catch::Contains(":9: residency.slots must be at most the model's experts per layer (8), got 9"));
+  CHECK_THROWS_WITH(residency_rule(recipe_with(folder, "residency: {lambda: 0.1, in_loop: true}\n"), architecture),
+                    Catch::Contains("residency.always_keep must be below the model's experts per token (2)") &&
+                        Catch::Contains("got 2"));
+}

@@ -1,0 +1,146 @@
+#include "hestia/trainer/residency.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include "hestia/core/files.hpp"
+#include "hestia/trainer/measure.hpp"
+
+namespace hestia {
+
+namespace {
+
+constexpr std::int64_t kResidencyFormat = 1;
+constexpr std::int64_t kRows = 8;
+
+}  // namespace
+
+ResidencyRule residency_rule(const LoadedRecipe<FinetuneRecipe>& loaded, const Architecture& architecture) {
+  const ResidencyOptions& options = loaded.recipe.residency;
+  ResidencyRule rule;
+  rule.lambda = options.lambda;
+  rule.always_keep = options.always_keep;
+  rule.policy = options.policy;
+  rule.slots = options.slots > 0 ? options.slots : loaded.recipe.losses.cache_simulation.slots;
+  rule.slots = rule.slots > 0 ? rule.slots : std::max<std::int64_t>(1, architecture.num_experts / 4);
+  if (rule.slots > architecture.num_experts) {
+    const std::string key = options.slots > 0 ? "residency.slots" : "losses.cache_simulation.slots";
+    throw UsageError(fmt::format("{}: {} must be at most the model's experts per layer ({}), got {}",
+                                 loaded.source.location(key), key, architecture.num_experts, rule.slots));
+  }
+  if (options.in_loop && options.always_keep >= architecture.top_k) {
+    throw UsageError(
+        fmt::format("{}: residency.always_keep must be below the model's experts per token ({}) when residency.in_loop "
+                    "is true, got "
+                    "{}: the prior would have nothing to choose",
+                    loaded.source.location("residency.always_keep"), architecture.top_k, options.always_keep));
+  }
+  return rule;
+}
+
+PackedData calibration_data(const PackedData& train_data, std::int64_t tokens) {
+  PackedData data;
+  data.domains = train_data.domains;
+  std::vector<std::int64_t> taken(train_data.domains.size(), 0);
+  for (const TokenSequence& sequence : train_data.sequences) {
+    std::int64_t& of_domain = taken.at(static_cast<std::size_t>(sequence.domain));
+    const auto length = static_cast<std::int64_t>(sequence.tokens.size());
+    if (of_domain == 0 || of_domain + length <= tokens) {
+      data.sequences.push_back(sequence);
+      of_domain += length;
+    } else {
+      of_domain = tokens;  // no shorter one from further on
+    }
+  }
+  return data;
+}
+
+void calibrate(ResidencyRule& rule, MoeModel& model, const PackedData& data, std::int64_t sequence_length) {
+  rule.logit_range = mean_logit_range(model, pack_for_evaluation(data, -1, kRows, sequence_length));
+  for (const float range : rule.logit_range) {
+    if (!std::isfinite(range)) {
+      throw RunError(
+          fmt::format("residency calibration: a router logit is not finite, got a mean range of {}; check the "
+                      "model's weights",
+                      range));
+    }
+  }
+  rule.calibration =
+      fmt::format("{} tokens of the training split of {}", data.num_tokens(), fmt::join(data.domains, ", "));
+}
+
+Json residency_json(const ResidencyRule& rule) {
+  return {{"format_version", kResidencyFormat},
+          {"lambda", rule.lambda},
+          {"always_keep", rule.always_keep},
+          {"slots", rule.slots},
+          {"policy", rule.policy},
+          {"calibration", rule.calibration},
+          {"logit_range", rule.logit_range}};
+}
+
+ResidencyRule residency_from_json(const Json& json, const std::string& subject, Problems& problems) {
+  ResidencyRule rule;
+  const auto take = [&](const char* key, auto& value) {
+    if (!json.contains(key)) {
+      problems.add(fmt::format("{}: key \"{}\" is missing; export the bundle again", subject, key));
+      return;
+    }
+    try {
+      json.at(key).get_to(value);
+    } catch (const nlohmann::json::exception&) {
+      problems.add(fmt::format("{}: key \"{}\" has the wrong type, got {}; export the bundle again", subject, key,
+                               json.at(key).dump()));
+    }
+  };
+  if (!json.is_object()) {
+    problems.add(fmt::format("{}: must be an object, got {}; export the bundle again", subject, json.dump()));
+    return rule;
+  }
+  // The first bundles hold neither a version of the rule nor its calibration.
+  if (json.contains("format_version")) {
+    std::int64_t version = 0;
+    take("format_version", version);
+    if (version != kResidencyFormat) {
+      problems.add(fmt::format("{}: format version {} is not one this program supports ({}); update the program",
+                               subject, version, kResidencyFormat));
+    }
+  }
+  take("lambda", rule.lambda);
+  take("always_keep", rule.always_keep);
+  take("slots", rule.slots);
+  take("policy", rule.policy);
+  take("logit_range", rule.logit_range);
+  if (json.contains("calibration")) {
+    take("calibration", rule.calibration);
+  }
+  const bool ranges = std::all_of(rule.logit_range.begin(), rule.logit_range.end(),
+                                  [](float range) { return range >= 0.0F && std::isfinite(range); });
+  if (!(rule.lambda >= 0.0 && std::isfinite(rule.lambda)) || rule.always_keep < 0 || rule.slots < 0 || !ranges) {
+    problems.add(
+        fmt::format("{}: lambda, always_keep, slots and logit_range must be finite and at least 0, got {}; "
+                    "export the bundle again",
+                    subject, json.dump()));
+  }
+  if (rule.policy != policy_name(CachePolicyKind::kLru)) {
+    problems.add(fmt::format("{}: policy must be lru, got \"{}\"; update the program or export the bundle again",
+                             subject, rule.policy));
+  }
+  return rule;
+}
+
+std::filesystem::path residency_path(const std::filesystem::path& run_dir) {
+  return run_dir / "residency.json";
+}
+
+ResidencyRule read_residency(const std::filesystem::path& path) {
+  Problems problems;
+  ResidencyRule rule = residency_from_json(read_json_file(path), path.string(), problems);
+  problems.throw_input_if_any();
+  return rule;
+}
+
+}  // namespace hestia
