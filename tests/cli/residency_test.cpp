@@ -1,0 +1,104 @@
+// Residency-aware routing from outside: a run trained under it, its bundle, and the arms of evaluate.
+
+#include <set>
+
+#include "cli_fixtures.hpp"
+#include "hestia/core/json_lines.hpp"
+
+using namespace hestia;
+using namespace hestia::testing;
+
+TEST_CASE("residency in the loop: finetune keeps the rule, export hands it on, evaluate serves every router under it") {
+  const SmallProject project;
+  project.pretrain();
+  project.write("loop.yaml", replaced(SmallProject::kFinetune, "control:",
+                                      "residency: {lambda: 0.3, always_keep: 1, slots: 3, in_loop: true, "
+                                      "calibration_tokens: 500}\ncontrol:"));
+  check_complaint(project.run({"finetune", "loop.yaml", "residency.always_keep=2"}), 2,
+                  {"residency.always_keep=2", "below the model's experts per token (2)"});
+  check_complaint(project.run({"finetune", "loop.yaml", "residency.slots=9"}), 2,
+                  {"residency.slots", "experts per layer (8), got 9"});
+  check_complaint(project.run({"validate", "loop.yaml", "residency.policy=lfu"}), 2,
+                  {"residency.policy", "lru", "lfu"});
+  CHECK_FALSE(std::filesystem::exists(project.path() / "runs/tuned"));
+  done(project.run({"finetune", "loop.yaml", "--quiet"}));
+  const Json rule = read_json_file(project.path() / "runs/tuned/residency.json");
+  CHECK(rule.at("lambda") == 0.3);
+  CHECK(rule.at("slots") == 3);
+  CHECK(rule.at("logit_range").size() == 2);
+  CHECK(rule.at("logit_range").at(0).get<double>() > 0.0);
+  CHECK_THAT(rule.at("calibration").get<std::string>(), Catch::Contains("tokens of the training split of letters"));
+  // The control is plain tuning.
+  CHECK_FALSE(std::filesystem::exists(project.path() / "runs/tuned/control/residency.json"));
+  done(project.run({"export", "loop.yaml", "--quiet"}));
+  CHECK(read_json_file(project.path() / "runs/tuned/bundle/manifest.json").at("residency") == rule);
+  CHECK_THAT(done(project.run({"inspect", "runs/tuned/bundle"})),
+             Catch::Contains("3 slots, lru, residency lambda 0.3, J 1"));
+
+  check_complaint(project.run({"evaluate", "loop.yaml", "evaluate.residency_prior.lambdas=[0.1]",
+                               "evaluate.residency_prior.slots=12"}),
+                  2, {"evaluate.residency_prior.slots", "(8), got 12"});
+  const std::string table =
+      done(project.run({"evaluate", "loop.yaml", "evaluate.residency_prior.lambdas=[0.6,0.3]",
+                        "evaluate.residency_prior.always_keep=[1,0]", "evaluate.policies=[belady]", "--quiet"}));
+  CHECK_THAT(table, Catch::Contains("tuned, lambda 0.3, J 1"));
+  const Json results = read_json_file(project.path() / "runs/tuned/results.json");
+  std::vector<std::string> names;
+  for (const Json& arm : results.at("arms")) {
+    names.push_back(arm.at("name").get<std::string>());
+  }
+  std::vector<std::string> expected = {"baseline", "nll control", "tuned"};
+  for (const std::string router : {"baseline", "nll control", "tuned"}) {
+    for (const std::string prior : {"0.6, J 1", "0.3, J 1", "0.6, J 0", "0.3, J 0"}) {
+      expected.push_back(router + ", lambda " + prior);
+    }
+  }
+  CHECK(names == expected);
+  for (const Json& arm : results.at("arms")) {
+    INFO(arm.at("name"));
+    const bool plain = arm.at("name") == arm.at("router");
+    CHECK(arm.at("residency").is_null() == plain);
+    std::set<std::pair<std::string, int>> cells;
+    for (const Json& cell : arm.at("domains").at(0).at("cache")) {
+      cells.emplace(cell.at("policy").get<std::string>(), cell.at("slots").get<int>());
+    }
+    // What the rule is about is there, asked for or not.
+    CHECK(cells.count({"lru", 3}) == 1);
+    if (!plain) {
+      CHECK(arm.at("residency").at("logit_range") == rule.at("logit_range"));
+      CHECK(arm.at("residency").at("slots") == 3);
+    }
+  }
+  // Even without a sweep a bundle with a rule is judged under it.
+  done(project.run({"evaluate", "loop.yaml", "--quiet"}));
+  CHECK(read_json_file(project.path() / "runs/tuned/results.json").at("arms").size() == 6);
+  // A fresh plain run leaves nothing of the rule.
+  done(project.run({"finetune", "loop.yaml", "residency.in_loop=false", "--overwrite", "--quiet"}));
+  CHECK_FALSE(std::filesystem::exists(project.path() / "runs/tuned/residency.json"));
+}
+
+TEST_CASE("a prior needs no training: the arms of a run that never saw one") {
+  const SmallProject project;
+  project.pretrain();
+  done(project.run({"finetune", "finetune.yaml", "control.enabled=false", "--quiet"}));
+  done(project.run({"export", "finetune.yaml", "control.enabled=false", "--quiet"}));
+  const Json rule = read_json_file(project.path() / "runs/tuned/bundle/manifest.json").at("residency");
+  CHECK(rule.at("lambda") == 0.0);
+  CHECK(rule.at("slots") == 2);
+  const Json results =
+      Json::parse(done(project.run({"evaluate", "runs/tuned", "evaluate.residency_prior.lambdas=[1.0]",
+                                    "evaluate.residency_prior.always_keep=[0]", "--json", "--quiet"})));
+  REQUIRE(results.at("arms").size() == 4);
+  const auto loads = [&](std::size_t arm) {
+    for (const Json& cell : results.at("arms").at(arm).at("domains").at(0).at("cache")) {
+      if (cell.at("policy") == "lru" && cell.at("slots") == 2) {
+        return cell.at("loads").get<int>();
+      }
+    }
+    return -1;
+  };
+  CHECK(results.at("arms").at(2).at("name") == "baseline, lambda 1, J 0");
+  CHECK(loads(2) < loads(0));
+  CHECK(loads(3) < loads(1));
+  CHECK(loads(3) > 0);
+}
