@@ -154,6 +154,7 @@ std::vector<float> mean_logit_range(MoeModel& model, const std::vector<PackedBat
     tokens += real.sum().item<double>();
   }
   std::vector<float> ranges;
+  ranges.reserve(sums.size());
   for (const double sum : sums) {
     ranges.push_back(static_cast<float>(sum / tokens));
   }

@@ -3,6 +3,7 @@
 #include <limits>
 
 #include <ATen/Parallel.h>
+#include <torch/autograd.h>
 #include <torch/cuda.h>
 #include <catch2/catch.hpp>
 
@@ -95,7 +96,9 @@ TEST_CASE("packed sequences are routed as each one alone") {
   const torch::NoGradGuard no_grad;
   const ModelOutput packed = model->forward(batch);
   const auto flat = [](const Tensor& x) { return x.reshape({-1}); };
-  for (const auto& [begin, end] : {std::pair(0, 4), std::pair(4, 9), std::pair(9, 15)}) {
+  for (const auto& run : {std::pair(0, 4), std::pair(4, 9), std::pair(9, 15)}) {
+    const std::int64_t begin = run.first;
+    const std::int64_t end = run.second;
     const auto part = [&](const Tensor& x) { return flat(x).slice(0, begin, end).unsqueeze(0).contiguous(); };
     const ModelOutput alone = model->forward(
         {part(batch.tokens_BS), part(batch.positions_BS), part(batch.sequence_ids_BS), part(batch.counted_BS)});
