@@ -144,6 +144,7 @@ void make_model(const std::string& family, const std::set<std::string>& template
   architecture.model_type = family;
   architecture.query_key_norm = family == "olmoe";
   architecture.num_experts = 16;
+  architecture.expert_intermediate_size = 32;  // room for adapters of rank 32
   architecture.vocab_size = tokenizer->vocab_size();
   architecture.max_position_embeddings = 4096;
   architecture.bos_token_id = tokenizer->bos_id();
@@ -275,7 +276,7 @@ void run_two_steps(const std::string& family, const std::string& name) {
 }
 
 TEST_CASE("every published recipe is there, with a header that says what it needs and how it is run") {
-  std::set<std::string> expected = {"quickstart", "pretrain_tiny"};
+  std::set<std::string> expected = {"quickstart", "pretrain_tiny", "residency_tiny"};
   for (const auto& [family, names] : kPublished) {
     expected.insert(names.begin(), names.end());
   }
@@ -316,6 +317,9 @@ TEST_CASE("published recipes have the published settings") {
       CHECK(recipe.model.dtype == "bfloat16");
       CHECK(recipe.train.clip_norm == 1.0);
       CHECK(recipe.train.schedule == "linear");
+      CHECK(recipe.train.trainable == (name.rfind("melinoe", 0) == 0 ? "router+lora" : "router"));
+      CHECK(recipe.train.lora.rank == 32);
+      CHECK(recipe.train.lora.alpha == 16.0);
       if (name.rfind("remoe", 0) != 0) {
         CHECK(recipe.losses.cache_simulation.weight == (dolly ? 0.5 : 0.05));
         CHECK(recipe.losses.cache_simulation.gamma == 0.9);
