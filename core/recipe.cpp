@@ -834,9 +834,9 @@ bool RecipeSource::is_set(const std::string& key) const {
 
 bool RecipeSource::is_overridden(const std::string& key) const {
   return std::any_of(locations_.begin(), locations_.end(), [&](const auto& entry) {
-    return entry.first == key &&
-           std::any_of(overrides_.begin(), overrides_.end(),
-                       [&](const std::string& text) { return entry.second == text + kOnCommandLine; });
+    return entry.first == key && std::any_of(overrides_.begin(), overrides_.end(), [&](const std::string& text) {
+             return entry.second == text + kOnCommandLine;
+           });
   });
 }
 

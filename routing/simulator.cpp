@@ -7,9 +7,9 @@
 
 #include <fmt/format.h>
 
+#include "demand_cache.hpp"
 #include "hestia/core/error.hpp"
 #include "hestia/core/random.hpp"
-#include "demand_cache.hpp"
 #include "layer_steps.hpp"
 
 namespace hestia {
