@@ -107,14 +107,15 @@ StaticSetFigures measure_static_set(MoeModel& model, const PackedData& held_out,
     }
   }
   figures.share = all > 0 ? static_cast<double>(inside) / static_cast<double>(all) : 0.0;
+  const std::shared_ptr<Selector> before = model->selector();
   model->set_selector(std::make_shared<StaticSetSelector>(sets, architecture.num_experts));
   try {
     figures.quality = measure(model, held_out, batches, false, {}, advance);
   } catch (...) {
-    model->set_selector(std::make_shared<TopKSelector>());
+    model->set_selector(before);
     throw;
   }
-  model->set_selector(std::make_shared<TopKSelector>());
+  model->set_selector(before);
   return figures;
 }
 

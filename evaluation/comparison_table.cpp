@@ -150,8 +150,10 @@ std::string comparison_table(const Comparison& comparison) {
   add_number("usageH", 3, [](const DomainFigures& figures) { return figures.usage.normalised_entropy; });
   const std::vector<StaticSetFigures>& static_sets = comparison.arms.front().domains.front().static_sets;
   for (std::size_t i = 0; i < static_sets.size(); ++i) {
-    add_number(fmt::format("ppl@{}", static_sets[i].experts), 3,
-               [&](const DomainFigures& figures) { return figures.static_sets.at(i).quality.perplexity(); });
+    // Not measured under a residency rule.
+    add(fmt::format("ppl@{}", static_sets[i].experts), [&](const ArmFigures& /*arm*/, const DomainFigures& figures) {
+      return i < figures.static_sets.size() ? fmt::format("{:.3f}", figures.static_sets[i].quality.perplexity()) : "-";
+    });
   }
   for (const std::int64_t count : slots) {
     const std::size_t first = columns.size();

@@ -65,7 +65,9 @@ void weigh_row(const Bound<Real, RankHingeTerm<Real>>& bound, Real* weighted, Ro
   std::fill(hinge, slope + num_experts, Real(0));
   for (std::int64_t j = 0; j < num_experts; ++j) {
     bound.stage(j);
-    order[static_cast<std::size_t>(j)] = {bound.extra[j], static_cast<std::int32_t>(j)};
+    // A router that blew up must not break the order of the sort: what is no number stands below everything.
+    order[static_cast<std::size_t>(j)] = {std::isnan(bound.extra[j]) ? Real(-1) : bound.extra[j],
+                                          static_cast<std::int32_t>(j)};
   }
   std::sort(order.begin(), order.end(), [](const auto& a, const auto& b) { return a.base > b.base; });
   std::vector<double>& sum_from = scratch.sum_from;  // of p, from a rank to the last

@@ -505,6 +505,10 @@ void MoeModelImpl::set_selector(std::shared_ptr<Selector> selector) {
   impl_->selector = std::move(selector);
 }
 
+const std::shared_ptr<Selector>& MoeModelImpl::selector() const noexcept {
+  return impl_->selector;
+}
+
 void MoeModelImpl::set_executor(std::shared_ptr<Executor> executor) {
   impl_->executor = std::move(executor);
 }

@@ -474,7 +474,8 @@ void run_finetune(const LoadedRecipe<FinetuneRecipe>& loaded, const RunFlags& fl
   if (resume_main && is_finished(recipe.run_dir, recipe.train.steps)) {
     log_info(fmt::format("{}: all {} steps are done already", recipe.run_dir, recipe.train.steps));
   } else {
-    finetune_once(loaded, save_recipe(recipe.fields()), "tune", train_data, held_out, flags, resume_main);
+    finetune_once({recipe, loaded.source}, save_recipe(recipe.fields()), "tune", train_data, held_out, flags,
+                  resume_main);
   }
   if (recipe.control.enabled) {
     FinetuneRecipe control = control_recipe(recipe);

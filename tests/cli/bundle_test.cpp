@@ -66,7 +66,7 @@ TEST_CASE("a damaged router bundle is refused by inspect and evaluate, with what
     restore();
     INFO("the residency rule is no object");
     edited([](Json& json) { json["residency"] = 5; });
-    both({"\"residency\" must be an object, got 5"});
+    both({"\"residency\": must be an object, got 5"});
   }
   {
     restore();

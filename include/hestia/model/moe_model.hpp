@@ -147,6 +147,7 @@ class MoeModelImpl : public torch::nn::Module {
   /// What chooses the experts in `forward`; TopKSelector until it is set. Shared with the graphs of checkpointed
   /// forwards.
   void set_selector(std::shared_ptr<Selector> selector);
+  [[nodiscard]] const std::shared_ptr<Selector>& selector() const noexcept;
   void set_executor(std::shared_ptr<Executor> executor);
   /// Keeps a frozen float32 copy of every router as it is now, and K; later forwards fill reference_logits_TE with it.
   void keep_reference_routers();

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <random>
 #include <vector>
 
@@ -154,4 +155,21 @@ TEMPLATE_TEST_CASE("the vectorised hinge equals its definition", "", float, doub
       }
     }
   }
+}
+
+TEST_CASE("the hinge of probabilities that are no numbers ends, and other rows do not notice") {
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  const std::vector<double> good = {0.5, 0.3, 0.2};
+  std::vector<double> p = good;
+  std::vector<double> base = {0.2, 0.5, 0.3};
+  p.insert(p.end(), {nan, nan, nan, 0.2, nan, 0.8});
+  base.insert(base.end(), {nan, nan, nan, nan, 0.5, 0.5});
+  const Rows<double> router(p, 3);
+  const Rows<double> reference(base, 3);
+  const RankHingeTerm<double> term{.base = reference.rows(), .margin = 0.1};
+  std::vector<double> value(3, -1.0);
+  std::vector<double> gradient(9, 0.0);
+  row_term_cpu(router.layout(), router.rows(), term, {value.data(), gradient.data(), 1.0}, 0, 3);
+  CHECK(value[0] == Approx(by_definition(good, {0.2, 0.5, 0.3}, 0.1, false).value));
+  CHECK(std::isfinite(gradient[0] + gradient[1] + gradient[2]));
 }

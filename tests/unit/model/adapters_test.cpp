@@ -92,7 +92,7 @@ TEST_CASE("fresh adapters leave the model as it was, to the bit") {
   CHECK(model->adapters().empty());
 }
 
-TEST_CASE("A starts uniform within one over the root of its width, from the seed alone, every expert its own; B zero") {
+TEST_CASE("A starts uniform within one over the root of its width, from the seed alone, every expert its own, B zero") {
   const Architecture a = small_architecture();
   MoeModel model = make_model();
   create_adapters(model, {5, 1.0}, 9);

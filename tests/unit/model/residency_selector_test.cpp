@@ -108,7 +108,7 @@ TEST_CASE("packed sequences are routed as each one alone") {
   }
 }
 
-TEST_CASE("lambda 0 and J at K are plain Top-K; without prompts every token counts") {
+TEST_CASE("lambda 0 and J at K are plain Top-K, without prompts every token counts") {
   const Architecture a = small_architecture();
   MoeModel model = float_model(a);
   const TokenBatch batch = packed_batch(a);

@@ -445,7 +445,7 @@ TEST_CASE("a checkpoint of another format or with a damaged state is refused bef
   CHECK(torch::equal(resumed->routers()[0], untouched->routers()[0]));
 }
 
-TEST_CASE("a checkpoint whose K is not of the model is refused; one from before annealing has the base's") {
+TEST_CASE("a checkpoint whose K is not of the model is refused, one from before annealing has the base's") {
   const TemporaryFolder folder;
   const PackedData data = tiny_data(4, 16, 24);
   MoeModel model = tiny_model();
