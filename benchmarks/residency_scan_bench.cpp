@@ -3,7 +3,6 @@
 // go. Prints one JSON object.
 
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <functional>
 #include <iostream>
@@ -19,6 +18,7 @@
 #include "hestia/core/json_lines.hpp"
 #include "hestia/evaluation/build_info.hpp"
 #include "hestia/model/residency_selector.hpp"
+#include "timing.hpp"
 
 namespace {
 
@@ -37,19 +37,6 @@ struct Options {
   std::string device = "auto";
 };
 
-double milliseconds(const std::function<void()>& work, torch::Device device) {
-  const auto wait = [&] {
-    if (device.is_cuda()) {
-      torch::cuda::synchronize(device.index());
-    }
-  };
-  wait();
-  const auto start = std::chrono::steady_clock::now();
-  work();
-  wait();
-  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
-}
-
 // Half of a token's logits is what the token before had.
 torch::Tensor drifting_logits(const Options& options) {
   auto generator = at::make_generator<at::CPUGeneratorImpl>(1);
@@ -59,11 +46,6 @@ torch::Tensor drifting_logits(const Options& options) {
     logits.select(1, t).mul_(0.75).add_(logits.select(1, t - 1), 0.66);
   }
   return logits.reshape({-1, options.experts}).contiguous();
-}
-
-double median(std::vector<double> times) {
-  std::sort(times.begin(), times.end());
-  return times[times.size() / 2];
 }
 
 Json measure(const Options& options, const std::string& command) {

@@ -3,7 +3,6 @@
 // writing the gradient takes at the speed of a copy. Prints one JSON object.
 
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <functional>
 #include <iostream>
@@ -20,6 +19,7 @@
 #include "hestia/core/json_lines.hpp"
 #include "hestia/evaluation/build_info.hpp"
 #include "hestia/routing_losses/routing_losses.hpp"
+#include "timing.hpp"
 
 namespace {
 
@@ -37,22 +37,9 @@ struct Options {
   std::string device = "auto";
 };
 
-double milliseconds(const std::function<void()>& work, torch::Device device) {
-  const auto wait = [&] {
-    if (device.is_cuda()) {
-      torch::cuda::synchronize(device.index());
-    }
-  };
-  wait();
-  const auto start = std::chrono::steady_clock::now();
-  work();
-  wait();
-  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
-}
-
 Json summary(std::vector<double> times) {
   std::sort(times.begin(), times.end());
-  return {{"median_ms", times[times.size() / 2]}, {"lowest_ms", times.front()}, {"highest_ms", times.back()}};
+  return {{"median_ms", median(times)}, {"lowest_ms", times.front()}, {"highest_ms", times.back()}};
 }
 
 SequenceLayout layout_of(std::int64_t sequences, std::int64_t length) {
