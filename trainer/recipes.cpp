@@ -342,12 +342,11 @@ void settle(First& first, const std::string& first_key, Second& second, const st
   if (first == First{} || second == Second{}) {
     return;
   }
-  if (!source.is_set(first_key)) {
-    first = First{};  // Its default.
-  } else if (source.is_overridden(first_key) == source.is_overridden(second_key)) {
+  const bool given = source.is_set(first_key);  // and not its default
+  if (given && source.is_overridden(first_key) == source.is_overridden(second_key)) {
     problems.add(fmt::format("{}: {} and {} say the same in two ways, got {} and {}; remove one",
                              source.location(second_key), first_key, second_key, first, second));
-  } else if (source.is_overridden(first_key)) {
+  } else if (given && source.is_overridden(first_key)) {
     second = Second{};
   } else {
     first = First{};
