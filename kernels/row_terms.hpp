@@ -269,13 +269,17 @@ struct Bound<Real, RankHingeTerm<Real>> : BoundRow<Real> {
 };
 
 /// Every term in both types, for explicit instantiation: X(Real, Term).
-#define HESTIA_FOR_EACH_ROW_TERM(X)                                                                              \
-  X(float, DivergenceTerm<float>)                                                                                \
-  X(double, DivergenceTerm<double>)                                                                              \
-  X(float, EntropyTerm)                                                                                          \
-  X(double, EntropyTerm) X(float, SymmetricKlTerm) X(double, SymmetricKlTerm) X(float, NeighbourTerm)            \
-      X(double, NeighbourTerm) X(float, ReuseTerm<float>) X(double, ReuseTerm<double>) X(float, PullTerm<float>) \
-          X(double, PullTerm<double>) X(float, SoftCacheTerm<float>) X(double, SoftCacheTerm<double>)            \
-              X(float, RankHingeTerm<float>) X(double, RankHingeTerm<double>)
+#define HESTIA_FOR_EACH_ROW_TERM_OF(X, Real) \
+  X(Real, DivergenceTerm<Real>)              \
+  X(Real, EntropyTerm)                       \
+  X(Real, SymmetricKlTerm)                   \
+  X(Real, NeighbourTerm)                     \
+  X(Real, ReuseTerm<Real>)                   \
+  X(Real, PullTerm<Real>)                    \
+  X(Real, SoftCacheTerm<Real>)               \
+  X(Real, RankHingeTerm<Real>)
+#define HESTIA_FOR_EACH_ROW_TERM(X)     \
+  HESTIA_FOR_EACH_ROW_TERM_OF(X, float) \
+  HESTIA_FOR_EACH_ROW_TERM_OF(X, double)
 
 }  // namespace hestia

@@ -600,7 +600,7 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, con
                     "train.trainable=router or router+lora",
                     loaded.source.location("train.trainable"), recipe.train.trainable));
   }
-  const std::filesystem::path directory = output.empty() ? std::filesystem::path(recipe.run_dir) / to : output;
+  std::filesystem::path directory = output.empty() ? std::filesystem::path(recipe.run_dir) / to : output;
   if (to == "hf") {
     write_tuned_checkpoint(recipe.model.path, tuned_parts(latest->second, read_architecture(recipe.model.path)),
                            directory);
