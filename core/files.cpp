@@ -99,6 +99,14 @@ MappedFile::~MappedFile() {
   }
 }
 
+void read_ahead(std::span<const std::byte> mapped) noexcept {
+  static const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+  const std::size_t before = reinterpret_cast<std::uintptr_t>(mapped.data()) % page;
+  if (!mapped.empty()) {
+    ::madvise(const_cast<std::byte*>(mapped.data()) - before, mapped.size() + before, MADV_WILLNEED);
+  }
+}
+
 std::string read_text_file(const std::filesystem::path& path) {
   // Read, not mapped: pipes and files of /proc have no size to map.
   const Descriptor descriptor(::open(path.c_str(), O_RDONLY | O_CLOEXEC));

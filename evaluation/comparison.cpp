@@ -392,8 +392,8 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const std::f
   const std::unique_ptr<Tokenizer> tokenizer = open_tokenizer(recipe.model.path);
   const PackedData held_out = load_held_out_data(recipe.data, recipe.data.evaluate, *tokenizer,
                                                  recipe.evaluate.tokens_per_domain, at::get_num_threads());
-  MoeModel model =
-      load_model(recipe.model.path, dtype_from_recipe(recipe.model.dtype), device_from_recipe(recipe.model.device));
+  MoeModel model = load_model(recipe.model.path, dtype_from_recipe(recipe.model.dtype),
+                              device_from_recipe(recipe.model.device), quiet);
   Comparison comparison;
   comparison.num_layers = static_cast<std::int64_t>(model->architecture().moe_layers().size());
   comparison.num_experts = model->architecture().num_experts;

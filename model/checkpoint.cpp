@@ -11,9 +11,11 @@
 #include "check_tensor.hpp"
 #include "hestia/core/error.hpp"
 #include "hestia/core/files.hpp"
+#include "hestia/core/progress.hpp"
 #include "hestia/core/random.hpp"
 #include "hestia/core/safetensors.hpp"
 #include "hestia/model/moe_model.hpp"
+#include "hestia/model/placement.hpp"
 #include "hestia/model/tensors.hpp"
 
 namespace hestia {
@@ -98,7 +100,7 @@ void check_routers(const SafetensorsFile& file, const Architecture& architecture
   check_nothing_else(file, "a router", wanted, problems);
 }
 
-MoeModel load_model(const std::filesystem::path& directory, torch::Dtype dtype, torch::Device device) {
+MoeModel load_model(const std::filesystem::path& directory, torch::Dtype dtype, torch::Device device, bool quiet) {
   const Architecture architecture = read_architecture(directory);
   const SafetensorsCheckpoint checkpoint(directory);
   const std::vector<TensorSpec> specs = tensor_specs(architecture);
@@ -124,9 +126,18 @@ MoeModel load_model(const std::filesystem::path& directory, torch::Dtype dtype, 
   }
   problems.throw_input_if_any();
   MoeModel model(architecture, dtype, device);
+  std::vector<Placement> placements;
+  std::int64_t bytes = 0;
   for (const auto& [name, tensor] : model->named_tensors()) {
-    copy_into(checkpoint.tensor(name), tensor);
+    placements.push_back({checkpoint.tensor(name), tensor});
+    bytes += static_cast<std::int64_t>(placements.back().source.bytes.size());
   }
+  // In the order of the files: a disk reads on faster than it jumps.
+  std::ranges::stable_sort(placements, {}, [](const Placement& placement) { return placement.source.bytes.data(); });
+  constexpr std::int64_t kWorthShowing = std::int64_t{1} << 28;
+  Progress progress("load", bytes, "B", quiet || bytes < kWorthShowing);
+  place_tensors(placements, {.advance = [&](std::int64_t done) { progress.advance(done); }});
+  progress.finish();
   return model;
 }
 

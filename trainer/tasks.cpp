@@ -135,7 +135,7 @@ void finetune_once(const LoadedRecipe<FinetuneRecipe>& loaded, const std::string
                    const PackedData& train_data, const PackedData& held_out, const RunFlags& flags, bool resume) {
   const FinetuneRecipe& recipe = loaded.recipe;
   const torch::Device device = device_from_recipe(recipe.model.device);
-  MoeModel model = load_model(recipe.model.path, dtype_from_recipe(recipe.model.dtype), device);
+  MoeModel model = load_model(recipe.model.path, dtype_from_recipe(recipe.model.dtype), device, flags.quiet);
   model->keep_reference_routers();
   if (recipe.train.trainable == kRouterLora) {
     create_adapters(model, {recipe.train.lora.rank, recipe.train.lora.alpha},
@@ -167,7 +167,7 @@ void finetune_once(const LoadedRecipe<FinetuneRecipe>& loaded, const std::string
                                         [](const WeightedLoss& loss) { return loss.loss->needs_base_forward(); });
   if (base_forward && recipe.train.trainable == "all") {
     log_info("a second copy of the model is held for the base model's forward: train.trainable is all");
-    job.base_model = load_model(recipe.model.path, dtype_from_recipe(recipe.model.dtype), device);
+    job.base_model = load_model(recipe.model.path, dtype_from_recipe(recipe.model.dtype), device, flags.quiet);
   }
   job.train_data = &train_data;
   job.train_mix = recipe.data.train_mix;
@@ -562,7 +562,7 @@ void run_pretrain(const LoadedRecipe<PretrainRecipe>& loaded, const RunFlags& fl
   report["flattening"] = flattening(run_dir / "metrics.jsonl", recipe.train.steps);
   if (!held_out.domains.empty()) {
     // Of the model as saved: what a reader of the directory gets.
-    MoeModel saved = load_model(output, dtype_from_recipe(recipe.model.dtype), device);
+    MoeModel saved = load_model(output, dtype_from_recipe(recipe.model.dtype), device, flags.quiet);
     report["held_out"] = pretraining_report(saved, held_out, recipe);
   }
   report["degradations"] = degradations();
@@ -619,8 +619,8 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, con
         loaded.source.location("export.predictor.enabled")));
   }
   const std::vector<PackedBatch> batches = all_batches(data, recipe.train, recipe.data.sequence_length);
-  MoeModel model =
-      load_model(recipe.model.path, dtype_from_recipe(recipe.model.dtype), device_from_recipe(recipe.model.device));
+  MoeModel model = load_model(recipe.model.path, dtype_from_recipe(recipe.model.dtype),
+                              device_from_recipe(recipe.model.device), quiet);
   const Architecture& architecture = model->architecture();
   const std::vector<std::int64_t> layers = architecture.moe_layers();
   const auto num_layers = static_cast<std::int64_t>(layers.size());

@@ -191,8 +191,10 @@ class MoeModelImpl : public torch::nn::Module {
 TORCH_MODULE(MoeModel);
 
 /// Loads a Hugging Face directory: config.json and safetensors (f32, bf16, f16), sharded or not, straight into
-/// parameters of `dtype` on `device`. Throws InputError listing every missing, extra or misshapen tensor.
-[[nodiscard]] MoeModel load_model(const std::filesystem::path& directory, torch::Dtype dtype, torch::Device device);
+/// parameters of `dtype` on `device` (see `place_tensors`). A large one shows its progress unless `quiet`. Throws
+/// InputError listing every missing, extra or misshapen tensor.
+[[nodiscard]] MoeModel load_model(const std::filesystem::path& directory, torch::Dtype dtype, torch::Device device,
+                                  bool quiet = false);
 
 /// A model with random weights: normal(0, initializer_range), norms 1. The same seed gives the same weights on every
 /// device.
