@@ -80,6 +80,20 @@ find_package(Torch REQUIRED)
 set(CMAKE_CUDA_ARCHITECTURES "${hestia_saved_architectures}")
 set(CMAKE_CUDA_FLAGS "${hestia_saved_cuda_flags}")
 
+# The loops of at::parallel_for are compiled into its callers, so these need OpenMP too: the runtime that torch loads,
+# never a second one.
+add_library(hestia_torch INTERFACE)
+target_link_libraries(hestia_torch INTERFACE torch CUDA::cudart)
+if(HESTIA_OPENMP)
+  file(GLOB hestia_gomp "${hestia_torch_root}/lib/libgomp*.so*")
+  if(NOT hestia_gomp)
+    hestia_missing("libgomp in ${hestia_torch_root}/lib")
+  endif()
+  list(GET hestia_gomp 0 hestia_gomp)
+  target_compile_options(hestia_torch INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-fopenmp>)
+  target_link_libraries(hestia_torch INTERFACE "${hestia_gomp}")
+endif()
+
 find_package(Threads REQUIRED)
 find_package(ZLIB)
 if(NOT ZLIB_FOUND)

@@ -2,6 +2,7 @@
 option(HESTIA_TESTS "Build the tests" ON)
 option(HESTIA_CUDA "Compile Hestia's own CUDA kernels (LibTorch's are always there)" ON)
 option(HESTIA_WARNINGS_AS_ERRORS "Treat warnings in Hestia's own code as errors" ON)
+option(HESTIA_OPENMP "Compile torch sources with OpenMP: without it at::parallel_for runs on one thread" ON)
 option(HESTIA_USE_CCACHE "Compile through ccache when it is installed" ON)
 set(HESTIA_SANITIZE "" CACHE STRING "Sanitizers for all targets, for example address,undefined")
 set(HESTIA_VENV "${CMAKE_CURRENT_SOURCE_DIR}/build/venv" CACHE PATH "Python virtual environment that holds the pinned torch wheel")

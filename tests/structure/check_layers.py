@@ -134,7 +134,7 @@ def check_links(root, graph):
             if library.startswith("hestia_") and name in layers:
                 if name not in uses:
                     problems.append(f"{module}: may not link {name}")
-            elif library == "hestia_pch" or TORCH_LIBRARY.search(library):
+            elif library in {"hestia_pch", "hestia_torch"} or TORCH_LIBRARY.search(library):
                 if not torch:
                     problems.append(f"{module}: is torch-free, got a link to {library}")
             elif library.startswith("hestia_"):

@@ -97,8 +97,9 @@ class CheckLayers(unittest.TestCase):
                           "model: links a target that is no module, got hestia_test_main"])
 
     def test_torch_by_its_file_name(self):
-        self.assertEqual(self.links("hestia_core: /opt/lib/libc10.so\nhestia_routing: hestia_pch\nhestia_model: torch\n"),
-                         ["core: is torch-free, got a link to /opt/lib/libc10.so", "routing: is torch-free, got a link to hestia_pch"])
+        self.assertEqual(self.links("hestia_core: /opt/lib/libc10.so\nhestia_routing: hestia_pch hestia_torch\nhestia_model: torch\n"),
+                         ["core: is torch-free, got a link to /opt/lib/libc10.so", "routing: is torch-free, got a link to hestia_pch",
+                          "routing: is torch-free, got a link to hestia_torch"])
 
     def test_module_without_a_target(self):
         self.assertEqual(self.links("hestia_core: fmt\nhestia_model: torch\n"), ["routing: has sources but no target hestia_routing"])

@@ -2,6 +2,7 @@
 #include <mutex>
 #include <random>
 #include <set>
+#include <thread>
 
 #include <catch2/catch.hpp>
 
@@ -76,6 +77,19 @@ void check_placement(torch::Device device) {
 }
 
 }  // namespace
+
+TEST_CASE("loops over at::parallel_for run on as many threads as are set") {
+  // A caller compiled without OpenMP would run them on one, without a word.
+  at::set_num_threads(3);
+  std::mutex adding;
+  std::set<std::thread::id> threads;
+  at::parallel_for(0, 3, 1, [&](std::int64_t, std::int64_t) {
+    const std::lock_guard lock(adding);
+    threads.insert(std::this_thread::get_id());
+  });
+  at::set_num_threads(1);
+  CHECK(threads.size() == 3);
+}
 
 TEST_CASE("every value is placed, whatever the block, the dtype, the alignment and the threads") {
   check_placement(torch::kCPU);
