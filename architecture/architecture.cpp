@@ -1,8 +1,7 @@
 #include "hestia/architecture/architecture.hpp"
 
+#include <algorithm>
 #include <cmath>
-#include <limits>
-#include <map>
 #include <stdexcept>
 #include <string_view>
 
@@ -19,156 +18,35 @@ const std::vector<Family>& families() {
   return all;
 }
 
-const Family& family_of(const Architecture& architecture) {
+const Family& family_named(const std::string& name) {
   for (const Family& family : families()) {
-    if (family.name == architecture.family) {
+    if (family.defaults.family == name) {
       return family;
     }
   }
   throw std::invalid_argument(
       fmt::format("architecture: family is not known to this program, got \"{}\"; fill it with parse_architecture or "
                   "one of known_families()",
-                  architecture.family));
+                  name));
 }
 
-// Long values (a whole nested object) would bury the message.
-std::string shown(const Json& value) {
-  std::string text = value.dump();
-  if (text.size() > 80) {
-    text = text.substr(0, 77) + "...";
-  }
-  return text;
+const Family& family_of(const Architecture& architecture) {
+  return family_named(architecture.family);
 }
-
-/// Reads single values, collecting what is wrong instead of stopping at the first.
-class ConfigReader {
- public:
-  ConfigReader(const Json& config, std::string subject, Problems& problems)
-      : config_(config), subject_(std::move(subject)), problems_(problems) {}
-
-  /// The value of `key`, or nullptr when it is absent or null.
-  [[nodiscard]] const Json* find(const char* key) const { return find_in(config_, key); }
-  [[nodiscard]] static const Json* find_in(const Json& object, const char* key) {
-    const auto it = object.find(key);
-    return it == object.end() || it->is_null() ? nullptr : &*it;
-  }
-
-  void problem(const std::string& text) { problems_.add(subject_ + ": " + text); }
-
-  void read(const char* key, const Json& value, std::int64_t& out) {
-    const bool too_large =
-        value.is_number_unsigned() &&
-        value.get<std::uint64_t>() > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
-    if (!value.is_number_integer() || too_large) {
-      problem(fmt::format("\"{}\" must be a whole number, got {}; correct it", key, shown(value)));
-      return;
-    }
-    out = value.get<std::int64_t>();
-  }
-  void read(const char* key, const Json& value, double& out) {
-    if (!value.is_number()) {
-      problem(fmt::format("\"{}\" must be a number, got {}; correct it", key, shown(value)));
-      return;
-    }
-    out = value.get<double>();
-  }
-  void read(const char* key, const Json& value, bool& out) {
-    if (!value.is_boolean()) {
-      problem(fmt::format("\"{}\" must be true or false, got {}; correct it", key, shown(value)));
-      return;
-    }
-    out = value.get<bool>();
-  }
-  void read(const char* key, const Json& value, std::string& out) {
-    if (!value.is_string()) {
-      problem(fmt::format("\"{}\" must be a string, got {}; correct it", key, shown(value)));
-      return;
-    }
-    out = value.get<std::string>();
-  }
-  void read(const char* key, const Json& value, std::optional<double>& out) {
-    double number = 0.0;
-    const std::size_t before = problems_.messages().size();
-    read(key, value, number);
-    if (problems_.messages().size() == before) {
-      out = number;
-    }
-  }
-
- private:
-  const Json& config_;
-  std::string subject_;
-  Problems& problems_;
-};
 
 void read_keys(const Family& family, ConfigReader& reader, Architecture& architecture) {
   for (const ConfigKey& row : family.keys) {
     const Json* value = reader.find(row.key);
+    if (value == nullptr && row.other != nullptr) {
+      value = reader.find(row.other);
+    }
     if (value == nullptr) {
       if (row.required) {
-        reader.problem(fmt::format("key \"{}\" is missing; a {} config must have it", row.key, family.name));
+        reader.problem(fmt::format("key \"{}\" is missing; a {} config must have it", row.key, family.defaults.family));
       }
       continue;
     }
     std::visit([&](auto field) { reader.read(row.key, *value, architecture.*field); }, row.field);
-  }
-}
-
-// Rope settings of the hub stand in `rope_theta` and `rope_scaling`; transformers 5 writes `rope_parameters` only.
-void read_rope(ConfigReader& reader, RopeSettings& rope) {
-  const Json* theta = reader.find("rope_theta");
-  if (theta != nullptr) {
-    reader.read("rope_theta", *theta, rope.theta);
-  }
-  for (const char* section : {"rope_scaling", "rope_parameters"}) {
-    const Json* settings = reader.find(section);
-    if (settings == nullptr) {
-      continue;
-    }
-    if (!settings->is_object()) {
-      reader.problem(fmt::format("\"{}\" must be an object or null, got {}; correct it", section, shown(*settings)));
-      continue;
-    }
-    const Json* type = ConfigReader::find_in(*settings, "rope_type");
-    if (type == nullptr) {
-      type = ConfigReader::find_in(*settings, "type");  // spelling of older transformers
-    }
-    if (type != nullptr) {
-      reader.read("rope_type", *type, rope.type);
-    }
-    if (const Json* inner = ConfigReader::find_in(*settings, "rope_theta"); inner != nullptr) {
-      const double outer = rope.theta;
-      reader.read("rope_theta", *inner, rope.theta);
-      if (theta != nullptr && theta->is_number() && inner->is_number() && outer != rope.theta) {
-        reader.problem(
-            fmt::format("\"rope_theta\" and \"{}.rope_theta\" contradict each other, got {} and {}; keep one", section,
-                        outer, rope.theta));
-      }
-    }
-    const Json* factor = ConfigReader::find_in(*settings, "factor");
-    if (factor != nullptr) {
-      reader.read("factor", *factor, rope.factor);
-    } else if (rope.type == "linear") {
-      reader.problem(fmt::format("\"{}\" of type \"linear\" has no \"factor\"; add it", section));
-    }
-    const Json* partial = ConfigReader::find_in(*settings, "partial_rotary_factor");
-    if (partial != nullptr && !(partial->is_number() && partial->get<double>() == 1.0)) {
-      reader.problem(
-          fmt::format("\"{}.partial_rotary_factor\" is not supported, got {}; only 1.0 is", section, shown(*partial)));
-    }
-  }
-  if (rope.type != "default" && rope.type != "linear") {
-    reader.problem(fmt::format("rope type is not supported, got \"{}\"; this program knows \"default\" and \"linear\"",
-                               rope.type));
-  }
-  if (!(rope.theta > 0.0) || !std::isfinite(rope.theta)) {
-    reader.problem(fmt::format("\"rope_theta\" must be positive, got {}; correct it", rope.theta));
-  }
-  if (!(rope.factor > 0.0) || !std::isfinite(rope.factor)) {
-    reader.problem(fmt::format("rope \"factor\" must be positive, got {}; correct it", rope.factor));
-  }
-  if (rope.type == "default") {
-    rope.factor = 1.0;
   }
 }
 
@@ -183,28 +61,51 @@ void read_token_id(ConfigReader& reader, const char* key, std::int64_t& out) {
   }
 }
 
-void check_values(const Architecture& a, ConfigReader& reader) {
+void check_values(const Family& family, const Architecture& a, ConfigReader& reader) {
+  using A = Architecture;
   // Upper limits keep a damaged file from asking for absurd amounts of memory before any tensor is looked at.
   constexpr std::int64_t kMaxWidth = std::int64_t{1} << 24;
   constexpr std::int64_t kMaxLayers = 4096;
   constexpr std::int64_t kMaxExperts = 65536;
-  const auto in_range = [&](const char* key, std::int64_t value, std::int64_t high) {
-    if (value < 1 || value > high) {
-      reader.problem(fmt::format("\"{}\" must be between 1 and {}, got {}; correct it", key, high, value));
-      return false;
+  const auto in_range = [&](std::int64_t A::*field, std::int64_t high, std::int64_t low = 1) {
+    const char* key = family.key_of(field);
+    if (a.*field >= low && a.*field <= high) {
+      return true;
     }
-    return true;
+    if (key != nullptr) {
+      reader.problem(fmt::format("\"{}\" must be between {} and {}, got {}; correct it", key, low, high, a.*field));
+    }
+    return key == nullptr;
   };
-  in_range("vocab_size", a.vocab_size, kMaxWidth);
-  bool sizes = in_range("hidden_size", a.hidden_size, kMaxWidth);
-  in_range("intermediate_size", a.expert_intermediate_size, kMaxWidth);
-  in_range("num_hidden_layers", a.num_layers, kMaxLayers);
-  sizes = in_range("num_attention_heads", a.num_attention_heads, kMaxWidth) && sizes;
-  sizes = in_range("num_key_value_heads", a.num_key_value_heads, kMaxWidth) && sizes;
-  in_range("max_position_embeddings", a.max_position_embeddings, std::int64_t{1} << 40);
-  if (in_range("num_experts", a.num_experts, kMaxExperts) && (a.top_k < 1 || a.top_k > a.num_experts)) {
-    reader.problem(fmt::format("\"num_experts_per_tok\" must be between 1 and num_experts ({}), got {}; correct it",
-                               a.num_experts, a.top_k));
+  in_range(&A::vocab_size, kMaxWidth);
+  bool sizes = in_range(&A::hidden_size, kMaxWidth);
+  in_range(&A::expert_intermediate_size, kMaxWidth);
+  in_range(&A::shared_intermediate_size, kMaxWidth, 0);
+  in_range(&A::first_dense_layers, kMaxLayers, 0);
+  const bool step = in_range(&A::sparse_step, kMaxLayers);
+  if (in_range(&A::num_layers, kMaxLayers) && step) {
+    const auto with_experts = static_cast<std::int64_t>(a.moe_layers().size());
+    if (with_experts == 0) {
+      reader.problem("no layer has experts; this program tunes routers, give the config of a mixture-of-experts model");
+    }
+    if (with_experts < a.num_layers) {
+      in_range(&A::dense_intermediate_size, kMaxWidth);
+    }
+  }
+  sizes = in_range(&A::num_attention_heads, kMaxWidth) && sizes;
+  sizes = in_range(&A::num_key_value_heads, kMaxWidth) && sizes;
+  in_range(&A::max_position_embeddings, std::int64_t{1} << 40);
+  if (in_range(&A::num_experts, kMaxExperts)) {
+    if (a.top_k < 1 || a.top_k > a.num_experts) {
+      reader.problem(fmt::format("\"{}\" must be between 1 and {} ({}), got {}; correct it", family.key_of(&A::top_k),
+                                 family.key_of(&A::num_experts), a.num_experts, a.top_k));
+    } else if (a.num_groups < 1 || a.num_experts % a.num_groups != 0 || a.top_groups < 1 ||
+               a.top_groups > a.num_groups || a.top_groups * (a.num_experts / a.num_groups) < a.top_k) {
+      reader.problem(
+          fmt::format("expert groups must divide {} experts evenly and leave {} to choose from, got {} of {} "
+                      "groups; correct them",
+                      a.num_experts, a.top_k, a.top_groups, a.num_groups));
+    }
   }
   if (sizes) {
     if (a.num_attention_heads % a.num_key_value_heads != 0) {
@@ -217,7 +118,7 @@ void check_values(const Architecture& a, ConfigReader& reader) {
           fmt::format("\"head_dim\" (hidden_size / num_attention_heads unless given) must be even and "
                       "positive, got {}; correct it",
                       a.head_dim));
-    } else if (a.query_key_norm && a.head_dim * a.num_attention_heads != a.hidden_size) {
+    } else if (a.query_key_norm && !a.query_key_norm_heads && a.head_dim * a.num_attention_heads != a.hidden_size) {
       reader.problem(
           fmt::format("\"hidden_size\" must be num_attention_heads x head_dim ({} x {}) because query and key are "
                       "normalised over their whole width, got {}; correct one",
@@ -228,8 +129,8 @@ void check_values(const Architecture& a, ConfigReader& reader) {
     reader.problem(
         fmt::format("\"hidden_act\" is not supported, got \"{}\"; this program knows \"silu\"", a.hidden_act));
   }
-  if (!(a.rms_norm_eps > 0.0) || !std::isfinite(a.rms_norm_eps)) {
-    reader.problem(fmt::format("\"rms_norm_eps\" must be positive, got {}; correct it", a.rms_norm_eps));
+  if (!(a.norm_eps > 0.0) || !std::isfinite(a.norm_eps)) {
+    reader.problem(fmt::format("\"{}\" must be positive, got {}; correct it", family.key_of(&A::norm_eps), a.norm_eps));
   }
   if (!(a.initializer_range > 0.0) || !std::isfinite(a.initializer_range)) {
     reader.problem(fmt::format("\"initializer_range\" must be positive, got {}; correct it", a.initializer_range));
@@ -241,6 +142,8 @@ void check_values(const Architecture& a, ConfigReader& reader) {
 
 std::int64_t extent_value(const Architecture& a, Extent extent) {
   switch (extent) {
+    case Extent::kOne:
+      return 1;
     case Extent::kVocab:
       return a.vocab_size;
     case Extent::kHidden:
@@ -249,10 +152,16 @@ std::int64_t extent_value(const Architecture& a, Extent extent) {
       return a.num_attention_heads * a.head_dim;
     case Extent::kKeyValue:
       return a.num_key_value_heads * a.head_dim;
+    case Extent::kHeadDim:
+      return a.head_dim;
     case Extent::kExperts:
       return a.num_experts;
     case Extent::kExpertHidden:
       return a.expert_intermediate_size;
+    case Extent::kSharedHidden:
+      return a.shared_intermediate_size;
+    case Extent::kDenseHidden:
+      return a.dense_intermediate_size;
   }
   throw std::invalid_argument("architecture: unknown extent");
 }
@@ -263,8 +172,31 @@ void replace_all(std::string& text, std::string_view what, std::int64_t value) {
   }
 }
 
-bool present(const Architecture& a, const TensorPattern& row) {
-  return (row.only_if == nullptr || a.*row.only_if) && (row.unless_on == nullptr || !(a.*row.unless_on));
+bool stands_in(const Architecture& a, TensorPart part, std::int64_t layer) {
+  using P = TensorPart;
+  switch (part) {
+    case P::kRouter:
+    case P::kExpertGate:
+    case P::kExpertUp:
+    case P::kExpertDown:
+      return a.is_moe_layer(layer);
+    case P::kSharedGate:
+    case P::kSharedUp:
+    case P::kSharedDown:
+    case P::kSharedScale:
+      return a.is_moe_layer(layer) && a.shared_intermediate_size > 0;
+    case P::kDenseGate:
+    case P::kDenseUp:
+    case P::kDenseDown:
+      return !a.is_moe_layer(layer);
+    default:
+      return true;
+  }
+}
+
+bool present(const Architecture& a, const TensorPattern& row, std::int64_t layer) {
+  return (row.only_if == nullptr || a.*row.only_if) && (row.unless_on == nullptr || !(a.*row.unless_on)) &&
+         stands_in(a, row.part, layer);
 }
 
 TensorSpec make_spec(const Architecture& a, const TensorPattern& row, std::int64_t layer, std::int64_t expert) {
@@ -292,10 +224,21 @@ std::int64_t product(const std::vector<std::int64_t>& shape) {
 
 }  // namespace
 
+bool Architecture::is_moe_layer(std::int64_t layer) const {
+  return layer >= first_dense_layers && (layer + 1) % sparse_step == 0 &&
+         std::find(dense_layers.begin(), dense_layers.end(), layer) == dense_layers.end();
+}
+
+std::int64_t Architecture::window_of(std::int64_t layer) const {
+  return windowed_layers.empty() || windowed_layers.at(static_cast<std::size_t>(layer)) ? sliding_window : 0;
+}
+
 std::vector<std::int64_t> Architecture::moe_layers() const {
   std::vector<std::int64_t> layers;
   for (std::int64_t layer = 0; layer < num_layers; ++layer) {
-    layers.push_back(layer);
+    if (is_moe_layer(layer)) {
+      layers.push_back(layer);
+    }
   }
   return layers;
 }
@@ -318,30 +261,32 @@ Architecture parse_architecture(const Json& config, const std::string& subject) 
                     shown(config)));
     problems.throw_input_if_any();
   }
-  Architecture architecture;
+  std::string model_type_text;
   const std::string known = fmt::format("{}", fmt::join(known_families(), ", "));
   const Json* model_type = reader.find("model_type");
   if (model_type == nullptr) {
     reader.problem(fmt::format("key \"model_type\" is missing; known model types: {}", known));
     problems.throw_input_if_any();
   }
-  reader.read("model_type", *model_type, architecture.model_type);
+  reader.read("model_type", *model_type, model_type_text);
   problems.throw_input_if_any();
   const Family* family = nullptr;
   for (const Family& candidate : families()) {
-    if (candidate.model_type == architecture.model_type) {
+    if (candidate.defaults.model_type == model_type_text) {
       family = &candidate;
     }
   }
   if (family == nullptr) {
     reader.problem(
-        fmt::format("model type is not supported, got \"{}\"; known model types: {}", architecture.model_type, known));
+        fmt::format("model type is not supported, got \"{}\"; known model types: {}", model_type_text, known));
     problems.throw_input_if_any();
   }
-  architecture.family = family->name;
-  architecture.query_key_norm = family->query_key_norm;
+  Architecture architecture = family->defaults;
   read_keys(*family, reader, architecture);
-  read_rope(reader, architecture.rope);
+  read_rope(reader, *family, architecture);
+  if (family->read_more != nullptr) {
+    family->read_more(reader, architecture);
+  }
   read_token_id(reader, "bos_token_id", architecture.bos_token_id);
   read_token_id(reader, "eos_token_id", architecture.eos_token_id);
   read_token_id(reader, "pad_token_id", architecture.pad_token_id);
@@ -363,7 +308,7 @@ Architecture parse_architecture(const Json& config, const std::string& subject) 
     }
     architecture.head_dim = architecture.hidden_size / architecture.num_attention_heads;
   }
-  check_values(architecture, reader);
+  check_values(*family, architecture, reader);
   problems.throw_input_if_any();
   return architecture;
 }
@@ -390,15 +335,7 @@ Json architecture_config(const Architecture& architecture) {
         },
         row.field);
   }
-  // transformers 4 reads rope_theta and rope_scaling, transformers 5 rope_parameters.
-  const bool scaled = architecture.rope.type != "default";
-  config["rope_theta"] = architecture.rope.theta;
-  config["rope_scaling"] = nullptr;
-  config["rope_parameters"] = {{"rope_theta", architecture.rope.theta}, {"rope_type", architecture.rope.type}};
-  if (scaled) {
-    config["rope_scaling"] = {{"rope_type", architecture.rope.type}, {"factor", architecture.rope.factor}};
-    config["rope_parameters"]["factor"] = architecture.rope.factor;
-  }
+  write_rope(architecture, config);
   const auto token = [](std::int64_t id) { return id < 0 ? Json(nullptr) : Json(id); };
   // Null is written too: left out, transformers would fill in ids of its own, beyond a small vocabulary.
   config["bos_token_id"] = token(architecture.bos_token_id);
@@ -408,16 +345,16 @@ Json architecture_config(const Architecture& architecture) {
   config["output_router_logits"] = false;
   config["router_aux_loss_coef"] = family.router_aux_loss_coef;
   config["use_cache"] = true;
+  if (family.write_more != nullptr) {
+    family.write_more(architecture, config);
+  }
   return config;
 }
 
 void set_config_top_k(Json& config, const Architecture& architecture, std::int64_t top_k) {
-  for (const ConfigKey& row : family_of(architecture).keys) {
-    const auto* field = std::get_if<std::int64_t Architecture::*>(&row.field);
-    if (field != nullptr && *field == &Architecture::top_k) {
-      config[row.key] = top_k;
-      return;
-    }
+  if (const char* key = family_of(architecture).key_of(&Architecture::top_k); key != nullptr) {
+    config[key] = top_k;
+    return;
   }
   throw std::invalid_argument(
       fmt::format("architecture: family \"{}\" has no key for experts per token", architecture.family));
@@ -427,7 +364,7 @@ std::vector<TensorSpec> tensor_specs(const Architecture& architecture) {
   const Family& family = family_of(architecture);
   std::vector<TensorSpec> specs;
   const auto add = [&](const TensorPattern& row, std::int64_t layer, std::int64_t expert) {
-    if (present(architecture, row)) {
+    if (present(architecture, row, layer)) {
       specs.push_back(make_spec(architecture, row, layer, expert));
     }
   };
@@ -440,7 +377,8 @@ std::vector<TensorSpec> tensor_specs(const Architecture& architecture) {
         add(row, layer, -1);
       }
     }
-    for (std::int64_t expert = 0; expert < architecture.num_experts; ++expert) {
+    const std::int64_t num_experts = architecture.is_moe_layer(layer) ? architecture.num_experts : 0;
+    for (std::int64_t expert = 0; expert < num_experts; ++expert) {
       for (const TensorPattern& row : family.per_layer) {
         if (row.role == TensorRole::kExpert) {
           add(row, layer, expert);
@@ -463,10 +401,14 @@ std::string router_name(const Architecture& architecture, std::int64_t layer) {
   throw std::invalid_argument(fmt::format("architecture: family \"{}\" has no router", architecture.family));
 }
 
+Architecture family_defaults(const std::string& family) {
+  return family_named(family).defaults;
+}
+
 std::vector<std::string> known_families() {
   std::vector<std::string> names;
   for (const Family& family : families()) {
-    names.push_back(family.name);
+    names.push_back(family.defaults.family);
   }
   return names;
 }

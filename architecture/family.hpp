@@ -6,25 +6,38 @@
 #include <variant>
 #include <vector>
 
+#include "config_reader.hpp"
 #include "hestia/architecture/architecture.hpp"
 
 namespace hestia {
 
-/// One key of `config.json` and the field it fills. A key that is absent or null leaves the field's default, unless it
-/// is required.
+/// One key of `config.json` and the field it fills. A key that is absent or null leaves the family's default, unless it
+/// is required. Written under `key`; `other` is another spelling that is read.
 struct ConfigKey {
   const char* key;
   std::variant<std::int64_t Architecture::*, double Architecture::*, bool Architecture::*, std::string Architecture::*,
-               std::optional<double> Architecture::*>
+               std::optional<double> Architecture::*, std::vector<std::int64_t> Architecture::*>
       field;
   bool required = false;
+  const char* other = nullptr;
 };
 
 /// A size that stands in a tensor's shape.
-enum class Extent { kVocab, kHidden, kQuery, kKeyValue, kExperts, kExpertHidden };
+enum class Extent {
+  kOne,
+  kVocab,
+  kHidden,
+  kQuery,
+  kKeyValue,
+  kHeadDim,
+  kExperts,
+  kExpertHidden,
+  kSharedHidden,
+  kDenseHidden
+};
 
-/// One row of a family's tensor table. `{layer}` and `{expert}` in the pattern are replaced; their presence says how
-/// often the tensor occurs.
+/// One row of a family's tensor table. `{layer}` and `{expert}` in the pattern are replaced. Tensors of routers,
+/// experts and shared experts stand in MoE layers only, those of dense feed-forwards (kDenseGate, ...) in the others.
 struct TensorPattern {
   const char* pattern;
   std::vector<Extent> shape;
@@ -37,16 +50,36 @@ struct TensorPattern {
 /// A family of checkpoints as data. Tables are in checkpoint order: before the layers, per layer (an `{expert}` run is
 /// written expert by expert), after the layers.
 struct Family {
-  std::string name;
-  std::string model_type;          ///< What `model_type` of config.json says.
   std::string transformers_class;  ///< What `architectures` of config.json says.
+  Architecture defaults;           ///< Its name, its `model_type`, and what an absent key means.
   std::vector<ConfigKey> keys;
+  std::vector<std::string> rope_types = {"default", "linear"};
   std::vector<TensorPattern> before_layers;
   std::vector<TensorPattern> per_layer;
   std::vector<TensorPattern> after_layers;
   double router_aux_loss_coef = 0.0;  ///< Written to config.json for transformers; Hestia does not read it.
-  bool query_key_norm = false;
+  /// Settings that are more than one key each; null: there are none.
+  void (*read_more)(ConfigReader& reader, Architecture& architecture) = nullptr;
+  void (*write_more)(const Architecture& architecture, Json& config) = nullptr;
+
+  /// The key that fills a field; null when the family has none.
+  template <class Field>
+  [[nodiscard]] const char* key_of(Field Architecture::*field) const {
+    for (const ConfigKey& row : keys) {
+      const auto* here = std::get_if<Field Architecture::*>(&row.field);
+      if (here != nullptr && *here == field) {
+        return row.key;
+      }
+    }
+    return nullptr;
+  }
 };
+
+/// Rotary settings in the hub's spelling (`rope_theta`, `rope_scaling`) and in that of transformers 5
+/// (`rope_parameters`).
+void read_rope(ConfigReader& reader, const Family& family, Architecture& architecture);
+/// Both of them: transformers 4 reads the one, transformers 5 the other.
+void write_rope(const Architecture& architecture, Json& config);
 
 /// Allenai's OLMoE (arXiv 2409.02060).
 [[nodiscard]] Family olmoe_family();

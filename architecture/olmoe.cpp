@@ -8,10 +8,10 @@ Family olmoe_family() {
   using P = TensorPart;
   using R = TensorRole;
   Family family;
-  family.name = "olmoe";
-  family.model_type = "olmoe";
   family.transformers_class = "OlmoeForCausalLM";
-  family.query_key_norm = true;
+  family.defaults.family = "olmoe";
+  family.defaults.model_type = "olmoe";
+  family.defaults.query_key_norm = true;
   family.router_aux_loss_coef = 0.01;
   family.keys = {
       {"vocab_size", &A::vocab_size, true},
@@ -24,7 +24,7 @@ Family olmoe_family() {
       {"hidden_act", &A::hidden_act},
       {"max_position_embeddings", &A::max_position_embeddings},
       {"initializer_range", &A::initializer_range},
-      {"rms_norm_eps", &A::rms_norm_eps},
+      {"rms_norm_eps", &A::norm_eps},
       {"tie_word_embeddings", &A::tie_word_embeddings},
       {"attention_bias", &A::attention_bias},
       {"clip_qkv", &A::clip_qkv},

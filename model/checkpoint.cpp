@@ -35,13 +35,20 @@ bool is_redundant(const Architecture& architecture, const SafetensorsCheckpoint&
   }
   Architecture untied = architecture;
   untied.tie_word_embeddings = false;
-  const TensorSpec head = tensor_specs(untied).back();
-  const TensorSpec embedding = tensor_specs(untied).front();
-  if (head.role != TensorRole::kHead || name != head.name || !checkpoint.contains(embedding.name)) {
+  std::string head;
+  std::string embedding;
+  for (const TensorSpec& spec : tensor_specs(untied)) {
+    if (spec.part == TensorPart::kHead) {
+      head = spec.name;
+    } else if (spec.part == TensorPart::kTokenEmbedding) {
+      embedding = spec.name;
+    }
+  }
+  if (name != head || !checkpoint.contains(embedding)) {
     return false;
   }
   const TensorView& copy = checkpoint.tensor(name);
-  const TensorView& original = checkpoint.tensor(embedding.name);
+  const TensorView& original = checkpoint.tensor(embedding);
   return copy.dtype == original.dtype && std::ranges::equal(copy.bytes, original.bytes);
 }
 
@@ -148,10 +155,10 @@ MoeModel create_model(const Architecture& architecture, torch::Dtype dtype, torc
   auto tensors = model->named_tensors();
   for (std::size_t i = 0; i < specs.size(); ++i) {
     torch::Tensor& tensor = tensors[i].second;
-    if (specs[i].role == TensorRole::kNorm) {
+    if (specs[i].name.ends_with(".bias")) {
+      tensor.zero_();
+    } else if (specs[i].role == TensorRole::kNorm) {
       tensor.fill_(1.0);
-    } else if (specs[i].shape.size() == 1) {
-      tensor.zero_();  // biases
     } else {
       // One generator per tensor: a model with one layer more shares the weights of the others.
       auto generator = at::make_generator<at::CPUGeneratorImpl>(derive_seed(seed, specs[i].name));

@@ -337,9 +337,7 @@ std::vector<PackedBatch> all_batches(const PackedData& data, const TrainOptions&
 }
 
 Architecture architecture_from(const ArchitectureOptions& options, const Tokenizer& tokenizer) {
-  Architecture architecture;
-  architecture.family = options.family;
-  architecture.model_type = options.family;
+  Architecture architecture = family_defaults(options.family);
   architecture.vocab_size = tokenizer.vocab_size();
   architecture.hidden_size = options.hidden_size;
   architecture.expert_intermediate_size = options.expert_intermediate_size;
@@ -350,7 +348,6 @@ Architecture architecture_from(const ArchitectureOptions& options, const Tokeniz
   architecture.num_experts = options.num_experts;
   architecture.top_k = options.top_k;
   architecture.normalise_top_k = options.normalise_top_k;
-  architecture.query_key_norm = true;
   architecture.rope.theta = options.rope_theta;
   architecture.tie_word_embeddings = options.tie_word_embeddings;
   architecture.max_position_embeddings = options.max_position_embeddings;

@@ -142,7 +142,6 @@ void make_model(const std::string& family, const std::set<std::string>& template
   Architecture architecture = tiny_architecture();
   architecture.family = family;
   architecture.model_type = family;
-  architecture.query_key_norm = family == "olmoe";
   architecture.num_experts = 16;
   architecture.expert_intermediate_size = 32;  // room for adapters of rank 32
   architecture.vocab_size = tokenizer->vocab_size();

@@ -12,9 +12,7 @@ namespace hestia::testing {
 
 /// A random OLMoE of a few thousand parameters.
 inline Architecture tiny_architecture() {
-  Architecture architecture;
-  architecture.family = "olmoe";
-  architecture.model_type = "olmoe";
+  Architecture architecture = family_defaults("olmoe");
   architecture.vocab_size = 48;
   architecture.hidden_size = 32;
   architecture.expert_intermediate_size = 16;
@@ -24,7 +22,6 @@ inline Architecture tiny_architecture() {
   architecture.head_dim = 8;
   architecture.num_experts = 8;
   architecture.top_k = 2;
-  architecture.query_key_norm = true;
   architecture.max_position_embeddings = 128;
   architecture.initializer_range = 0.2;
   return architecture;

@@ -24,7 +24,7 @@ struct RoutingRecord {
   torch::Tensor logits_TE;         ///< float32, router logits z; carries gradient.
   torch::Tensor probabilities_TE;  ///< float32, softmax(z); carries gradient.
   torch::Tensor selected_TK;       ///< int64, the experts served, by falling weight (ties: lower index first).
-  torch::Tensor weights_TK;        ///< float32, mixing weights in the same order; carries gradient.
+  torch::Tensor weights_TK;        ///< float32, mixing weights (routing_rule.hpp), same order; carries gradient.
   /// float32, logits of the frozen base router on the same hidden state, no gradient; undefined unless
   /// `keep_reference_routers` was called.
   torch::Tensor reference_logits_TE;
@@ -50,7 +50,9 @@ struct ModelOutput {
 class Selector {
  public:
   virtual ~Selector() = default;
-  /// `logits_TE` float32 -> selected_TK int64, best first, ties to the lower index. No gradient.
+  /// `logits_TE` float32 -> selected_TK int64, best first, ties to the lower index. No gradient. Experts that the
+  /// family's own rule leaves out come with a logit of minus infinity (`selection_scores`); at least K are finite.
+  /// `moe_layer` counts the layers with experts.
   [[nodiscard]] virtual torch::Tensor select(const torch::Tensor& logits_TE, std::int64_t top_k, std::int64_t moe_layer,
                                              const TokenBatch& batch) = 0;
 };
@@ -143,6 +145,8 @@ class MoeModelImpl : public torch::nn::Module {
 
   /// Its matrix [V, D] in the model's dtype: the parameter itself (the token embedding when tied).
   [[nodiscard]] const torch::Tensor& head_weight() const noexcept;
+  /// Its bias [V]; undefined where the family has none.
+  [[nodiscard]] const torch::Tensor& head_bias() const noexcept;
 
   /// What chooses the experts in `forward`; TopKSelector until it is set. Shared with the graphs of checkpointed
   /// forwards.

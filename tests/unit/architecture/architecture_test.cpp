@@ -55,7 +55,7 @@ void check_same(const Architecture& a, const Architecture& b) {
   CHECK(a.query_key_norm == b.query_key_norm);
   CHECK(a.clip_qkv == b.clip_qkv);
   CHECK(a.attention_bias == b.attention_bias);
-  CHECK(a.rms_norm_eps == b.rms_norm_eps);
+  CHECK(a.norm_eps == b.norm_eps);
   CHECK(a.rope.theta == b.rope.theta);
   CHECK(a.rope.type == b.rope.type);
   CHECK(a.rope.factor == b.rope.factor);
@@ -125,7 +125,9 @@ TEST_CASE("both spellings of rope settings are read") {
   }
   SECTION("unsupported") {
     config["rope_parameters"] = {{"rope_theta", 500000.0}, {"rope_type", "yarn"}, {"factor", 2.0}};
-    CHECK_THAT(message_of(config), Contains("rope type is not supported, got \"yarn\"; this program knows"));
+    CHECK_THAT(
+        message_of(config),
+        Contains("rope type is not supported, got \"yarn\"; this program knows \"default\", \"linear\" for olmoe"));
     config["rope_parameters"] = {{"rope_type", "linear"}};
     CHECK_THAT(message_of(config), Contains("has no \"factor\""));
     config["rope_parameters"] = {{"rope_type", "default"}, {"partial_rotary_factor", 0.5}};
@@ -146,7 +148,7 @@ TEST_CASE("optional keys fall back like in transformers") {
   const Architecture a = parse_architecture(config, "c");
   CHECK(a.num_key_value_heads == 16);
   CHECK_FALSE(a.normalise_top_k);
-  CHECK(a.rms_norm_eps == 1e-5);
+  CHECK(a.norm_eps == 1e-5);
   CHECK(a.pad_token_id == -1);
   config["num_key_value_heads"] = nullptr;
   config["eos_token_id"] = Json::array({7, 9});

@@ -34,9 +34,7 @@ inline double normalised_square_error(const torch::Tensor& ours, const torch::Te
 
 /// A small model with every switch of the family on.
 inline Architecture small_architecture() {
-  Architecture a;
-  a.family = "olmoe";
-  a.model_type = "olmoe";
+  Architecture a = family_defaults("olmoe");
   a.vocab_size = 37;
   a.hidden_size = 16;
   a.expert_intermediate_size = 8;
@@ -47,7 +45,6 @@ inline Architecture small_architecture() {
   a.num_experts = 6;
   a.top_k = 2;
   a.normalise_top_k = true;
-  a.query_key_norm = true;
   a.clip_qkv = 1.2;
   a.attention_bias = true;
   a.rope.type = "linear";

@@ -1,0 +1,25 @@
+#pragma once
+
+#include <torch/types.h>
+
+#include "hestia/architecture/architecture.hpp"
+
+namespace hestia {
+
+// The routing rule of a family, apart from the choice itself, which a Selector makes: what it chooses by, and how the
+// chosen experts are weighed. Training and decoding call the same functions.
+
+/// What a selector chooses by: the logits, minus infinity at experts that the family's group limit leaves out (DeepSeek
+/// V2, arXiv 2405.04434, group-limited greedy: the `top_groups` groups with the best experts stay, ties to the lower
+/// group). `logits_TE` float32; without groups returned as it is. No gradient.
+[[nodiscard]] torch::Tensor selection_scores(const Architecture& architecture, const torch::Tensor& logits_TE);
+
+/// Mixing weights [T, K] of the experts `selected_TK`, whatever rule chose them. With p = softmax(z) over all experts
+/// and S the chosen set:
+///   kSoftmax          w_k = p_k, divided by the sum over S where the family normalises
+///   kSoftmaxOfChosen  w_k = exp(z_k) / sum over S of exp(z)
+/// times routed_scale. Differentiable in logits and probabilities (softmax of the same logits).
+[[nodiscard]] torch::Tensor mixing_weights(const Architecture& architecture, const torch::Tensor& logits_TE,
+                                           const torch::Tensor& probabilities_TE, const torch::Tensor& selected_TK);
+
+}  // namespace hestia
