@@ -14,7 +14,7 @@ namespace hestia {
 namespace {
 
 const std::vector<Family>& families() {
-  static const std::vector<Family> all = {olmoe_family()};
+  static const std::vector<Family> all = {mixtral_family(), olmoe_family(), qwen2_moe_family(), qwen3_moe_family()};
   return all;
 }
 

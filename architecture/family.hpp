@@ -81,7 +81,44 @@ void read_rope(ConfigReader& reader, const Family& family, Architecture& archite
 /// Both of them: transformers 4 reads the one, transformers 5 the other.
 void write_rope(const Architecture& architecture, Json& config);
 
+// What many families have alike.
+
+/// Keys of sizes, norms, heads and experts per token; a family adds its own.
+[[nodiscard]] std::vector<ConfigKey> common_keys();
+[[nodiscard]] std::vector<TensorPattern> embedding_tensors();
+/// Input norm and the four projections, biases of query, key and value under `attention_bias`.
+[[nodiscard]] std::vector<TensorPattern> attention_tensors();
+[[nodiscard]] TensorPattern attention_output_bias();
+[[nodiscard]] TensorPattern post_attention_norm();
+/// Router and experts as `mlp.gate` and `mlp.experts.N.gate_proj`, `up_proj`, `down_proj`.
+[[nodiscard]] std::vector<TensorPattern> expert_tensors();
+/// The same as `block_sparse_moe.gate` and `block_sparse_moe.experts.N.w1` (gate), `w2` (down), `w3` (up).
+[[nodiscard]] std::vector<TensorPattern> mixtral_expert_tensors();
+/// Feed-forward of layers without experts.
+[[nodiscard]] std::vector<TensorPattern> dense_tensors();
+/// Final norm and head.
+[[nodiscard]] std::vector<TensorPattern> head_tensors();
+
+/// `sliding_window`: null or absent for none.
+void read_sliding_window(ConfigReader& reader, Architecture& architecture);
+void write_sliding_window(const Architecture& architecture, Json& config);
+/// `layer_types`, where it is given: which layers are windowed.
+void read_layer_types(ConfigReader& reader, Architecture& architecture);
+void write_layer_types(const Architecture& architecture, Json& config);
+
+/// Adds one list of rows to another.
+template <class Row>
+void append(std::vector<Row>& rows, const std::vector<Row>& more) {
+  rows.insert(rows.end(), more.begin(), more.end());
+}
+
+/// Mistral AI's Mixtral (arXiv 2401.04088).
+[[nodiscard]] Family mixtral_family();
 /// Allenai's OLMoE (arXiv 2409.02060).
 [[nodiscard]] Family olmoe_family();
+/// Qwen1.5-MoE and Qwen2-MoE (arXiv 2407.10671).
+[[nodiscard]] Family qwen2_moe_family();
+/// Qwen3-MoE (arXiv 2505.09388).
+[[nodiscard]] Family qwen3_moe_family();
 
 }  // namespace hestia

@@ -139,9 +139,7 @@ void make_model(const std::string& family, const std::set<std::string>& template
       },
       training, folder / "tokenizer.model");
   const auto tokenizer = open_tokenizer(folder);
-  Architecture architecture = tiny_architecture();
-  architecture.family = family;
-  architecture.model_type = family;
+  Architecture architecture = tiny_architecture(family);
   architecture.num_experts = 16;
   architecture.expert_intermediate_size = 32;  // room for adapters of rank 32
   architecture.vocab_size = tokenizer->vocab_size();
@@ -257,6 +255,12 @@ void run_two_steps(const std::string& family, const std::string& name) {
     return done(hestia(arguments, {folder.path(), {}, {}}));
   };
   CHECK(run({"validate"}) == file + ": OK\n");
+  const std::filesystem::path model = folder.path() / "model";
+  const std::string inspected = done(hestia({"inspect", model.string(), "--memory", "1MiB"}, {folder.path(), {}, {}}));
+  for (const std::string& part :
+       {family, std::string("2 (2 with experts)"), router_name(read_architecture(model), 1), std::string("slots in")}) {
+    CHECK_THAT(inspected, Catch::Contains(part));
+  }
   (void)run({"finetune", "--quiet"});
   std::vector<std::string> terms;
   for (const WeightedLoss& weighted : make_routing_losses(recipe.losses, 16, 2)) {

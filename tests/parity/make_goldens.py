@@ -1,12 +1,15 @@
-"""Writes the goldens of the parity test: tiny random OLMoE models and what transformers computes with them.
+"""Writes the goldens of the parity test: tiny random models of each family and what transformers computes with them.
 
     build/venv/bin/pip install transformers==5.23.0
     build/venv/bin/python tests/parity/make_goldens.py            # writes tests/parity/goldens/<case>/
     build/venv/bin/python tests/parity/make_goldens.py --check DIR...   # loads directories that Hestia saved
 
 Every case is a model directory (config.json, model.safetensors) and golden.safetensors: tokens [S] int64, logits
-[S, V] float32, router_logits [L, S, E] float32, selected [L, S, K] int64. Each switch of the family is on in one case
-and off in another. Weights are far from their usual initialisation (large, norms not 1), so that a wrong norm, a
+[S, V] float32, and of the layers with experts router_logits [L, S, E] float32, selected [L, S, K] int64 and weights
+[L, S, K] float32, the last two by falling weight as the model's own router gave them; bfloat16_errors [2] float64, how
+far transformers itself is from those logits in bfloat16 under the same choices: largest difference over largest value,
+squared error over squared value. Each switch of a family is on in
+one case and off in another. Weights are far from their usual initialisation (large, norms not 1), so that a wrong norm, a
 missing clip or a swapped projection moves the logits far beyond the tolerance.
 """
 
@@ -19,10 +22,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 PINNED = "5.23.0"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 SEED = 20261107
 
-BASE = dict(
+OLMOE = dict(
     vocab_size=64,
     hidden_size=32,
     intermediate_size=16,
@@ -41,22 +44,48 @@ BASE = dict(
     eos_token_id=1,
 )
 
-# name: changed settings, rope settings, spelling of config.json ("hub" or "transformers5"), tokens
+SMALL = dict(
+    vocab_size=48,
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_experts_per_tok=2,
+    max_position_embeddings=128,
+    tie_word_embeddings=False,
+    pad_token_id=None,
+    bos_token_id=None,
+    eos_token_id=1,
+)
+
+QWEN = dict(SMALL, num_experts=6, moe_intermediate_size=8, intermediate_size=20)
+
+FAMILIES = {
+    "Mixtral": dict(SMALL, num_local_experts=6, intermediate_size=8),
+    "Olmoe": OLMOE,
+    "Qwen2Moe": dict(QWEN, shared_expert_intermediate_size=14),
+    "Qwen3Moe": QWEN,
+}
+
+# name: family, changed settings, rope settings, spelling of config.json ("hub" or "transformers5"), tokens
 CASES = {
-    "hub_plain": (dict(), dict(rope_theta=10000.0, rope_type="default"), "hub", 19),
+    "hub_plain": ("Olmoe", dict(), dict(rope_theta=10000.0, rope_type="default"), "hub", 19),
     "normalised_gqa": (
+        "Olmoe",
         dict(norm_topk_prob=True, num_key_value_heads=2, num_experts_per_tok=3, num_hidden_layers=3, num_experts=6),
         dict(rope_theta=500000.0, rope_type="default"),
         "transformers5",
         23,
     ),
     "clipped_tied": (
+        "Olmoe",
         dict(clip_qkv=0.7, tie_word_embeddings=True, num_key_value_heads=1, vocab_size=67),
         dict(rope_theta=1000.0, rope_type="default"),
         "transformers5",
         17,
     ),
     "odd_sizes_linear_rope": (
+        "Olmoe",
         dict(
             hidden_size=36,
             num_attention_heads=6,
@@ -74,11 +103,68 @@ CASES = {
         21,
     ),
     "biased_top1": (
+        "Olmoe",
         dict(attention_bias=True, num_experts=6, num_experts_per_tok=1, hidden_size=48, num_attention_heads=2,
              num_key_value_heads=2),
         dict(rope_theta=25000.0, rope_type="default"),
         "transformers5",
         13,
+    ),
+    # A window that is not in use must not be read as one.
+    "qwen2_plain": (
+        "Qwen2Moe",
+        dict(sliding_window=5),
+        dict(rope_theta=1e6, rope_type="default"),
+        "hub",
+        15,
+    ),
+    # Experts in layers 1 and 5 only; windowed by the default pattern, layers 0 and 2.
+    "qwen2_dense_layers": (
+        "Qwen2Moe",
+        dict(num_hidden_layers=6, decoder_sparse_step=2, mlp_only_layers=[3], qkv_bias=False, norm_topk_prob=True,
+             tie_word_embeddings=True, num_key_value_heads=4, use_sliding_window=True, sliding_window=4,
+             max_window_layers=3, num_experts_per_tok=3, rms_norm_eps=1e-4),
+        dict(rope_theta=10000.0, rope_type="linear", factor=2.0),
+        "hub",
+        17,
+    ),
+    "qwen2_layer_types": (
+        "Qwen2Moe",
+        dict(use_sliding_window=True, sliding_window=3, layer_types=["full_attention", "sliding_attention"],
+             num_key_value_heads=1, num_experts_per_tok=1),
+        dict(rope_theta=1000.0, rope_type="default"),
+        "transformers5",
+        13,
+    ),
+    "qwen3_plain": (
+        "Qwen3Moe",
+        dict(head_dim=10, norm_topk_prob=True),
+        dict(rope_theta=1e6, rope_type="default"),
+        "hub",
+        15,
+    ),
+    "qwen3_windowed": (
+        "Qwen3Moe",
+        dict(num_hidden_layers=3, mlp_only_layers=[1], attention_bias=True, use_sliding_window=True, sliding_window=4,
+             tie_word_embeddings=True, num_key_value_heads=1, num_experts_per_tok=4),
+        dict(rope_theta=10000.0, rope_type="linear", factor=1.5),
+        "transformers5",
+        17,
+    ),
+    "mixtral_plain": (
+        "Mixtral",
+        dict(),
+        dict(rope_theta=1e6, rope_type="default"),
+        "hub",
+        15,
+    ),
+    "mixtral_windowed": (
+        "Mixtral",
+        dict(sliding_window=5, head_dim=8, num_local_experts=7, num_experts_per_tok=3, tie_word_embeddings=True,
+             num_key_value_heads=4, rms_norm_eps=1e-4),
+        dict(rope_theta=10000.0, rope_type="linear", factor=3.0),
+        "transformers5",
+        17,
     ),
 }
 
@@ -86,20 +172,23 @@ CASES = {
 def randomise(model, generator):
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator)
-        if "norm" in name:
+        if "norm" in name and name.endswith("weight"):
             parameter.copy_(1.0 + 0.3 * values)
-        elif "mlp.gate" in name:
+        elif name.endswith(("mlp.gate.weight", "mlp.router.weight")):
             parameter.copy_(0.5 * values)
         else:
             parameter.copy_(0.3 * values)
 
 
-def rewrite_config(path, rope, spelling):
+def rewrite_config(path, family, rope, spelling):
     config = json.loads(path.read_text())
     config.pop("rope_parameters", None)
     config.pop("rope_theta", None)
     config.pop("rope_scaling", None)
     if spelling == "hub":
+        config.pop("layer_types", None)
+        if family.startswith("Qwen") and "num_local_experts" in config:
+            config["num_experts"] = config.pop("num_local_experts")
         config["rope_theta"] = rope["rope_theta"]
         scaling = {"type": rope["rope_type"], "factor": rope["factor"]} if rope["rope_type"] != "default" else None
         config["rope_scaling"] = scaling
@@ -108,26 +197,45 @@ def rewrite_config(path, rope, spelling):
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def run(model, tokens):
+def routers(model):
+    return [module for name, module in model.named_modules() if name.endswith((".mlp.gate", ".mlp.router"))]
+
+
+def bfloat16_errors(directory, tokens, logits, weights, selected):
+    model = load(directory, torch.bfloat16)
+    for router, weight, choice in zip(routers(model), weights, selected):
+        router.register_forward_hook(
+            lambda module, inputs, output, weight=weight, choice=choice: (output[0], weight.bfloat16(), choice))
     with torch.no_grad():
-        output = model(input_ids=tokens.unsqueeze(0), output_router_logits=True, use_cache=False)
-    router_logits = torch.stack([layer.reshape(len(tokens), -1) for layer in output.router_logits])
-    return output.logits[0], router_logits
+        difference = model(input_ids=tokens.unsqueeze(0), use_cache=False).logits[0].double() - logits.double()
+    return torch.stack([difference.abs().max() / logits.double().abs().max(),
+                        difference.square().sum() / logits.double().square().sum()])
 
 
-def write_case(directory, name, settings, rope, spelling, num_tokens, generator):
-    config = transformers.OlmoeConfig(**{**BASE, **settings}, rope_parameters=dict(rope))
-    model = transformers.OlmoeForCausalLM(config).eval()
+def run(model, tokens):
+    """Logits [S, V], and of each layer's router its logits [S, E], weights [S, K] and choices [S, K]."""
+    routed = []
+    hooks = [router.register_forward_hook(lambda module, inputs, output: routed.append(output))
+             for router in routers(model)]
+    with torch.no_grad():
+        logits = model(input_ids=tokens.unsqueeze(0), use_cache=False).logits[0]
+    for hook in hooks:
+        hook.remove()
+    return (logits, *(torch.stack([output[i].reshape(len(tokens), -1) for output in routed]) for i in range(3)))
+
+
+def write_case(directory, name, family, settings, rope, spelling, num_tokens, generator):
+    config = getattr(transformers, family + "Config")(**{**FAMILIES[family], **settings}, rope_parameters=dict(rope))
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         randomise(model, generator)
     model.save_pretrained(directory)
     (directory / "generation_config.json").unlink(missing_ok=True)
-    rewrite_config(directory / "config.json", rope, spelling)
+    rewrite_config(directory / "config.json", family, rope, spelling)
     tokens = torch.randint(0, config.vocab_size, (num_tokens,), generator=generator)
     # Through the directory, so that the config as written is what the golden belongs to.
-    reloaded = transformers.OlmoeForCausalLM.from_pretrained(directory, attn_implementation="eager", experts_implementation="eager").eval()
-    logits, router_logits = run(reloaded, tokens)
-    selected = router_logits.softmax(-1).topk(config.num_experts_per_tok, -1).indices
+    logits, router_logits, weights, selected = run(load(directory), tokens)
+    order = weights.sort(dim=-1, descending=True, stable=True).indices
     gap = (lambda v: (v[..., :-1] - v[..., 1:]).min())(router_logits.sort(-1, descending=True).values)
     assert gap > 1e-5, f"{name}: two router logits are nearly equal; change SEED"
     save_file(
@@ -135,7 +243,9 @@ def write_case(directory, name, settings, rope, spelling, num_tokens, generator)
             "tokens": tokens,
             "logits": logits.float().contiguous(),
             "router_logits": router_logits.float().contiguous(),
-            "selected": selected.contiguous(),
+            "selected": selected.gather(-1, order).contiguous(),
+            "weights": weights.gather(-1, order).float().contiguous(),
+            "bfloat16_errors": bfloat16_errors(directory, tokens, logits, weights, selected),
         },
         directory / "golden.safetensors",
         metadata={"golden_version": FORMAT_VERSION, "transformers": transformers.__version__},
@@ -143,12 +253,15 @@ def write_case(directory, name, settings, rope, spelling, num_tokens, generator)
     print(f"{name}: max |logit| {logits.abs().max():.3f}, smallest router gap {gap:.2e}")
 
 
+def load(directory, dtype=torch.float32):
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        directory, attn_implementation="eager", experts_implementation="eager", dtype=dtype).eval()
+
+
 def check(directory):
     """Runs a model directory in transformers and compares with logits.safetensors beside it."""
     expected = load_file(directory / "logits.safetensors")
-    model = transformers.OlmoeForCausalLM.from_pretrained(
-        directory, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32).eval()
-    logits, router_logits = run(model, expected["tokens"])
+    logits, router_logits, _, _ = run(load(directory), expected["tokens"])
     for name, ours, theirs in (("logits", expected["logits"], logits),
                                ("router_logits", expected["router_logits"], router_logits)):
         error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
@@ -169,11 +282,11 @@ def main():
                          f"run pip install transformers=={PINNED}")
     torch.set_num_threads(1)
     root = pathlib.Path(__file__).resolve().parent / "goldens"
-    for index, (name, (settings, rope, spelling, num_tokens)) in enumerate(CASES.items()):
+    for index, (name, (family, settings, rope, spelling, num_tokens)) in enumerate(CASES.items()):
         directory = root / name
         directory.mkdir(parents=True, exist_ok=True)
         generator = torch.Generator().manual_seed(SEED + index)
-        write_case(directory, name, settings, rope, spelling, num_tokens, generator)
+        write_case(directory, name, family, settings, rope, spelling, num_tokens, generator)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@
 
 namespace hestia::testing {
 
-/// A random OLMoE of a few thousand parameters.
-inline Architecture tiny_architecture() {
-  Architecture architecture = family_defaults("olmoe");
+/// A random model of a family, of a few thousand parameters.
+inline Architecture tiny_architecture(const std::string& family = "olmoe") {
+  Architecture architecture = family_defaults(family);
+  architecture.dense_intermediate_size = 24;
+  architecture.shared_intermediate_size = family == "qwen2_moe" ? 24 : 0;
   architecture.vocab_size = 48;
   architecture.hidden_size = 32;
   architecture.expert_intermediate_size = 16;

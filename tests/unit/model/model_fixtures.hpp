@@ -53,6 +53,30 @@ inline Architecture small_architecture() {
   return a;
 }
 
+/// A small model with the block options that OLMoE lacks: a dense layer, shared experts, groups, windows.
+inline Architecture mixed_architecture() {
+  Architecture a = family_defaults("qwen2_moe");
+  a.vocab_size = 37;
+  a.hidden_size = 16;
+  a.expert_intermediate_size = 8;
+  a.shared_intermediate_size = 6;
+  a.dense_intermediate_size = 10;
+  a.num_layers = 3;
+  a.dense_layers = {1};
+  a.num_attention_heads = 4;
+  a.num_key_value_heads = 2;
+  a.head_dim = 6;
+  a.sliding_window = 3;
+  a.windowed_layers = {true, false, true};
+  a.num_experts = 6;
+  a.top_k = 2;
+  a.num_groups = 3;
+  a.top_groups = 2;
+  a.routed_scale = 1.7;
+  a.initializer_range = 0.4;
+  return a;
+}
+
 /// Two rows of length 9: two sequences packed; one sequence and padding.
 inline TokenBatch packed_batch(const Architecture& a, torch::Device device = torch::kCPU) {
   TokenBatch batch;

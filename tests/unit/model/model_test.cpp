@@ -44,9 +44,11 @@ TokenBatch single(const Tensor& tokens_S) {
 }  // namespace
 
 TEST_CASE("gradients of every parameter equal finite differences") {
-  Architecture a = small_architecture();
-  SECTION("every switch on") {}
-  SECTION("every switch off, tied") {
+  const std::string switches =
+      GENERATE(as<std::string>(), "on", "off, tied", "dense layers, shared experts, groups, windows");
+  CAPTURE(switches);
+  Architecture a = switches == "on" || switches == "off, tied" ? small_architecture() : mixed_architecture();
+  if (switches == "off, tied") {
     a.normalise_top_k = false;
     a.clip_qkv.reset();
     a.attention_bias = false;
@@ -120,7 +122,7 @@ TEST_CASE("routers of lower layers learn through frozen layers above") {
 }
 
 TEST_CASE("activation checkpointing changes neither outputs nor gradients") {
-  const Architecture a = small_architecture();
+  const Architecture a = GENERATE(false, true) ? mixed_architecture() : small_architecture();
   const torch::Dtype dtype = GENERATE(torch::kFloat32, torch::kBFloat16);
   const bool frozen = GENERATE(false, true);
   const bool hidden = GENERATE(true, false);
@@ -131,6 +133,7 @@ TEST_CASE("activation checkpointing changes neither outputs nor gradients") {
   }
   const TokenBatch batch = packed_batch(a);
   const ModelOutput plain = model->forward(batch);
+  REQUIRE(plain.routing.size() == a.moe_layers().size());
   probe_loss(plain, hidden, true).backward();
   const std::vector<Tensor> expected = gradients_of(model);
   model->set_activation_checkpointing(true);

@@ -1,0 +1,178 @@
+// The published configs of the families, as far as they matter here, and what only some families have.
+
+#include <algorithm>
+
+#include <catch2/catch.hpp>
+
+#include "hestia/architecture/architecture.hpp"
+#include "hestia/core/error.hpp"
+
+namespace {
+
+using namespace hestia;
+using Catch::Matchers::Contains;
+
+// Qwen1.5-MoE-A2.7B
+Json qwen2_config() {
+  return Json::parse(R"({
+    "architectures": ["Qwen2MoeForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "decoder_sparse_step": 1,
+    "eos_token_id": 151643, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+    "intermediate_size": 5632, "max_position_embeddings": 8192, "max_window_layers": 21, "model_type": "qwen2_moe",
+    "moe_intermediate_size": 1408, "norm_topk_prob": false, "num_attention_heads": 16, "num_experts": 60,
+    "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 16, "output_router_logits": false,
+    "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001,
+    "shared_expert_intermediate_size": 5632, "sliding_window": 32768, "tie_word_embeddings": false,
+    "torch_dtype": "bfloat16", "use_cache": true, "use_sliding_window": false, "vocab_size": 151936})");
+}
+
+// Qwen3-30B-A3B
+Json qwen3_config() {
+  return Json::parse(R"({
+    "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 151643,
+    "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
+    "initializer_range": 0.02, "intermediate_size": 6144, "max_position_embeddings": 40960, "max_window_layers": 48,
+    "mlp_only_layers": [], "model_type": "qwen3_moe", "moe_intermediate_size": 768, "norm_topk_prob": true,
+    "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48,
+    "num_key_value_heads": 4, "output_router_logits": false, "rms_norm_eps": 1e-06, "rope_scaling": null,
+    "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "sliding_window": null, "tie_word_embeddings": false,
+    "torch_dtype": "bfloat16", "use_cache": true, "use_sliding_window": false, "vocab_size": 151936})");
+}
+
+// Mixtral-8x7B
+Json mixtral_config() {
+  return Json::parse(R"({
+    "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+    "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+    "max_position_embeddings": 32768, "model_type": "mixtral", "num_attention_heads": 32, "num_experts_per_tok": 2,
+    "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8, "output_router_logits": false,
+    "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": null,
+    "tie_word_embeddings": false, "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": 32000})");
+}
+
+std::string message_of(const Json& config) {
+  try {
+    static_cast<void>(parse_architecture(config, "c"));
+  } catch (const InputError& error) {
+    return error.what();
+  }
+  return "";
+}
+
+// What a written config reads back to has the same tensors, layers and windows.
+void check_written(const Architecture& a) {
+  const Json written = architecture_config(a);
+  const Architecture again = parse_architecture(written, "w");
+  CHECK(architecture_config(again) == written);
+  CHECK(again.moe_layers() == a.moe_layers());
+  CHECK(again.norm_eps == a.norm_eps);
+  CHECK(again.normalise_top_k == a.normalise_top_k);
+  for (std::int64_t layer = 0; layer < a.num_layers; ++layer) {
+    CHECK(again.window_of(layer) == a.window_of(layer));
+  }
+  const std::vector<TensorSpec> ours = tensor_specs(a);
+  const std::vector<TensorSpec> theirs = tensor_specs(again);
+  CHECK(std::equal(ours.begin(), ours.end(), theirs.begin(), theirs.end(),
+                   [](const TensorSpec& x, const TensorSpec& y) { return x.name == y.name && x.shape == y.shape; }));
+}
+
+bool has(const Architecture& a, const std::string& name) {
+  const std::vector<TensorSpec> specs = tensor_specs(a);
+  return std::any_of(specs.begin(), specs.end(), [&](const TensorSpec& spec) { return spec.name == name; });
+}
+
+}  // namespace
+
+TEST_CASE("published configs give their published sizes") {
+  const Architecture qwen2 = parse_architecture(qwen2_config(), "c");
+  CHECK(qwen2.total_parameters() == 14'315'784'192);
+  CHECK(qwen2.attention_bias);
+  CHECK(qwen2.window_of(0) == 0);
+  CHECK(router_name(qwen2, 23) == "model.layers.23.mlp.gate.weight");
+  check_written(qwen2);
+
+  const Architecture qwen3 = parse_architecture(qwen3_config(), "c");
+  CHECK(qwen3.total_parameters() == 30'532'122'624);
+  CHECK(qwen3.head_dim == 128);
+  CHECK(qwen3.normalise_top_k);
+  check_written(qwen3);
+
+  const Architecture mixtral = parse_architecture(mixtral_config(), "c");
+  CHECK(mixtral.total_parameters() == 46'702'792'704);
+  CHECK(mixtral.normalise_top_k);
+  CHECK(router_name(mixtral, 3) == "model.layers.3.block_sparse_moe.gate.weight");
+  check_written(mixtral);
+}
+
+TEST_CASE("Qwen2-MoE: which layers have experts and which are windowed") {
+  Json config = qwen2_config();
+  config["num_hidden_layers"] = 6;
+  config["decoder_sparse_step"] = 2;
+  config["mlp_only_layers"] = {3};
+  config["use_sliding_window"] = true;
+  config["max_window_layers"] = 3;
+  const Architecture a = parse_architecture(config, "c");
+  CHECK(a.moe_layers() == std::vector<std::int64_t>{1, 5});
+  CHECK(a.window_of(0) == 32768);
+  CHECK(a.window_of(1) == 0);
+  CHECK(a.window_of(2) == 32768);
+  CHECK(a.window_of(4) == 0);
+  CHECK(has(a, "model.layers.3.mlp.up_proj.weight"));
+  CHECK_FALSE(has(a, "model.layers.3.mlp.gate.weight"));
+  CHECK_FALSE(has(a, "model.layers.3.mlp.shared_expert_gate.weight"));
+  CHECK(has(a, "model.layers.5.mlp.shared_expert_gate.weight"));
+  CHECK_FALSE(has(a, "model.layers.5.mlp.up_proj.weight"));
+  check_written(a);
+  config["layer_types"] = {"full_attention",    "sliding_attention", "full_attention",
+                           "sliding_attention", "full_attention",    "full_attention"};
+  const Architecture given = parse_architecture(config, "c");
+  CHECK(given.window_of(0) == 0);
+  CHECK(given.window_of(3) == 32768);
+  check_written(given);
+  config["layer_types"].erase(0);
+  CHECK_THAT(message_of(config), Contains("\"layer_types\" must say") && Contains("each of 6 layers"));
+  config["layer_types"] = Json::array({"a", "b", "c", "d", "e", "f"});
+  CHECK_THAT(message_of(config), Contains("\"layer_types\" must say"));
+}
+
+TEST_CASE("what is wrong with a family's own settings is said") {
+  Json config = qwen2_config();
+  config["mlp_only_layers"] = {0, "x"};
+  CHECK_THAT(message_of(config), Contains("\"mlp_only_layers\" must be a list of whole numbers, got [0,\"x\"]"));
+  config = qwen2_config();
+  config["decoder_sparse_step"] = 0;
+  CHECK_THAT(message_of(config), Contains("\"decoder_sparse_step\" must be between 1 and"));
+  config["decoder_sparse_step"] = 25;
+  CHECK_THAT(message_of(config), Contains("no layer has experts"));
+  config = qwen2_config();
+  config["use_sliding_window"] = true;
+  config["sliding_window"] = 0;
+  CHECK_THAT(message_of(config), Contains("\"sliding_window\" must be at least 1"));
+  config = qwen2_config();
+  config["layer_types"] = std::vector<std::string>(24, "sliding_attention");
+  CHECK_THAT(message_of(config), Contains("no sliding window is set"));
+  config = qwen2_config();
+  config.erase("num_key_value_heads");
+  config.erase("shared_expert_intermediate_size");
+  CHECK_THAT(message_of(config), Contains("\"num_key_value_heads\" is missing") &&
+                                     Contains("\"shared_expert_intermediate_size\" is missing"));
+  config = mixtral_config();
+  config["num_local_experts"] = 1;
+  CHECK_THAT(message_of(config), Contains("between 1 and num_local_experts (1), got 2"));
+  config["num_local_experts"] = 0;
+  CHECK_THAT(message_of(config), Contains("\"num_local_experts\" must be between 1 and"));
+}
+
+TEST_CASE("Qwen3-MoE: experts in the hub's and in transformers 5's spelling, windows only where used") {
+  Json config = qwen3_config();
+  config["num_local_experts"] = config["num_experts"];
+  config.erase("num_experts");
+  config["sliding_window"] = 100;
+  CHECK(parse_architecture(config, "c").num_experts == 128);
+  CHECK(parse_architecture(config, "c").window_of(7) == 0);
+  config["use_sliding_window"] = true;
+  const Architecture a = parse_architecture(config, "c");
+  CHECK(a.window_of(7) == 100);
+  check_written(a);
+  config["sliding_window"] = nullptr;
+  CHECK(parse_architecture(config, "c").window_of(7) == 4096);
+}
