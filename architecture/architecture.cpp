@@ -14,7 +14,8 @@ namespace hestia {
 namespace {
 
 const std::vector<Family>& families() {
-  static const std::vector<Family> all = {mixtral_family(), olmoe_family(), qwen2_moe_family(), qwen3_moe_family()};
+  static const std::vector<Family> all = {mixtral_family(), olmoe_family(), phimoe_family(), qwen2_moe_family(),
+                                          qwen3_moe_family()};
   return all;
 }
 
@@ -99,6 +100,9 @@ void check_values(const Family& family, const Architecture& a, ConfigReader& rea
     if (a.top_k < 1 || a.top_k > a.num_experts) {
       reader.problem(fmt::format("\"{}\" must be between 1 and {} ({}), got {}; correct it", family.key_of(&A::top_k),
                                  family.key_of(&A::num_experts), a.num_experts, a.top_k));
+    } else if (family.fixed_top_k > 0 && a.top_k != family.fixed_top_k) {
+      reader.problem(fmt::format("\"{}\" must be {} because the routing of {} models has no other, got {}; correct it",
+                                 family.key_of(&A::top_k), family.fixed_top_k, a.family, a.top_k));
     } else if (a.num_groups < 1 || a.num_experts % a.num_groups != 0 || a.top_groups < 1 ||
                a.top_groups > a.num_groups || a.top_groups * (a.num_experts / a.num_groups) < a.top_k) {
       reader.problem(
@@ -124,6 +128,20 @@ void check_values(const Family& family, const Architecture& a, ConfigReader& rea
                       "normalised over their whole width, got {}; correct one",
                       a.num_attention_heads, a.head_dim, a.hidden_size));
     }
+  }
+  for (const auto& [key, factors] :
+       {std::pair("short_factor", &a.rope.short_factor), std::pair("long_factor", &a.rope.long_factor)}) {
+    const bool positive = std::all_of(factors->begin(), factors->end(),
+                                      [](double factor) { return factor > 0.0 && std::isfinite(factor); });
+    if (a.rope.type == "longrope" && (!positive || static_cast<std::int64_t>(factors->size()) != a.head_dim / 2)) {
+      reader.problem(
+          fmt::format("\"{}\" of the rope settings must be {} positive numbers (head_dim / 2), got {}{}; "
+                      "correct it",
+                      key, a.head_dim / 2, factors->size(), positive ? "" : ", not all positive"));
+    }
+  }
+  if (a.router_jitter < 0.0 || !std::isfinite(a.router_jitter)) {
+    reader.problem(fmt::format("\"router_jitter_noise\" must be at least 0, got {}; correct it", a.router_jitter));
   }
   if (a.hidden_act != "silu") {
     reader.problem(

@@ -54,6 +54,7 @@ struct Family {
   Architecture defaults;           ///< Its name, its `model_type`, and what an absent key means.
   std::vector<ConfigKey> keys;
   std::vector<std::string> rope_types = {"default", "linear"};
+  std::int64_t fixed_top_k = 0;  ///< The only number of experts per token that the family's routing has; 0: any.
   std::vector<TensorPattern> before_layers;
   std::vector<TensorPattern> per_layer;
   std::vector<TensorPattern> after_layers;
@@ -116,6 +117,8 @@ void append(std::vector<Row>& rows, const std::vector<Row>& more) {
 [[nodiscard]] Family mixtral_family();
 /// Allenai's OLMoE (arXiv 2409.02060).
 [[nodiscard]] Family olmoe_family();
+/// Microsoft's Phi-3.5-MoE (arXiv 2404.14219; routing: arXiv 2409.12136).
+[[nodiscard]] Family phimoe_family();
 /// Qwen1.5-MoE and Qwen2-MoE (arXiv 2407.10671).
 [[nodiscard]] Family qwen2_moe_family();
 /// Qwen3-MoE (arXiv 2505.09388).

@@ -1,11 +1,24 @@
+#include <fmt/format.h>
+
 #include "family.hpp"
 
 namespace hestia {
 namespace {
 
+void write_settings(const Architecture& architecture, Json& config) {
+  config["use_sliding_window"] = architecture.sliding_window > 0;
+  write_sliding_window(architecture, config);
+  config["max_window_layers"] = architecture.num_layers;
+  write_layer_types(architecture, config);
+}
+
 // With `use_sliding_window` every second layer from the first on is windowed, below `max_window_layers`, unless
 // `layer_types` says which are.
-void read_windows(ConfigReader& reader, Architecture& architecture) {
+void read_settings(ConfigReader& reader, Architecture& architecture) {
+  if (architecture.shared_intermediate_size < 1) {
+    reader.problem(fmt::format("\"shared_expert_intermediate_size\" must be at least 1, got {}; correct it",
+                               architecture.shared_intermediate_size));
+  }
   bool use = false;
   reader.read_optional("use_sliding_window", use);
   if (!use) {
@@ -20,13 +33,6 @@ void read_windows(ConfigReader& reader, Architecture& architecture) {
     architecture.windowed_layers.push_back(layer % 2 == 0 && layer < max_window_layers);
   }
   read_layer_types(reader, architecture);
-}
-
-void write_windows(const Architecture& architecture, Json& config) {
-  config["use_sliding_window"] = architecture.sliding_window > 0;
-  write_sliding_window(architecture, config);
-  config["max_window_layers"] = architecture.num_layers;
-  write_layer_types(architecture, config);
 }
 
 }  // namespace
@@ -54,8 +60,8 @@ Family qwen2_moe_family() {
                        {"decoder_sparse_step", &A::sparse_step},
                        {"mlp_only_layers", &A::dense_layers},
                        {"qkv_bias", &A::attention_bias}});
-  family.read_more = read_windows;
-  family.write_more = write_windows;
+  family.read_more = read_settings;
+  family.write_more = write_settings;
   family.before_layers = embedding_tensors();
   family.per_layer = attention_tensors();
   append(family.per_layer, {post_attention_norm()});

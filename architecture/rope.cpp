@@ -8,6 +8,36 @@
 
 namespace hestia {
 
+namespace {
+
+void read_longrope(ConfigReader& reader, const Json& settings, Architecture& architecture) {
+  RopeSettings& rope = architecture.rope;
+  const auto read = [&](const char* key, auto& out) {
+    if (const Json* value = ConfigReader::find_in(settings, key); value != nullptr) {
+      reader.read(key, *value, out);
+    } else {
+      reader.problem(fmt::format("rope settings of type \"longrope\" have no \"{}\"; add it", key));
+    }
+  };
+  read("short_factor", rope.short_factor);
+  read("long_factor", rope.long_factor);
+  read("short_mscale", rope.short_scale);
+  read("long_mscale", rope.long_scale);
+  rope.original_positions = architecture.max_position_embeddings;
+  constexpr const char* kOriginal = "original_max_position_embeddings";
+  if (const Json* inner = ConfigReader::find_in(settings, kOriginal); inner != nullptr) {
+    reader.read(kOriginal, *inner, rope.original_positions);
+  }
+  reader.read_optional(kOriginal, rope.original_positions);  // the outer one has the last word in transformers
+  if (rope.original_positions < 1 || !(rope.short_scale > 0.0) || !(rope.long_scale > 0.0)) {
+    reader.problem(
+        fmt::format("\"{}\", \"short_mscale\" and \"long_mscale\" must be positive, got {}, {} and {}; correct them",
+                    kOriginal, rope.original_positions, rope.short_scale, rope.long_scale));
+  }
+}
+
+}  // namespace
+
 void read_rope(ConfigReader& reader, const Family& family, Architecture& architecture) {
   RopeSettings& rope = architecture.rope;
   const Json* theta = reader.find("rope_theta");
@@ -45,6 +75,9 @@ void read_rope(ConfigReader& reader, const Family& family, Architecture& archite
     } else if (rope.type == "linear") {
       reader.problem(fmt::format("\"{}\" of type \"linear\" has no \"factor\"; add it", section));
     }
+    if (rope.type == "longrope") {
+      read_longrope(reader, *settings, architecture);
+    }
     const Json* partial = ConfigReader::find_in(*settings, "partial_rotary_factor");
     if (partial != nullptr && !(partial->is_number() && partial->get<double>() == 1.0)) {
       reader.problem(
@@ -61,7 +94,7 @@ void read_rope(ConfigReader& reader, const Family& family, Architecture& archite
   if (!(rope.factor > 0.0) || !std::isfinite(rope.factor)) {
     reader.problem(fmt::format("rope \"factor\" must be positive, got {}; correct it", rope.factor));
   }
-  if (rope.type == "default") {
+  if (rope.type != "linear") {
     rope.factor = 1.0;
   }
 }
@@ -69,8 +102,15 @@ void read_rope(ConfigReader& reader, const Family& family, Architecture& archite
 void write_rope(const Architecture& architecture, Json& config) {
   const RopeSettings& rope = architecture.rope;
   Json scaling = {{"rope_type", rope.type}};
-  if (rope.type != "default") {
+  if (rope.type == "linear") {
     scaling["factor"] = rope.factor;
+  } else if (rope.type == "longrope") {
+    scaling["original_max_position_embeddings"] = rope.original_positions;
+    scaling["short_factor"] = rope.short_factor;
+    scaling["long_factor"] = rope.long_factor;
+    scaling["short_mscale"] = rope.short_scale;
+    scaling["long_mscale"] = rope.long_scale;
+    config["original_max_position_embeddings"] = rope.original_positions;
   }
   config["rope_theta"] = rope.theta;
   config["rope_scaling"] = rope.type == "default" ? Json(nullptr) : scaling;

@@ -25,6 +25,15 @@ Tensor rotate(const Tensor& x_BHSd, const Tensor& cosine, const Tensor& sine) {
   return out;
 }
 
+// Of each token's sequence, int64 [B, S]; a sequence is a stretch of one id within a row.
+Tensor sequence_lengths(const Tensor& positions_BS, const Tensor& sequence_ids_BS) {
+  Tensor run_BS = torch::zeros_like(sequence_ids_BS);
+  const std::int64_t rest = sequence_ids_BS.size(1) - 1;
+  const Tensor begins = sequence_ids_BS.narrow(1, 1, rest).ne(sequence_ids_BS.narrow(1, 0, rest));
+  run_BS.narrow(1, 1, rest).copy_(begins.cumsum(1));
+  return torch::zeros_like(positions_BS).scatter_reduce_(1, run_BS, positions_BS + 1, "amax").gather(1, run_BS);
+}
+
 /// Backward is the rotation back.
 class Rotary : public Function<Rotary> {
  public:
@@ -40,14 +49,31 @@ class Rotary : public Function<Rotary> {
 
 }  // namespace
 
-RotaryTables rotary_tables(const Architecture& architecture, const Tensor& positions_BS,
-                           const Tensor& /*sequence_ids_BS*/, torch::Dtype dtype) {
+RotaryTables rotary_tables(const Architecture& architecture, const Tensor& positions_BS, const Tensor& sequence_ids_BS,
+                           torch::Dtype dtype) {
   const RopeSettings& rope = architecture.rope;
   const auto options = torch::TensorOptions().dtype(torch::kFloat32).device(positions_BS.device());
   const Tensor exponent = torch::arange(0, architecture.head_dim, 2, options) / architecture.head_dim;
-  const Tensor frequency = at::pow(rope.theta, exponent).reciprocal().div(rope.factor);
-  const Tensor angle = (positions_BS.unsqueeze(2).to(torch::kFloat32) * frequency).unsqueeze(1);
-  return {angle.cos().to(dtype), angle.sin().to(dtype)};
+  const Tensor period = at::pow(rope.theta, exponent);
+  const Tensor position = positions_BS.unsqueeze(2).to(torch::kFloat32);
+  const auto tables = [&](const Tensor& frequency, double scale) {
+    const Tensor angle = (position * frequency).unsqueeze(1);
+    return RotaryTables{angle.cos().mul_(scale), angle.sin().mul_(scale)};
+  };
+  RotaryTables result;
+  if (rope.type == "longrope") {
+    const auto scaled = [&](const std::vector<double>& factor, double scale) {
+      return tables(torch::tensor(factor, options).mul_(period).reciprocal_(), scale);
+    };
+    const RotaryTables near = scaled(rope.short_factor, rope.short_scale);
+    const RotaryTables far = scaled(rope.long_factor, rope.long_scale);
+    const Tensor is_far =
+        sequence_lengths(positions_BS, sequence_ids_BS).gt(rope.original_positions).unsqueeze(1).unsqueeze(3);
+    result = {torch::where(is_far, far.cosine, near.cosine), torch::where(is_far, far.sine, near.sine)};
+  } else {
+    result = tables(period.reciprocal().div(rope.factor), 1.0);
+  }
+  return {result.cosine.to(dtype), result.sine.to(dtype)};
 }
 
 Tensor rotary(const Tensor& x_BHSd, const RotaryTables& tables) {

@@ -1,13 +1,33 @@
 #include "hestia/model/routing_rule.hpp"
 
 #include <limits>
-#include <stdexcept>
+#include <vector>
 
 #include "hestia/model/moe_model.hpp"
 
 namespace hestia {
 
 using torch::Tensor;
+
+namespace {
+
+Tensor sparsemixer_weights(const Architecture& a, const Tensor& logits_TE, const Tensor& selected_TK) {
+  constexpr double kNever = -std::numeric_limits<double>::infinity();
+  const Tensor z = logits_TE.detach();
+  Tensor taken = torch::zeros(z.sizes(), z.options().dtype(torch::kBool));
+  std::vector<Tensor> weights;
+  for (std::int64_t k = 0; k < selected_TK.size(1); ++k) {
+    const Tensor chosen_T1 = selected_TK.narrow(1, k, 1);
+    const Tensor best_T1 = std::get<0>(z.masked_fill(taken, kNever).max(1, /*keepdim=*/true));
+    const Tensor distance = (best_T1 - z).div_(at::maximum(z.abs(), best_T1));
+    const Tensor far = distance.gt(2.0 * a.router_jitter).logical_or_(taken).scatter_(1, chosen_T1, false);
+    weights.push_back(logits_TE.masked_fill(far, kNever).softmax(1).gather(1, chosen_T1));
+    taken = taken.scatter(1, chosen_T1, true);
+  }
+  return torch::cat(weights, 1);
+}
+
+}  // namespace
 
 Tensor selection_scores(const Architecture& a, const Tensor& logits_TE) {
   const Tensor logits = logits_TE.detach();
@@ -32,6 +52,9 @@ Tensor mixing_weights(const Architecture& a, const Tensor& logits_TE, const Tens
       break;
     case RoutingKind::kSoftmaxOfChosen:
       weights_TK = logits_TE.gather(1, selected_TK).softmax(1);
+      break;
+    case RoutingKind::kSparsemixer:
+      weights_TK = sparsemixer_weights(a, logits_TE, selected_TK);
       break;
   }
   if (a.normalise_top_k) {

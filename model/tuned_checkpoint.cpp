@@ -183,6 +183,7 @@ void write_tuned_checkpoint(const fs::path& base, const TunedParts& parts, const
     } else {
       Json config = read_json_file(base / kConfig);
       set_config_top_k(config, architecture, parts.top_k);
+      static_cast<void>(parse_architecture(config, (output / kConfig).string()));  // a family may have one K only
       write_text_atomically(folder / kConfig, config.dump(2) + "\n");
     }
     fs::remove(output, failure);  // an empty folder, if anything

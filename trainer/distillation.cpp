@@ -15,16 +15,16 @@ namespace {
 class ChunkedDistillation : public torch::autograd::Function<ChunkedDistillation> {
  public:
   static torch::Tensor forward(torch::autograd::AutogradContext* context, const torch::Tensor& hidden_ND,
-                               const torch::Tensor& weight_VD, const torch::Tensor& base_hidden_ND,
-                               const torch::Tensor& base_weight_VD, bool with_gradient) {
-    HeadGradient gradient(hidden_ND, weight_VD, with_gradient);
+                               at::TensorList head, const torch::Tensor& base_hidden_ND, at::TensorList base_head,
+                               bool with_gradient) {
+    HeadGradient gradient(hidden_ND, head, with_gradient);
     torch::Tensor total = torch::zeros({}, hidden_ND.options().dtype(torch::kFloat32));
     const std::int64_t num_rows = hidden_ND.size(0);
-    const std::int64_t chunk = head_chunk_rows(hidden_ND, weight_VD);
+    const std::int64_t chunk = head_chunk_rows(hidden_ND, head);
     for (std::int64_t begin = 0; begin < num_rows; begin += chunk) {
       const std::int64_t length = std::min(chunk, num_rows - begin);
-      const torch::Tensor log_p = head_log_softmax(hidden_ND.narrow(0, begin, length), weight_VD);
-      const torch::Tensor log_base = head_log_softmax(base_hidden_ND.narrow(0, begin, length), base_weight_VD);
+      const torch::Tensor log_p = head_log_softmax(hidden_ND.narrow(0, begin, length), head);
+      const torch::Tensor log_base = head_log_softmax(base_hidden_ND.narrow(0, begin, length), base_head);
       const torch::Tensor base = log_base.exp();
       total.add_((base * (log_base - log_p)).sum());
       if (with_gradient) {
@@ -32,13 +32,14 @@ class ChunkedDistillation : public torch::autograd::Function<ChunkedDistillation
       }
     }
     gradient.save(context);
+    context->saved_data["base_parts"] = static_cast<std::int64_t>(base_head.size());
     return total;
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  const torch::autograd::variable_list& grad_output) {
-    auto [hidden, weight] = HeadGradient::scaled(context, grad_output[0]);
-    return {hidden, weight, torch::Tensor(), torch::Tensor(), torch::Tensor()};
+    const auto base_parts = static_cast<std::size_t>(context->saved_data["base_parts"].toInt());
+    return HeadGradient::scaled(context, grad_output[0], /*others=*/base_parts + 2);
   }
 };
 
@@ -56,10 +57,13 @@ torch::Tensor distillation_sum(MoeModel& model, const torch::Tensor& hidden_BSD,
     return hidden.reshape({-1, hidden.size(-1)}).index_select(0, rows);
   };
   const torch::Tensor hidden_ND = labelled(hidden_BSD);
-  const torch::Tensor& weight_VD = model->head_weight();
-  const bool with_gradient = torch::GradMode::is_enabled() && (hidden_ND.requires_grad() || weight_VD.requires_grad());
-  return ChunkedDistillation::apply(hidden_ND, weight_VD, labelled(base_hidden_BSD.detach()),
-                                    base->head_weight().detach(), with_gradient);
+  const std::vector<torch::Tensor> head = head_parameters(model);
+  std::vector<torch::Tensor> base_head;
+  for (const torch::Tensor& part : head_parameters(base)) {
+    base_head.push_back(part.detach());
+  }
+  return ChunkedDistillation::apply(hidden_ND, at::TensorList(head), labelled(base_hidden_BSD.detach()),
+                                    at::TensorList(base_head), wants_gradient(hidden_ND, head));
 }
 
 }  // namespace hestia

@@ -18,15 +18,15 @@ namespace {
 class ChunkedNll : public torch::autograd::Function<ChunkedNll> {
  public:
   static torch::Tensor forward(torch::autograd::AutogradContext* context, const torch::Tensor& hidden_ND,
-                               const torch::Tensor& weight_VD, const torch::Tensor& labels_N, bool with_gradient) {
-    HeadGradient gradient(hidden_ND, weight_VD, with_gradient);
+                               at::TensorList head, const torch::Tensor& labels_N, bool with_gradient) {
+    HeadGradient gradient(hidden_ND, head, with_gradient);
     torch::Tensor total = torch::zeros({}, hidden_ND.options().dtype(torch::kFloat32));
     const std::int64_t num_rows = hidden_ND.size(0);
-    const std::int64_t chunk = head_chunk_rows(hidden_ND, weight_VD);
+    const std::int64_t chunk = head_chunk_rows(hidden_ND, head);
     for (std::int64_t begin = 0; begin < num_rows; begin += chunk) {
       const std::int64_t length = std::min(chunk, num_rows - begin);
       const torch::Tensor labels = labels_N.narrow(0, begin, length).unsqueeze(1);
-      torch::Tensor log_probabilities = head_log_softmax(hidden_ND.narrow(0, begin, length), weight_VD);
+      torch::Tensor log_probabilities = head_log_softmax(hidden_ND.narrow(0, begin, length), head);
       total.sub_(log_probabilities.gather(1, labels).sum());
       if (with_gradient) {
         torch::Tensor grad_logits = log_probabilities.exp_();
@@ -40,8 +40,7 @@ class ChunkedNll : public torch::autograd::Function<ChunkedNll> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  const torch::autograd::variable_list& grad_output) {
-    auto [hidden, weight] = HeadGradient::scaled(context, grad_output[0]);
-    return {hidden, weight, torch::Tensor(), torch::Tensor()};
+    return HeadGradient::scaled(context, grad_output[0], /*others=*/2);
   }
 };
 
@@ -166,9 +165,8 @@ torch::Tensor nll_sum(MoeModel& model, const torch::Tensor& hidden_BSD, const to
   const torch::Tensor rows = labels_T.ge(0).nonzero().squeeze(1);
   const torch::Tensor hidden_ND = hidden_BSD.reshape({-1, hidden_BSD.size(-1)}).index_select(0, rows);
   const torch::Tensor labels_N = labels_T.index_select(0, rows);
-  const torch::Tensor& weight_VD = model->head_weight();
-  const bool with_gradient = torch::GradMode::is_enabled() && (hidden_ND.requires_grad() || weight_VD.requires_grad());
-  return ChunkedNll::apply(hidden_ND, weight_VD, labels_N, with_gradient);
+  const std::vector<torch::Tensor> head = head_parameters(model);
+  return ChunkedNll::apply(hidden_ND, at::TensorList(head), labels_N, wants_gradient(hidden_ND, head));
 }
 
 QualityResult measure(MoeModel& model, const PackedData& data, const std::vector<PackedBatch>& batches,

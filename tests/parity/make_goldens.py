@@ -6,7 +6,7 @@
 
 Every case is a model directory (config.json, model.safetensors) and golden.safetensors: tokens [S] int64, logits
 [S, V] float32, and of the layers with experts router_logits [L, S, E] float32, selected [L, S, K] int64 and weights
-[L, S, K] float32, the last two by falling weight as the model's own router gave them; bfloat16_errors [2] float64, how
+[L, S, K] float32, the last two by falling logit as the model's own router gave them; bfloat16_errors [2] float64, how
 far transformers itself is from those logits in bfloat16 under the same choices: largest difference over largest value,
 squared error over squared value. Each switch of a family is on in
 one case and off in another. Weights are far from their usual initialisation (large, norms not 1), so that a wrong norm, a
@@ -60,9 +60,20 @@ SMALL = dict(
 
 QWEN = dict(SMALL, num_experts=6, moe_intermediate_size=8, intermediate_size=20)
 
+LONGROPE = dict(
+    rope_type="longrope",
+    rope_theta=10000.0,
+    original_max_position_embeddings=32,
+    short_factor=[1.0, 1.3, 2.1],
+    long_factor=[1.1, 4.0, 9.5],
+    short_mscale=1.2,
+    long_mscale=1.4,
+)
+
 FAMILIES = {
     "Mixtral": dict(SMALL, num_local_experts=6, intermediate_size=8),
     "Olmoe": OLMOE,
+    "Phimoe": dict(SMALL, num_local_experts=6, intermediate_size=8),
     "Qwen2Moe": dict(QWEN, shared_expert_intermediate_size=14),
     "Qwen3Moe": QWEN,
 }
@@ -166,6 +177,29 @@ CASES = {
         "transformers5",
         17,
     ),
+    "phimoe_short": (
+        "Phimoe",
+        dict(attention_bias=True, lm_head_bias=True, router_jitter_noise=0.4, sliding_window=128),
+        LONGROPE,
+        "hub",
+        17,
+    ),
+    # Longer than the original length; the window is in use.
+    "phimoe_long": (
+        "Phimoe",
+        dict(attention_bias=True, lm_head_bias=True, router_jitter_noise=0.2, sliding_window=5, rms_norm_eps=1e-3,
+             num_key_value_heads=1),
+        dict(LONGROPE, original_max_position_embeddings=6),
+        "transformers5",
+        19,
+    ),
+    "phimoe_plain": (
+        "Phimoe",
+        dict(tie_word_embeddings=True, num_key_value_heads=4, num_local_experts=5),
+        dict(rope_theta=1e6, rope_type="default"),
+        "hub",
+        13,
+    ),
 }
 
 
@@ -190,8 +224,8 @@ def rewrite_config(path, family, rope, spelling):
         if family.startswith("Qwen") and "num_local_experts" in config:
             config["num_experts"] = config.pop("num_local_experts")
         config["rope_theta"] = rope["rope_theta"]
-        scaling = {"type": rope["rope_type"], "factor": rope["factor"]} if rope["rope_type"] != "default" else None
-        config["rope_scaling"] = scaling
+        scaling = {("type" if key == "rope_type" else key): rope[key] for key in rope if key != "rope_theta"}
+        config["rope_scaling"] = scaling if rope["rope_type"] != "default" else None
     else:
         config["rope_parameters"] = rope
     path.write_text(json.dumps(config, indent=2) + "\n")
@@ -208,8 +242,9 @@ def bfloat16_errors(directory, tokens, logits, weights, selected):
             lambda module, inputs, output, weight=weight, choice=choice: (output[0], weight.bfloat16(), choice))
     with torch.no_grad():
         difference = model(input_ids=tokens.unsqueeze(0), use_cache=False).logits[0].double() - logits.double()
-    return torch.stack([difference.abs().max() / logits.double().abs().max(),
-                        difference.square().sum() / logits.double().square().sum()])
+    # Rounded: bfloat16 sums differ a little from run to run.
+    return torch.stack([(difference.abs().max() / logits.double().abs().max()).round(decimals=2),
+                        (difference.square().sum() / logits.double().square().sum()).round(decimals=4)])
 
 
 def run(model, tokens):
@@ -235,7 +270,7 @@ def write_case(directory, name, family, settings, rope, spelling, num_tokens, ge
     tokens = torch.randint(0, config.vocab_size, (num_tokens,), generator=generator)
     # Through the directory, so that the config as written is what the golden belongs to.
     logits, router_logits, weights, selected = run(load(directory), tokens)
-    order = weights.sort(dim=-1, descending=True, stable=True).indices
+    order = router_logits.gather(-1, selected).sort(dim=-1, descending=True, stable=True).indices
     gap = (lambda v: (v[..., :-1] - v[..., 1:]).min())(router_logits.sort(-1, descending=True).values)
     assert gap > 1e-5, f"{name}: two router logits are nearly equal; change SEED"
     save_file(
@@ -254,8 +289,21 @@ def write_case(directory, name, family, settings, rope, spelling, num_tokens, ge
 
 
 def load(directory, dtype=torch.float32):
-    return transformers.AutoModelForCausalLM.from_pretrained(
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, attn_implementation="eager", experts_implementation="eager", dtype=dtype).eval()
+    if model.config.model_type == "phimoe" and model.config.rope_parameters["rope_type"] == "longrope":
+        take_long_factors(model.model.rotary_emb)
+    return model
+
+
+def take_long_factors(rotary):
+    """In sequences beyond the original length transformers 5.23 takes the long scale of Phi-3.5-MoE but leaves the
+    short factors; the model's own code takes both long. Hands the length to transformers' function for the factors."""
+    compute = rotary.rope_init_fn
+    length = {}
+    rotary.register_forward_pre_hook(
+        lambda module, inputs, named: length.update(seq_len=int(named["position_ids"].max()) + 1), with_kwargs=True)
+    rotary.rope_init_fn = lambda config: compute(config, **length)
 
 
 def check(directory):

@@ -15,6 +15,8 @@ inline Architecture tiny_architecture(const std::string& family = "olmoe") {
   Architecture architecture = family_defaults(family);
   architecture.dense_intermediate_size = 24;
   architecture.shared_intermediate_size = family == "qwen2_moe" ? 24 : 0;
+  architecture.attention_bias = architecture.attention_bias || family == "phimoe";
+  architecture.head_bias = family == "phimoe";
   architecture.vocab_size = 48;
   architecture.hidden_size = 32;
   architecture.expert_intermediate_size = 16;
@@ -27,6 +29,17 @@ inline Architecture tiny_architecture(const std::string& family = "olmoe") {
   architecture.max_position_embeddings = 128;
   architecture.initializer_range = 0.2;
   return architecture;
+}
+
+/// Norms and biases off their initial values.
+inline void move_vectors(MoeModel& model) {
+  const torch::NoGradGuard no_grad;
+  std::int64_t place = 0;
+  for (auto& [name, tensor] : model->named_tensors()) {
+    if (tensor.dim() == 1) {
+      tensor.add_(torch::arange(tensor.size(0)).add(++place).sin().mul(0.3).to(tensor.options()));
+    }
+  }
 }
 
 inline MoeModel tiny_model(std::uint64_t seed = 3, torch::Dtype dtype = torch::kFloat32,

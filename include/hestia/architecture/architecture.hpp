@@ -13,8 +13,15 @@ namespace hestia {
 /// Rotary position embedding, whichever spelling `config.json` used.
 struct RopeSettings {
   double theta = 10000.0;
-  std::string type = "default";  ///< default | linear; a family may refuse kinds that it never has.
+  std::string type = "default";  ///< default | linear | longrope; a family refuses kinds that it never has.
   double factor = 1.0;           ///< linear: positions are divided by it.
+  // longrope (arXiv 2402.13753): sequences of more than original_positions tokens take the long values, others the
+  // short: frequency i is divided by factor i, cosine and sine are multiplied by the scale.
+  std::int64_t original_positions = 0;
+  std::vector<double> short_factor;
+  std::vector<double> long_factor;
+  double short_scale = 1.0;
+  double long_scale = 1.0;
 };
 
 /// How hidden states are normalised.
@@ -25,8 +32,9 @@ enum class NormKind {
 
 /// How the weights of the chosen experts follow from the router's logits z (hestia/model/routing_rule.hpp).
 enum class RoutingKind {
-  kSoftmax,         ///< softmax(z) over all experts, at the chosen ones.
-  kSoftmaxOfChosen  ///< softmax over the logits of the chosen ones only.
+  kSoftmax,          ///< softmax(z) over all experts, at the chosen ones.
+  kSoftmaxOfChosen,  ///< softmax over the logits of the chosen ones only.
+  kSparsemixer       ///< For each chosen one: softmax over those near the best that are not chosen before it.
 };
 
 /// A checkpoint, as plain data: everything `model/` needs to build the forward. The only place a family is described.
@@ -53,6 +61,7 @@ struct Architecture {
   std::int64_t expert_intermediate_size = 0;  ///< F
   RoutingKind routing = RoutingKind::kSoftmax;
   bool normalise_top_k = false;  ///< Divide the chosen weights by their sum.
+  double router_jitter = 0.0;    ///< kSparsemixer: near is within 2 * this, relatively.
   double routed_scale = 1.0;     ///< Times this, after that.
   std::int64_t num_groups = 1;   ///< Experts stand in this many groups of equal size;
   std::int64_t top_groups = 1;   ///< only those of the best groups (by their best expert) are chosen among.
@@ -65,6 +74,7 @@ struct Architecture {
   NormKind norm = NormKind::kRms;
   double norm_eps = 1e-5;
   bool tie_word_embeddings = false;
+  bool head_bias = false;
   std::string hidden_act = "silu";
   std::int64_t max_position_embeddings = 4096;
   double initializer_range = 0.02;

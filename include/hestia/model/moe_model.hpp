@@ -23,7 +23,7 @@ namespace hestia {
 struct RoutingRecord {
   torch::Tensor logits_TE;         ///< float32, router logits z; carries gradient.
   torch::Tensor probabilities_TE;  ///< float32, softmax(z); carries gradient.
-  torch::Tensor selected_TK;       ///< int64, the experts served, by falling weight (ties: lower index first).
+  torch::Tensor selected_TK;       ///< int64, the experts served, by falling logit (ties: lower index first).
   torch::Tensor weights_TK;        ///< float32, mixing weights (routing_rule.hpp), same order; carries gradient.
   /// float32, logits of the frozen base router on the same hidden state, no gradient; undefined unless
   /// `keep_reference_routers` was called.

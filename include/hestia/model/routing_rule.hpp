@@ -18,6 +18,10 @@ namespace hestia {
 /// and S the chosen set:
 ///   kSoftmax          w_k = p_k, divided by the sum over S where the family normalises
 ///   kSoftmaxOfChosen  w_k = exp(z_k) / sum over S of exp(z)
+///   kSparsemixer      w_k = exp(z_k) / sum over N_k of exp(z), S ordered as in selected_TK, R_k the experts without
+///                     those before k, m = max of z over R_k, N_k = {k} and the j of R_k with
+///                     (m - z_j) / max(|z_j|, m) <= 2 * router_jitter (arXiv 2409.12136 without its sampling: the
+///                     model's inference; a chosen expert that is not near, as under a residency prior, counts as such)
 /// times routed_scale. Differentiable in logits and probabilities (softmax of the same logits).
 [[nodiscard]] torch::Tensor mixing_weights(const Architecture& architecture, const torch::Tensor& logits_TE,
                                            const torch::Tensor& probabilities_TE, const torch::Tensor& selected_TK);

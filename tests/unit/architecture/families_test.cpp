@@ -49,6 +49,26 @@ Json mixtral_config() {
     "tie_word_embeddings": false, "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": 32000})");
 }
 
+// Phi-3.5-MoE, but for the values of its rope factors
+Json phimoe_config() {
+  Json config = Json::parse(R"({
+    "architectures": ["PhiMoEForCausalLM"], "attention_bias": true, "attention_dropout": 0.0, "bos_token_id": 1,
+    "eos_token_id": 32000, "hidden_act": "silu", "hidden_dropout": 0.0, "hidden_size": 4096, "initializer_range": 0.02,
+    "input_jitter_noise": 0.01, "intermediate_size": 6400, "lm_head_bias": true, "max_position_embeddings": 131072,
+    "model_type": "phimoe", "num_attention_heads": 32, "num_experts_per_tok": 2, "num_hidden_layers": 32,
+    "num_key_value_heads": 8, "num_local_experts": 16, "original_max_position_embeddings": 4096,
+    "output_router_logits": false, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "router_aux_loss_coef": 0.0,
+    "router_jitter_noise": 0.01, "sliding_window": 131072, "tie_word_embeddings": false, "torch_dtype": "bfloat16",
+    "use_cache": true, "vocab_size": 32064})");
+  config["rope_scaling"] = {{"type", "longrope"},
+                            {"short_factor", std::vector<double>(64, 1.5)},
+                            {"long_factor", std::vector<double>(64, 20.25)},
+                            {"short_mscale", 1.243163121016122},
+                            {"long_mscale", 1.243163121016122},
+                            {"original_max_position_embeddings", 4096}};
+  return config;
+}
+
 std::string message_of(const Json& config) {
   try {
     static_cast<void>(parse_architecture(config, "c"));
@@ -101,6 +121,16 @@ TEST_CASE("published configs give their published sizes") {
   CHECK(mixtral.normalise_top_k);
   CHECK(router_name(mixtral, 3) == "model.layers.3.block_sparse_moe.gate.weight");
   check_written(mixtral);
+
+  const Architecture phimoe = parse_architecture(phimoe_config(), "c");
+  CHECK(phimoe.total_parameters() == 41'873'153'344);
+  CHECK(phimoe.rope.original_positions == 4096);
+  CHECK(phimoe.rope.long_factor.back() == 20.25);
+  CHECK(phimoe.rope.short_scale == 1.243163121016122);
+  CHECK(phimoe.router_jitter == 0.01);
+  CHECK(phimoe.window_of(5) == 131072);
+  CHECK(router_name(phimoe, 3) == "model.layers.3.block_sparse_moe.gate.weight");
+  check_written(phimoe);
 }
 
 TEST_CASE("Qwen2-MoE: which layers have experts and which are windowed") {
@@ -160,6 +190,35 @@ TEST_CASE("what is wrong with a family's own settings is said") {
   CHECK_THAT(message_of(config), Contains("between 1 and num_local_experts (1), got 2"));
   config["num_local_experts"] = 0;
   CHECK_THAT(message_of(config), Contains("\"num_local_experts\" must be between 1 and"));
+}
+
+TEST_CASE("Phi-3.5-MoE: rope factors and the fixed number of experts") {
+  Json config = phimoe_config();
+  config["rope_scaling"]["long_factor"].erase(0);
+  CHECK_THAT(message_of(config),
+             Contains("\"long_factor\" of the rope settings must be 64 positive numbers") && Contains("got 63"));
+  config["rope_scaling"]["long_factor"].push_back(-1.0);
+  CHECK_THAT(message_of(config), Contains("got 64, not all positive"));
+  config["rope_scaling"]["long_factor"].push_back("x");
+  CHECK_THAT(message_of(config), Contains("\"long_factor\" must be a list of numbers"));
+  config["rope_scaling"].erase("long_mscale");
+  CHECK_THAT(message_of(config), Contains("of type \"longrope\" have no \"long_mscale\"; add it"));
+  config = phimoe_config();
+  config["rope_scaling"] = {{"type", "linear"}, {"factor", 2.0}};
+  CHECK_THAT(message_of(config), Contains("this program knows \"default\", \"longrope\" for phimoe models"));
+  config = phimoe_config();
+  config["num_experts_per_tok"] = 3;
+  CHECK_THAT(message_of(config), Contains("must be 2 because the routing of phimoe models has no other, got 3"));
+  config = phimoe_config();
+  config.erase("original_max_position_embeddings");
+  config["rope_scaling"].erase("original_max_position_embeddings");
+  CHECK(parse_architecture(config, "c").rope.original_positions == 131072);
+  config["rope_parameters"] = config["rope_scaling"];
+  config["rope_parameters"]["rope_theta"] = config["rope_theta"];
+  config.erase("rope_scaling");
+  config.erase("rope_theta");
+  CHECK(parse_architecture(config, "c").rope.theta == 10000.0);
+  CHECK(parse_architecture(config, "c").rope.long_scale == 1.243163121016122);
 }
 
 TEST_CASE("Qwen3-MoE: experts in the hub's and in transformers 5's spelling, windows only where used") {

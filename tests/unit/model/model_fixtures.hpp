@@ -77,6 +77,31 @@ inline Architecture mixed_architecture() {
   return a;
 }
 
+/// A small Phi-3.5-MoE: layer norms, biases, sparsemixer, rope factors by length (of packed_batch's, some each).
+inline Architecture phi_architecture() {
+  Architecture a = family_defaults("phimoe");
+  a.vocab_size = 37;
+  a.hidden_size = 16;
+  a.expert_intermediate_size = 8;
+  a.num_layers = 2;
+  a.num_attention_heads = 4;
+  a.num_key_value_heads = 2;
+  a.head_dim = 4;
+  a.attention_bias = true;
+  a.head_bias = true;
+  a.num_experts = 6;
+  a.top_k = 2;
+  a.router_jitter = 0.3;
+  a.rope.type = "longrope";
+  a.rope.original_positions = 4;
+  a.rope.short_factor = {1.0, 1.5};
+  a.rope.long_factor = {2.0, 7.0};
+  a.rope.short_scale = 1.1;
+  a.rope.long_scale = 1.3;
+  a.initializer_range = 0.4;
+  return a;
+}
+
 /// Two rows of length 9: two sequences packed; one sequence and padding.
 inline TokenBatch packed_batch(const Architecture& a, torch::Device device = torch::kCPU) {
   TokenBatch batch;

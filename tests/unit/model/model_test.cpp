@@ -45,9 +45,11 @@ TokenBatch single(const Tensor& tokens_S) {
 
 TEST_CASE("gradients of every parameter equal finite differences") {
   const std::string switches =
-      GENERATE(as<std::string>(), "on", "off, tied", "dense layers, shared experts, groups, windows");
+      GENERATE(as<std::string>(), "on", "off, tied", "dense layers, shared experts, groups, windows", "phimoe");
   CAPTURE(switches);
-  Architecture a = switches == "on" || switches == "off, tied" ? small_architecture() : mixed_architecture();
+  Architecture a = switches == "phimoe"          ? phi_architecture()
+                   : switches.find("dense") == 0 ? mixed_architecture()
+                                                 : small_architecture();
   if (switches == "off, tied") {
     a.normalise_top_k = false;
     a.clip_qkv.reset();
@@ -83,6 +85,27 @@ TEST_CASE("gradients of every parameter equal finite differences") {
     values.copy_(kept);
     CHECK((item.value().grad() * direction).sum().item<double>() ==
           Approx((above - below) / (2 * kStep)).margin(1e-5).epsilon(1e-6));
+  }
+}
+
+TEST_CASE("rope factors follow each sequence's own length") {
+  const torch::NoGradGuard no_grad;
+  const Architecture a = phi_architecture();
+  MoeModel model = make_model(a);
+  const TokenBatch packed = packed_batch(a);
+  const ModelOutput together = model->forward(packed);
+  // Lengths 4 and 5 in the first row, 6 in the second: short, long, long.
+  struct Piece {
+    std::int64_t row, begin, length;
+  };
+  for (const Piece& piece : {Piece{0, 0, 4}, Piece{0, 4, 5}, Piece{1, 0, 6}}) {
+    const Tensor tokens = packed.tokens_BS[piece.row].narrow(0, piece.begin, piece.length);
+    const Tensor expected = together.hidden_BSD[piece.row].narrow(0, piece.begin, piece.length);
+    CHECK(relative_error(model->forward(single(tokens)).hidden_BSD[0], expected) < 1e-12);
+    Architecture other = a;
+    other.rope.long_factor = a.rope.short_factor;
+    MoeModel changed = make_model(other);
+    CHECK((relative_error(changed->forward(single(tokens)).hidden_BSD[0], expected) < 1e-12) == (piece.length == 4));
   }
 }
 
@@ -122,7 +145,8 @@ TEST_CASE("routers of lower layers learn through frozen layers above") {
 }
 
 TEST_CASE("activation checkpointing changes neither outputs nor gradients") {
-  const Architecture a = GENERATE(false, true) ? mixed_architecture() : small_architecture();
+  const int kind = GENERATE(0, 1, 2);
+  const Architecture a = kind == 0 ? small_architecture() : kind == 1 ? mixed_architecture() : phi_architecture();
   const torch::Dtype dtype = GENERATE(torch::kFloat32, torch::kBFloat16);
   const bool frozen = GENERATE(false, true);
   const bool hidden = GENERATE(true, false);

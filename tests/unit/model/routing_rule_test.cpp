@@ -90,6 +90,60 @@ TEST_CASE("groups: a residency prior chooses inside them") {
   CHECK(torch::equal(selected, plain) == (residency.lambda == 0.0));
 }
 
+TEST_CASE("sparsemixer weighs each expert among those near the best of the rest") {
+  Architecture a = rule(9, 3);
+  a.routing = RoutingKind::kSparsemixer;
+  a.router_jitter = GENERATE(0.0, 0.05, 0.3);
+  const Tensor logits = random_normal({60, 9}, 77).set_requires_grad(true);
+  // The family's own choice, best first, and others, as a residency prior makes them.
+  Tensor selected = top_k_lowest_index(logits, 3);
+  for (std::int64_t t = 30; t < 60; ++t) {
+    const Tensor some = std::get<0>(random_normal({9}, 100 + t).argsort().narrow(0, 0, 3).sort());
+    selected[t] = some.index_select(0, logits[t].detach().index_select(0, some).argsort(-1, true));
+  }
+  const auto weights = [&](const Tensor& z) { return mixing_weights(a, z, z.softmax(1), selected); };
+  const Tensor got = weights(logits);
+  std::int64_t alone = 0;
+  for (std::int64_t t = 0; t < 60; ++t) {
+    std::vector<double> z;
+    for (std::int64_t e = 0; e < 9; ++e) {
+      z.push_back(logits[t][e].item<double>());
+    }
+    std::vector<bool> taken(9, false);
+    for (std::int64_t k = 0; k < 3; ++k) {
+      const auto chosen = static_cast<std::size_t>(selected[t][k].item<std::int64_t>());
+      double best = -std::numeric_limits<double>::infinity();
+      for (std::size_t e = 0; e < 9; ++e) {
+        best = taken[e] ? best : std::max(best, z[e]);
+      }
+      double sum = 0.0;
+      std::int64_t near = 0;
+      for (std::size_t e = 0; e < 9; ++e) {
+        const bool is_near = !taken[e] && (best - z[e]) / std::max(std::abs(z[e]), best) <= 2 * a.router_jitter;
+        if (e == chosen || is_near) {
+          sum += std::exp(z[e]);
+          ++near;
+        }
+      }
+      alone += t < 30 && near == 1 ? 1 : 0;
+      CHECK(got[t][k].item<double>() == Approx(std::exp(z[chosen]) / sum).epsilon(1e-12));
+      taken[chosen] = true;
+    }
+  }
+  // Of the own choices, both kinds occur where the threshold lets them.
+  CHECK(alone > 0);
+  CHECK((alone < 90) == (a.router_jitter > 0.0));
+  if (a.router_jitter > 0.0) {
+    const Tensor direction = random_normal({60, 9}, 78);
+    const Tensor probe = random_normal({60, 3}, 79);
+    (got * probe).sum().backward();
+    const torch::NoGradGuard no_grad;
+    const double above = (weights(logits + 1e-6 * direction) * probe).sum().item<double>();
+    const double below = (weights(logits - 1e-6 * direction) * probe).sum().item<double>();
+    CHECK((logits.grad() * direction).sum().item<double>() == Approx((above - below) / 2e-6).epsilon(1e-6));
+  }
+}
+
 TEST_CASE("mixing weights equal their definition and carry its gradient") {
   Architecture a = rule(9, 3);
   a.routing = GENERATE(RoutingKind::kSoftmax, RoutingKind::kSoftmaxOfChosen);

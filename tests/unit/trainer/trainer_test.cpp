@@ -468,7 +468,9 @@ TEST_CASE("a checkpoint whose K is not of the model is refused, one from before 
 }
 
 TEST_CASE("the chunked loss equals cross-entropy in value and gradient") {
-  MoeModel model = tiny_model();
+  const std::string family = GENERATE(as<std::string>(), "olmoe", "phimoe");  // without and with a bias of the head
+  MoeModel model = create_model(testing::tiny_architecture(family), torch::kFloat32, torch::kCPU, 3);
+  testing::move_vectors(model);
   torch::manual_seed(5);
   torch::Tensor hidden = torch::randn({2, 9, 32}).set_requires_grad(true);
   torch::Tensor labels = torch::randint(0, 48, {2, 9});
@@ -480,22 +482,25 @@ TEST_CASE("the chunked loss equals cross-entropy in value and gradient") {
   const torch::Tensor value = nll_sum(model, hidden, labels);
   (value * 0.5).backward();
   const torch::Tensor gradient = hidden.grad().clone();
-  torch::Tensor weight;
+  std::vector<torch::Tensor> head;
+  std::vector<torch::Tensor> head_gradients;
   for (const torch::Tensor& parameter : model->all_parameters()) {
     if (parameter.grad().defined()) {
-      weight = parameter;
+      head.push_back(parameter);
+      head_gradients.push_back(parameter.grad().clone());
+      head.back().mutable_grad() = torch::Tensor();
     }
   }
-  REQUIRE(weight.defined());
-  const torch::Tensor weight_gradient = weight.grad().clone();
+  REQUIRE(head.size() == (family == "phimoe" ? 2 : 1));
   hidden.mutable_grad() = torch::Tensor();
-  weight.mutable_grad() = torch::Tensor();
   const torch::Tensor expected = torch::nll_loss(torch::log_softmax(model->head(hidden).reshape({-1, 48}), -1),
                                                  labels.reshape({-1}), {}, at::Reduction::Sum, -100);
   (expected * 0.5).backward();
   CHECK(value.item<double>() == Approx(expected.item<double>()).epsilon(1e-5));
   CHECK(torch::allclose(gradient, hidden.grad(), 1e-4, 1e-6));
-  CHECK(torch::allclose(weight_gradient, weight.grad(), 1e-4, 1e-6));
+  for (std::size_t i = 0; i < head.size(); ++i) {
+    CHECK(torch::allclose(head_gradients[i], head[i].grad(), 1e-4, 1e-6));
+  }
 }
 
 TEST_CASE("measure hands out which tokens of a conversation count") {
@@ -593,8 +598,10 @@ TEST_CASE("twenty steps on the GPU follow the CPU", "[gpu]") {
 
 TEST_CASE("distillation is KL from the base model's next-token distribution, with its gradient") {
   const bool train_head = GENERATE(false, true);
-  MoeModel model = tiny_model(1);
-  MoeModel base = tiny_model(2);
+  const Architecture architecture = testing::tiny_architecture(GENERATE(as<std::string>(), "olmoe", "phimoe"));
+  MoeModel model = create_model(architecture, torch::kFloat32, torch::kCPU, 1);
+  MoeModel base = create_model(architecture, torch::kFloat32, torch::kCPU, 2);
+  testing::move_vectors(model);
   select_trainable(model, train_head ? "all" : "router");
   const std::int64_t width = model->architecture().hidden_size;
   torch::manual_seed(3);
@@ -607,10 +614,16 @@ TEST_CASE("distillation is KL from the base model's next-token distribution, wit
   const torch::Tensor value = distillation_sum(model, hidden, base, base_hidden, labels);
   value.backward();
   const torch::Tensor gradient = hidden.grad().clone();
-  const torch::Tensor head_gradient = train_head ? model->head_weight().grad().clone() : torch::Tensor();
   hidden.mutable_grad() = torch::Tensor();
-  if (train_head) {
-    torch::Tensor(model->head_weight()).mutable_grad() = torch::Tensor();
+  std::vector<torch::Tensor> head = {model->head_weight()};
+  if (model->head_bias().defined()) {
+    head.push_back(model->head_bias());
+  }
+  std::vector<torch::Tensor> head_gradients;
+  for (torch::Tensor& parameter : head) {
+    CHECK(parameter.grad().defined() == train_head);
+    head_gradients.push_back(parameter.grad());
+    parameter.mutable_grad() = torch::Tensor();
   }
 
   torch::Tensor expected = torch::zeros({});
@@ -624,9 +637,8 @@ TEST_CASE("distillation is KL from the base model's next-token distribution, wit
   CHECK(value.item<double>() > 1e-3);
   CHECK(torch::allclose(gradient, hidden.grad(), 1e-4, 1e-6));
   CHECK(gradient.select(1, 2).abs().max().item<double>() == 0.0);
-  CHECK(model->head_weight().grad().defined() == train_head);
-  if (train_head) {
-    CHECK(torch::allclose(head_gradient, model->head_weight().grad(), 1e-4, 1e-6));
+  for (std::size_t i = 0; train_head && i < head.size(); ++i) {
+    CHECK(torch::allclose(head_gradients[i], head[i].grad(), 1e-4, 1e-6));
   }
   CHECK(distillation_sum(model, hidden, model, hidden, labels).item<double>() == Approx(0.0).margin(1e-6));
   CHECK_THROWS_AS(distillation_sum(model, hidden, base, base_hidden.narrow(1, 0, 4), labels), std::invalid_argument);
