@@ -10,6 +10,7 @@
 #include <fmt/ranges.h>
 
 #include "hestia/core/error.hpp"
+#include "hestia/core/float_bits.hpp"
 #include "hestia/core/log.hpp"
 
 namespace hestia {

@@ -9,6 +9,7 @@
 
 #include "hestia/core/error.hpp"
 #include "hestia/core/files.hpp"
+#include "hestia/core/float_bits.hpp"
 #include "hestia/core/hdf5.hpp"
 
 namespace hestia {

@@ -88,9 +88,4 @@ class H5File {
   std::unique_ptr<Impl> impl_;
 };
 
-/// IEEE half bits of `value`, round to nearest even.
-[[nodiscard]] std::uint16_t float_to_half_bits(float value);
-/// The value of IEEE half bits.
-[[nodiscard]] float half_bits_to_float(std::uint16_t bits);
-
 }  // namespace hestia

@@ -8,6 +8,7 @@
 
 #include "core_fixtures.hpp"
 #include "hestia/core/files.hpp"
+#include "hestia/core/float_bits.hpp"
 #include "hestia/core/hdf5.hpp"
 #include "hestia/core/random.hpp"
 #include "temporary_folder.hpp"
@@ -267,34 +268,6 @@ TEST_CASE("Assigning over an open HDF5 file closes it") {
   file = H5File::create(folder.path() / "b.h5");
   // HDF5 refuses to open for reading what is still open for writing.
   CHECK(H5File::open(folder.path() / "a.h5").read_ints("/v").front() == 8);
-}
-
-TEST_CASE("Half precision rounds to the nearest value, ties to even") {
-  for (std::uint32_t bits = 0; bits < 65536; ++bits) {
-    const float value = half_bits_to_float(static_cast<std::uint16_t>(bits));
-    if (!std::isnan(value)) {
-      REQUIRE(float_to_half_bits(value) == bits);
-    }
-  }
-  // Between neighbours: the middle goes to the even one, the nearest floats on both sides of it do not.
-  for (std::uint32_t bits = 0; bits < 0x7BFF; ++bits) {
-    const float low = half_bits_to_float(static_cast<std::uint16_t>(bits));
-    const float high = half_bits_to_float(static_cast<std::uint16_t>(bits + 1));
-    const float middle = (low + high) / 2;
-    REQUIRE(float_to_half_bits(middle) == (bits % 2 == 0 ? bits : bits + 1));
-    REQUIRE(float_to_half_bits(std::nextafter(middle, 0.0F)) == bits);
-    REQUIRE(float_to_half_bits(std::nextafter(middle, 1e9F)) == bits + 1);
-    REQUIRE(float_to_half_bits(-middle) == (0x8000U | (bits % 2 == 0 ? bits : bits + 1)));
-  }
-  CHECK(half_bits_to_float(0x3C00) == 1.0F);
-  CHECK(half_bits_to_float(0x0001) == 0x1p-24F);
-  CHECK(half_bits_to_float(0x7BFF) == 65504.0F);
-  CHECK(float_to_half_bits(65519.9F) == 0x7BFF);
-  CHECK(float_to_half_bits(65520.0F) == 0x7C00);
-  CHECK(float_to_half_bits(INFINITY) == 0x7C00);
-  CHECK(float_to_half_bits(-INFINITY) == 0xFC00);
-  CHECK((float_to_half_bits(NAN) & 0x7C00) == 0x7C00);
-  CHECK(std::isnan(half_bits_to_float(float_to_half_bits(NAN))));
 }
 
 }  // namespace

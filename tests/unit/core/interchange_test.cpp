@@ -5,6 +5,7 @@
 #include <catch2/catch.hpp>
 
 #include "core_fixtures.hpp"
+#include "hestia/core/float_bits.hpp"
 #include "hestia/core/hdf5.hpp"
 #include "hestia/core/safetensors.hpp"
 #include "temporary_folder.hpp"
