@@ -10,8 +10,10 @@
 #include "arguments.hpp"
 #include "commands.hpp"
 #include "hestia/architecture/architecture.hpp"
+#include "hestia/architecture/gguf_names.hpp"
 #include "hestia/core/error.hpp"
 #include "hestia/core/files.hpp"
+#include "hestia/core/gguf.hpp"
 #include "hestia/core/progress.hpp"
 #include "hestia/core/safetensors.hpp"
 #include "hestia/routing/metrics.hpp"
@@ -61,6 +63,30 @@ double parse_memory(const std::string& text) {
   return value * unit->second;
 }
 
+// How many expert slots fit beside the dense weights.
+std::pair<std::string, std::string> slots_row(const std::string& memory, std::int64_t dense_bytes,
+                                              std::int64_t expert_bytes, std::int64_t layers,
+                                              std::int64_t num_experts) {
+  const double left = parse_memory(memory) - static_cast<double>(dense_bytes);
+  const auto per_slot = static_cast<double>(expert_bytes * layers);
+  const auto slots = static_cast<std::int64_t>(left / per_slot);
+  return {
+      fmt::format("slots in {}", memory),
+      left < per_slot
+          ? "none: the dense part and one slot per layer do not fit"
+          : fmt::format("{} of {} per layer, beside the dense weights (key-value cache and activations not counted)",
+                        std::min(slots, num_experts), num_experts)};
+}
+
+std::string bytes_by_type(const std::map<std::string, std::int64_t>& types) {
+  std::vector<std::string> kinds;
+  kinds.reserve(types.size());
+  for (const auto& [name, bytes] : types) {
+    kinds.push_back(fmt::format("{} {}", name, format_bytes(static_cast<double>(bytes))));
+  }
+  return fmt::format("{}", fmt::join(kinds, ", "));
+}
+
 void inspect_model(const std::filesystem::path& directory, const std::string& memory) {
   const Architecture architecture = read_architecture(directory);
   const SafetensorsCheckpoint checkpoint(directory);
@@ -83,11 +109,6 @@ void inspect_model(const std::filesystem::path& directory, const std::string& me
   problems.throw_input_if_any();
   const auto layers = static_cast<std::int64_t>(architecture.moe_layers().size());
   const std::int64_t expert_bytes = expert_stored / std::max<std::int64_t>(1, layers * architecture.num_experts);
-  std::vector<std::string> kinds;
-  kinds.reserve(dtypes.size());
-  for (const auto& [name, bytes] : dtypes) {
-    kinds.push_back(fmt::format("{} {}", name, format_bytes(static_cast<double>(bytes))));
-  }
   Rows rows = {
       {"family", architecture.family},
       {"layers", fmt::format("{} ({} with experts)", architecture.num_layers, layers)},
@@ -97,7 +118,7 @@ void inspect_model(const std::filesystem::path& directory, const std::string& me
       {"vocabulary", std::to_string(architecture.vocab_size)},
       {"parameters", format_count(static_cast<double>(architecture.total_parameters()))},
       {"stored", fmt::format("{} in {} files ({})", format_bytes(static_cast<double>(stored)),
-                             checkpoint.files().size(), fmt::join(kinds, ", "))},
+                             checkpoint.files().size(), bytes_by_type(dtypes))},
       {"bytes per expert", format_bytes(static_cast<double>(expert_bytes))},
       {"expert bytes a token uses", format_bytes(static_cast<double>(expert_bytes * architecture.top_k * layers))},
       {"dense bytes", format_bytes(static_cast<double>(other_stored))},
@@ -105,14 +126,7 @@ void inspect_model(const std::filesystem::path& directory, const std::string& me
                               router_name(architecture, architecture.moe_layers().back()),
                               shape_text({architecture.num_experts, architecture.hidden_size}))}};
   if (!memory.empty()) {
-    const double left = parse_memory(memory) - static_cast<double>(other_stored);
-    const auto slots = static_cast<std::int64_t>(left / static_cast<double>(expert_bytes * layers));
-    rows.emplace_back(
-        fmt::format("slots in {}", memory),
-        left < static_cast<double>(expert_bytes * layers)
-            ? "none: the dense part and one slot per layer do not fit"
-            : fmt::format("{} of {} per layer, beside the dense weights (key-value cache and activations not counted)",
-                          std::min(slots, architecture.num_experts), architecture.num_experts));
+    rows.push_back(slots_row(memory, other_stored, expert_bytes, layers, architecture.num_experts));
   }
   print(directory.string() + ": model directory", rows);
 }
@@ -190,6 +204,113 @@ void inspect_safetensors(const std::filesystem::path& file) {
   print(fmt::format("{}: {} tensors", file.string(), tensors.names().size()), rows);
 }
 
+// One line of a metadata value: long ones are cut.
+std::string metadata_text(const GgufFile& file, const std::string& key) {
+  constexpr std::size_t kShownElements = 8;
+  constexpr std::size_t kShownBytes = 120;
+  const GgufValue& value = file.value(key);
+  std::string text;
+  switch (value.type) {
+    case GgufValueType::kString:
+      text = Json(file.text(key)).dump(-1, ' ', false, Json::error_handler_t::replace);
+      break;
+    case GgufValueType::kBool:
+      return file.boolean(key) ? "true" : "false";
+    case GgufValueType::kFloat32:
+      return fmt::format("{}", static_cast<float>(file.number(key)));
+    case GgufValueType::kFloat64:
+      return fmt::format("{}", file.number(key));
+    case GgufValueType::kArray: {
+      text = fmt::format("{} x {}", value.count, gguf_value_type_name(value.element_type));
+      if (value.element_type == GgufValueType::kString) {
+        std::vector<std::string> first = file.texts(key);
+        first.resize(std::min(first.size(), kShownElements));
+        text += ": " + Json(first).dump(-1, ' ', false, Json::error_handler_t::replace);
+      }
+      break;
+    }
+    default:
+      return std::to_string(file.integer(key));
+  }
+  if (text.size() > kShownBytes) {
+    std::size_t end = kShownBytes;
+    while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xC0U) == 0x80U) {
+      --end;  // not inside a letter
+    }
+    text = text.substr(0, end) + "...";
+  }
+  return text;
+}
+
+// What is said of a model directory, as far as a GGUF file tells.
+Rows gguf_model_rows(const GgufFile& file, const std::string& memory) {
+  const std::string architecture = file.has("general.architecture") ? file.text("general.architecture") : "";
+  const auto integer = [&](const std::string& key) {
+    const std::string name = architecture + key;
+    return file.has(name) ? file.integer(name) : std::int64_t{0};
+  };
+  std::map<std::string, std::int64_t> types;
+  std::int64_t parameters = 0;
+  std::int64_t stored = 0;
+  std::int64_t expert_stored = 0;
+  std::vector<std::string> routers;
+  for (const std::string& name : file.names()) {
+    const GgufTensor& tensor = file.tensor(name);
+    const auto bytes = static_cast<std::int64_t>(tensor.bytes.size());
+    types[std::string(ggml_type_name(tensor.type))] += bytes;
+    parameters += tensor.num_elements();
+    stored += bytes;
+    expert_stored += name.find("_exps.") != std::string::npos ? bytes : 0;
+  }
+  const std::int64_t num_layers = integer(".block_count");
+  for (std::int64_t layer = 0; layer < num_layers; ++layer) {
+    if (file.contains(gguf_router_name(layer))) {
+      routers.push_back(gguf_router_name(layer));
+    }
+  }
+  const auto layers = static_cast<std::int64_t>(routers.size());
+  const std::int64_t num_experts = integer(".expert_count");
+  Rows rows = {{"architecture", architecture},
+               {"layers", fmt::format("{} ({} with experts)", num_layers, layers)},
+               {"hidden size", std::to_string(integer(".embedding_length"))},
+               {"parameters", format_count(static_cast<double>(parameters))},
+               {"stored", fmt::format("{} ({})", format_bytes(static_cast<double>(stored)), bytes_by_type(types))}};
+  const bool has_experts = layers > 0 && num_experts > 0 && expert_stored > 0;
+  if (has_experts) {
+    const std::int64_t top_k = integer(".expert_used_count");
+    const std::int64_t expert_bytes = expert_stored / (layers * num_experts);
+    const GgufTensor& router = file.tensor(routers.front());
+    rows.emplace_back("experts", fmt::format("{} per layer, {} per token", num_experts, top_k));
+    rows.emplace_back("bytes per expert", format_bytes(static_cast<double>(expert_bytes)));
+    rows.emplace_back("expert bytes a token uses", format_bytes(static_cast<double>(expert_bytes * top_k * layers)));
+    rows.emplace_back("dense bytes", format_bytes(static_cast<double>(stored - expert_stored)));
+    rows.emplace_back("routers", fmt::format("{} ... {} {} {}", routers.front(), routers.back(),
+                                             ggml_type_name(router.type), shape_text(router.shape)));
+    if (!memory.empty()) {
+      rows.push_back(slots_row(memory, stored - expert_stored, expert_bytes, layers, num_experts));
+    }
+  } else if (!memory.empty()) {
+    throw UsageError(fmt::format("--memory is for models with experts, got {}; leave it out", file.path().string()));
+  }
+  return rows;
+}
+
+void inspect_gguf(const std::filesystem::path& path, const std::string& memory) {
+  const GgufFile file(path);
+  print(path.string() + ": GGUF file", gguf_model_rows(file, memory));
+  Rows rows;
+  for (const std::string& key : file.keys()) {
+    rows.emplace_back(key, metadata_text(file, key));
+  }
+  print(fmt::format("{} metadata keys", rows.size()), rows);
+  rows.clear();
+  for (const std::string& name : file.names()) {
+    const GgufTensor& tensor = file.tensor(name);
+    rows.emplace_back(name, fmt::format("{} {}", ggml_type_name(tensor.type), shape_text(tensor.shape)));
+  }
+  print(fmt::format("{} tensors", rows.size()), rows);
+}
+
 void inspect_trace(const std::filesystem::path& file) {
   const RoutingTrace trace = read_trace(file);
   print(file.string() + ": routing trace",
@@ -229,10 +350,11 @@ void inspect(const std::filesystem::path& path, const std::string& memory) {
   }
   const bool is_bundle = std::filesystem::exists(path / "manifest.json");
   const bool is_model = !is_bundle && std::filesystem::exists(path / "config.json");
-  if (!memory.empty() && !is_model) {
-    throw UsageError(fmt::format("--memory is for model directories, got {}; leave it out", path.string()));
-  }
   const std::string extension = path.extension().string();
+  if (!memory.empty() && !is_model && extension != ".gguf") {
+    throw UsageError(
+        fmt::format("--memory is for model directories and GGUF files, got {}; leave it out", path.string()));
+  }
   if (std::filesystem::is_directory(path)) {
     if (is_bundle) {
       return inspect_bundle(path);
@@ -250,6 +372,9 @@ void inspect(const std::filesystem::path& path, const std::string& memory) {
   }
   if (extension == ".safetensors") {
     return inspect_safetensors(path);
+  }
+  if (extension == ".gguf") {
+    return inspect_gguf(path, memory);
   }
   if (extension == ".yaml" || extension == ".yml") {
     return inspect_recipe(path);
@@ -269,11 +394,12 @@ void add_inspect(CLI::App& app) {
   };
   auto arguments = std::make_shared<Arguments>();
   CLI::App* verb = app.add_subcommand("inspect", "say what a file or directory holds");
-  verb->add_option("path", arguments->path,
-                   "model directory, router bundle, run directory, safetensors file, trace, preferences.h5 or recipe")
+  verb->add_option(
+          "path", arguments->path,
+          "model directory, router bundle, run directory, safetensors or GGUF file, trace, preferences.h5 or recipe")
       ->required();
   verb->add_option("--memory", arguments->memory,
-                   "model directories: how many expert slots fit this much memory, for example 6GiB");
+                   "models: how many expert slots fit this much memory, for example 6GiB");
   verb->footer("Example: hestia inspect checkpoints/tiny --memory 16MiB");
   verb->callback([arguments] { inspect(arguments->path, arguments->memory); });
 }

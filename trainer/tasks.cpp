@@ -21,6 +21,7 @@
 #include "hestia/model/residency_selector.hpp"
 #include "hestia/model/tensors.hpp"
 #include "hestia/model/tuned_checkpoint.hpp"
+#include "hestia/model/tuned_gguf.hpp"
 #include "hestia/routing/metrics.hpp"
 #include "hestia/routing/preferences.hpp"
 #include "hestia/trainer/bundle.hpp"
@@ -568,14 +569,19 @@ void run_pretrain(const LoadedRecipe<PretrainRecipe>& loaded, const RunFlags& fl
 }
 
 std::vector<std::string> export_formats() {
-  return {"bundle", "hf"};
+  return {"bundle", "hf", "gguf"};
 }
 
-std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, const std::string& to,
-                                 const std::filesystem::path& output, bool quiet) {
+std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, const ExportTarget& target, bool quiet) {
+  const std::string& to = target.to;
   const std::vector<std::string> formats = export_formats();
   if (std::find(formats.begin(), formats.end(), to) == formats.end()) {
     throw UsageError(fmt::format("--to must be one of {}, got \"{}\"; choose one", fmt::join(formats, ", "), to));
+  }
+  if ((to == "gguf") != !target.gguf.empty()) {
+    throw UsageError(to == "gguf" ? "--to gguf replaces routers in the base model's GGUF file, got none; give it with "
+                                    "--gguf BASE.gguf"
+                                  : fmt::format("--gguf is for --to gguf, got --to {}; leave it out", to));
   }
   FinetuneRecipe recipe = loaded.recipe;
   const std::int64_t threads = use_threads(recipe.model.threads);
@@ -597,7 +603,19 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, con
                     "train.trainable=router or router+lora",
                     loaded.source.location("train.trainable"), recipe.train.trainable));
   }
-  std::filesystem::path directory = output.empty() ? std::filesystem::path(recipe.run_dir) / to : output;
+  std::filesystem::path directory = target.output;
+  if (directory.empty()) {
+    directory = std::filesystem::path(recipe.run_dir) / to;
+    if (to == "gguf") {
+      directory /= target.gguf.filename();
+    }
+  }
+  if (to == "gguf") {
+    write_tuned_gguf(recipe.model.path, tuned_parts(latest->second, read_architecture(recipe.model.path)), target.gguf,
+                     directory);
+    log_info(fmt::format("tuned model in {}", directory.string()));
+    return directory;
+  }
   if (to == "hf") {
     write_tuned_checkpoint(recipe.model.path, tuned_parts(latest->second, read_architecture(recipe.model.path)),
                            directory);

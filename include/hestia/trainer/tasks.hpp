@@ -24,11 +24,15 @@ void run_finetune(const LoadedRecipe<FinetuneRecipe>& loaded, const RunFlags& fl
 void run_pretrain(const LoadedRecipe<PretrainRecipe>& loaded, const RunFlags& flags);
 /// What `hestia export --to` takes.
 [[nodiscard]] std::vector<std::string> export_formats();
-/// `hestia export`: writes a router bundle (`to` "bundle") or a whole Hugging Face directory ("hf", see
-/// model/tuned_checkpoint.hpp) into `output`, or into the folder of that name in run_dir when it is empty, and returns
-/// the folder. Throws UsageError for another `to`, a run that is not finished, and one that trained more than routers
-/// and adapters.
-std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, const std::string& to,
-                                 const std::filesystem::path& output, bool quiet);
+/// What `hestia export` writes.
+struct ExportTarget {
+  std::string to = "bundle";     ///< One of export_formats().
+  std::filesystem::path output;  ///< Empty: a folder named as the format in run_dir (for "gguf" the file's name in it).
+  std::filesystem::path gguf;    ///< With "gguf": the base model's GGUF file.
+};
+/// `hestia export`: writes a router bundle ("bundle"), a whole Hugging Face directory ("hf", see
+/// model/tuned_checkpoint.hpp) or a GGUF file ("gguf", model/tuned_gguf.hpp), and returns the path. Throws UsageError
+/// for another format, a run that is not finished, and one that trained more than routers and adapters.
+std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, const ExportTarget& target, bool quiet);
 
 }  // namespace hestia

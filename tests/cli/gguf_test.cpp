@@ -1,0 +1,84 @@
+#include <cstdint>
+
+#include <fmt/format.h>
+#include <catch2/catch.hpp>
+
+#include "cli_fixtures.hpp"
+#include "gguf_writer.hpp"
+#include "hestia/core/gguf.hpp"
+#include "hestia/core/safetensors.hpp"
+
+namespace hestia::testing {
+namespace {
+
+// A GGUF file with the routers of the project's base model and no other tensors but one per layer of experts.
+void write_gguf(const SmallProject& project, const std::string& name) {
+  const SafetensorsCheckpoint base(project.path() / "runs/base/model");
+  GgufWriter writer;
+  writer.text("general.architecture", "olmoe").uint32("olmoe.block_count", 2).uint32("olmoe.embedding_length", 16);
+  writer.uint32("olmoe.expert_count", 8).uint32("olmoe.expert_used_count", 2);
+  writer.texts("tokenizer.ggml.tokens", {"<s>", "caf\u00e9"}).boolean("tokenizer.ggml.add_bos_token", true);
+  writer.float32("olmoe.rope.freq_base", 10000.0F);
+  for (int layer = 0; layer < 2; ++layer) {
+    writer.tensor(fmt::format("blk.{}.ffn_up_exps.weight", layer), {32, 8, 8}, 8, std::string(8 * 8 * 34, '\x11'));
+    const TensorView& router = base.tensor(fmt::format("model.layers.{}.mlp.gate.weight", layer));
+    REQUIRE(router.dtype == DType::kF32);
+    writer.tensor(fmt::format("blk.{}.ffn_gate_inp.weight", layer), {16, 8}, 0,
+                  {reinterpret_cast<const char*>(router.bytes.data()), router.bytes.size()});
+  }
+  writer.save(project.path() / name);
+}
+
+TEST_CASE("tuned routers go into the base model's GGUF file, and inspect reads it") {
+  const SmallProject project;
+  project.pretrain();
+  write_gguf(project, "base.gguf");
+  const std::vector<std::string> finished = {"finetune.yaml", "control.enabled=false", "train.steps=2"};
+  const auto with = [&](std::vector<std::string> arguments, const std::vector<std::string>& more = {}) {
+    arguments.insert(arguments.end(), finished.begin(), finished.end());
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    return arguments;
+  };
+  done(project.run(with({"finetune"}, {"--quiet"})));
+  CHECK(done(project.run(with({"export"}, {"--to", "gguf", "--gguf", "base.gguf"}))) == "runs/tuned/gguf/base.gguf\n");
+  const SafetensorsFile routers(project.path() / "runs/tuned/checkpoints/step_2/router.safetensors");
+  std::string expected = project.read("base.gguf");
+  const GgufFile base(project.path() / "base.gguf");
+  for (int layer = 0; layer < 2; ++layer) {
+    const auto tuned = routers.tensor(fmt::format("model.layers.{}.mlp.gate.weight", layer)).bytes;
+    const std::string bytes(reinterpret_cast<const char*>(tuned.data()), tuned.size());
+    const std::uint64_t at = base.tensor(fmt::format("blk.{}.ffn_gate_inp.weight", layer)).file_offset;
+    REQUIRE(expected.compare(at, bytes.size(), bytes) != 0);
+    expected.replace(at, bytes.size(), bytes);
+  }
+  CHECK(project.read("runs/tuned/gguf/base.gguf") == expected);
+
+  const auto refused = [&](const std::vector<std::string>& more, int code, const std::vector<std::string>& parts) {
+    check_complaint(project.run(with({"export"}, more)), code, parts);
+  };
+  refused({"--to", "gguf", "--gguf", "base.gguf"}, 2, {"runs/tuned/gguf/base.gguf", "exists already", "--output"});
+  refused({"--to", "gguf"}, 2, {"--to gguf", "--gguf BASE.gguf"});
+  refused({"--gguf", "base.gguf"}, 2, {"--gguf is for --to gguf", "bundle"});
+  refused({"--to", "gguf", "--gguf", "absent.gguf", "--output", "o.gguf"}, 3, {"absent.gguf", "No such file"});
+  refused({"--to", "gguf", "--gguf", "runs/tuned/gguf/base.gguf", "--output", "o.gguf"}, 3,
+          {"the router of layer 0 (\"blk.0.ffn_gate_inp.weight\")", "another base"});
+  refused({"--to", "gguf", "--gguf", "finetune.yaml", "--output", "o.gguf"}, 3, {"not a GGUF file", "\"# Tu\""});
+  refused({"--to", "ggml"}, 2, {"bundle, hf, gguf", "\"ggml\""});
+  CHECK_FALSE(std::filesystem::exists(project.path() / "o.gguf"));
+
+  const std::string told = done(project.run({"inspect", "base.gguf", "--memory", "8KiB"}));
+  for (const char* part :
+       {"base.gguf: GGUF file\n", "architecture               olmoe\n", "2 (2 with experts)",
+        "8 per layer, 2 per token", "bytes per expert           272 B\n", "expert bytes a token uses  1.1 KiB\n",
+        "dense bytes                1.0 KiB\n", "blk.0.ffn_gate_inp.weight ... blk.1.ffn_gate_inp.weight F32 [8, 16]",
+        "slots in 8KiB              8 of 8", "8 metadata keys\n", "olmoe.rope.freq_base          10000\n",
+        "2 x string: [\"<s>\",\"caf\u00e9\"]\n", "tokenizer.ggml.add_bos_token  true\n", "4 tensors\n",
+        "blk.1.ffn_up_exps.weight   Q8_0 [8, 8, 32]\n"}) {
+    CHECK_THAT(told, Catch::Contains(part));
+  }
+  project.write("cut.gguf", expected.substr(0, 300));
+  check_complaint(project.run({"inspect", "cut.gguf"}), 3, {"cut.gguf: ", "truncated"});
+}
+
+}  // namespace
+}  // namespace hestia::testing
