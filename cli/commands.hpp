@@ -18,6 +18,7 @@ void add_validate(CLI::App& app);
 void add_inspect(CLI::App& app);
 void add_recipes(CLI::App& app);
 void add_logits(CLI::App& app);
+void add_upcycle(CLI::App& app);
 void add_version(CLI::App& app);
 
 /// Set by SIGINT; the training loop saves and stops.

@@ -91,6 +91,7 @@ int run(int argc, char** argv) {
   add_inspect(app);
   add_recipes(app);
   add_logits(app);
+  add_upcycle(app);
   add_version(app);
   try {
     app.parse(argc, argv);
