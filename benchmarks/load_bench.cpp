@@ -31,6 +31,7 @@
 #include "hestia/core/safetensors.hpp"
 #include "hestia/evaluation/build_info.hpp"
 #include "hestia/model/moe_model.hpp"
+#include "hestia/model/placement.hpp"
 #include "hestia/model/tensors.hpp"
 #include "timing.hpp"
 
@@ -195,6 +196,9 @@ Json measure(const Options& options) {
   std::vector<double> cache;
   std::vector<double> cold;
   std::vector<double> warm;
+  std::vector<double> opened;
+  std::vector<double> allocated;
+  std::vector<double> placed;
   double stayed = 0.0;
   const auto load = [&] {
     if (device.is_cuda()) {
@@ -202,12 +206,28 @@ Json measure(const Options& options) {
     }
     return milliseconds([&] { static_cast<void>(load_model(directory, dtype, device, /*quiet=*/true)); }, device);
   };
+  // What a warm load consists of.
+  const auto load_in_parts = [&] {
+    if (device.is_cuda()) {
+      c10::cuda::CUDACachingAllocator::emptyCache();
+    }
+    std::unique_ptr<SafetensorsCheckpoint> checkpoint;
+    opened.push_back(milliseconds([&] { checkpoint = std::make_unique<SafetensorsCheckpoint>(directory); }, device));
+    MoeModel model = nullptr;
+    allocated.push_back(milliseconds([&] { model = MoeModel(read_architecture(directory), dtype, device); }, device));
+    std::vector<Placement> placements;
+    for (const auto& [name, tensor] : model->named_tensors()) {
+      placements.push_back({checkpoint->tensor(name), tensor});
+    }
+    placed.push_back(milliseconds([&] { place_tensors(placements); }, device));
+  };
   for (int repeat = 0; repeat < options.repeats; ++repeat) {
     stayed = std::max(stayed, evict(files));
     disk.push_back(disk_rate(files));
     stayed = std::max(stayed, evict(files));
     cold.push_back(load());
     warm.push_back(load());
+    load_in_parts();
     cache.push_back(page_cache_rate(files));
   }
   const double disk_middle = median(disk);
@@ -230,6 +250,8 @@ Json measure(const Options& options) {
           {"page_cache_share_left_before_cold", stayed},
           {"cold", summary(cold, bytes, fastest_cold)},
           {"warm", summary(warm, bytes, fastest_warm)},
+          {"warm_parts_s",
+           {{"open", median(opened) / 1e3}, {"allocate", median(allocated) / 1e3}, {"place", median(placed) / 1e3}}},
           {"highest_resident_bytes", static_cast<double>(usage.ru_maxrss) * 1024.0}};
 }
 
