@@ -12,6 +12,7 @@
 #include "hestia/core/log.hpp"
 #include "hestia/core/progress.hpp"
 #include "hestia/data/gguf_tokenizer.hpp"
+#include "hestia/model/router_inputs.hpp"
 
 namespace hestia {
 namespace {
@@ -69,6 +70,12 @@ void run_upcycle(UpcycleArguments& arguments) {
   }
   const DenseCheckpoint dense(arguments.dense);
   check_upcycle(dense.architecture(), arguments.options);
+  if (arguments.options.start == UpcycleStart::kSigned) {
+    SamplingOptions sampling;
+    sampling.seed = arguments.options.seed;
+    sampling.quiet = arguments.options.quiet;
+    arguments.options.router_inputs = measure_router_inputs(dense, sampling);
+  }
   upcycle(dense, arguments.options, arguments.to,
           [&](const std::filesystem::path& folder) { add_tokenizer(dense, folder); });
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
