@@ -80,5 +80,61 @@ TEST_CASE("tuned routers go into the base model's GGUF file, and inspect reads i
   check_complaint(project.run({"inspect", "cut.gguf"}), 3, {"cut.gguf: ", "truncated"});
 }
 
+TEST_CASE("upcycle makes a model directory with the tokenizer out of a dense file") {
+  const SmallProject project;
+  SplitMix64 random(2);
+  GgufWriter writer;
+  writer.text("general.architecture", "llama").uint32("llama.embedding_length", 8).uint32("llama.block_count", 1);
+  writer.uint32("llama.feed_forward_length", 12).uint32("llama.attention.head_count", 2);
+  writer.float32("llama.attention.layer_norm_rms_epsilon", 1e-5F);
+  writer.text("tokenizer.ggml.model", "gpt2").text("tokenizer.ggml.pre", "smollm");
+  writer.texts("tokenizer.ggml.tokens", {"a", "b", "ab"}).texts("tokenizer.ggml.merges", {"a b"});
+  const auto add = [&](const std::string& name, const std::vector<std::uint64_t>& shape) {
+    std::vector<float> values(shape.size() == 1 ? shape[0] : shape[0] * shape[1]);
+    for (float& value : values) {
+      value = static_cast<float>(random.uniform() - 0.5);
+    }
+    writer.tensor(name, shape, 0, GgufWriter::raw_floats(values));
+  };
+  add("token_embd.weight", {8, 3});
+  for (const char* name : {"attn_q", "attn_k", "attn_v", "attn_output"}) {
+    add(fmt::format("blk.0.{}.weight", name), {8, 8});
+  }
+  add("blk.0.attn_norm.weight", {8});
+  add("blk.0.ffn_norm.weight", {8});
+  add("blk.0.ffn_gate.weight", {8, 12});
+  add("blk.0.ffn_up.weight", {8, 12});
+  add("blk.0.ffn_down.weight", {12, 8});
+  add("output_norm.weight", {8});
+  writer.save(project.path() / "dense.gguf");
+  const std::vector<std::string> sizes = {"upcycle", "dense.gguf", "--experts", "12", "--top-k", "3"};
+  const auto with = [&](const std::vector<std::string>& more) {
+    std::vector<std::string> arguments = sizes;
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    return project.run(arguments);
+  };
+  for (const char* start : {"grouped", "signed"}) {
+    const std::string to = std::string("moe-") + start;
+    const Outcome outcome = with({"--start", start, "--to", to});
+    CHECK(done(outcome) == to + "\n");
+    CHECK_THAT(outcome.err, Catch::Contains("12 experts of 4 neurons in 1 layers, 3 per token, " + std::string(start)));
+    for (const char* file : {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}) {
+      CHECK(std::filesystem::exists(project.path() / to / file));
+    }
+    CHECK(SafetensorsFile(project.path() / to / "model.safetensors").names().size() == 2 + 6 + 1 + 12 * 3);
+  }
+  CHECK(project.read("moe-grouped/model.safetensors") != project.read("moe-signed/model.safetensors"));
+  done(with({"--start", "signed", "--to", "again"}));
+  CHECK(project.read("again/model.safetensors") == project.read("moe-signed/model.safetensors"));
+  check_complaint(with({"--to", "again"}), 2, {"again: exists already", "--to"});
+  check_complaint(project.run({"upcycle", "dense.gguf", "--experts", "12", "--top-k", "5", "--to", "x"}), 2,
+                  {"multiple of --top-k (5), got 12", "(12), got 5"});
+  check_complaint(with({"--to", "x", "--start", "random"}), 2, {"grouped or signed", "\"random\""});
+  check_complaint(with({"--to", "x", "--dtype", "int8"}), 2, {"bfloat16", "\"int8\""});
+  check_complaint(project.run({"upcycle", "absent", "--to", "x"}), 3, {"absent: no such file"});
+  check_complaint(project.run({"upcycle", "finetune.yaml", "--to", "x"}), 3, {"not a GGUF file"});
+  CHECK_FALSE(std::filesystem::exists(project.path() / "x"));
+}
+
 }  // namespace
 }  // namespace hestia::testing
