@@ -15,7 +15,7 @@ namespace hestia {
 
 /// A dense model of Llama layout: RMSNorm, rotary positions over the whole head, grouped-query attention without
 /// biases, and y = W_down (silu(W_gate h) * W_up h) in every layer.
-struct DenseArchitecture {
+struct DenseArchitecture {  // NOLINT(bugprone-exception-escape): the check takes Json's move for one that throws
   std::int64_t vocab_size = 0;
   std::int64_t hidden_size = 0;
   std::int64_t intermediate_size = 0;
