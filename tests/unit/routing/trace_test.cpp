@@ -6,8 +6,8 @@
 #include <catch2/catch.hpp>
 
 #include "hestia/core/error.hpp"
-#include "hestia/core/float_bits.hpp"
 #include "hestia/core/files.hpp"
+#include "hestia/core/float_bits.hpp"
 #include "hestia/core/hdf5.hpp"
 #include "hestia/core/log.hpp"
 #include "hestia/routing/simulator.hpp"
