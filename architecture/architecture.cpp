@@ -14,8 +14,8 @@ namespace hestia {
 namespace {
 
 const std::vector<Family>& families() {
-  static const std::vector<Family> all = {mixtral_family(), olmoe_family(), phimoe_family(), qwen2_moe_family(),
-                                          qwen3_moe_family()};
+  static const std::vector<Family> all = {deepseek_v2_family(), mixtral_family(),   olmoe_family(),
+                                          phimoe_family(),      qwen2_moe_family(), qwen3_moe_family()};
   return all;
 }
 
@@ -117,7 +117,7 @@ void check_values(const Family& family, const Architecture& a, ConfigReader& rea
           fmt::format("\"num_attention_heads\" must be a multiple of num_key_value_heads ({}), got {}; correct one",
                       a.num_key_value_heads, a.num_attention_heads));
     }
-    if (a.head_dim < 1 || a.head_dim % 2 != 0 || a.head_dim > kMaxWidth) {
+    if (a.key_value_rank == 0 && (a.head_dim < 1 || a.head_dim % 2 != 0 || a.head_dim > kMaxWidth)) {
       reader.problem(
           fmt::format("\"head_dim\" (hidden_size / num_attention_heads unless given) must be even and "
                       "positive, got {}; correct it",
@@ -180,6 +180,16 @@ std::int64_t extent_value(const Architecture& a, Extent extent) {
       return a.shared_intermediate_size;
     case Extent::kDenseHidden:
       return a.dense_intermediate_size;
+    case Extent::kQueryRank:
+      return a.query_rank;
+    case Extent::kKeyValueRank:
+      return a.key_value_rank;
+    case Extent::kKeyValueDown:
+      return a.key_value_rank + a.rotary_head_dim;
+    case Extent::kKeyValueUp:
+      return a.num_attention_heads * (a.plain_head_dim + a.value_head_dim);
+    case Extent::kHeadValues:
+      return a.num_attention_heads * a.value_head_dim;
   }
   throw std::invalid_argument("architecture: unknown extent");
 }
@@ -207,6 +217,13 @@ bool stands_in(const Architecture& a, TensorPart part, std::int64_t layer) {
     case P::kDenseUp:
     case P::kDenseDown:
       return !a.is_moe_layer(layer);
+    case P::kQuery:
+      return a.query_rank == 0;
+    case P::kQueryDown:
+    case P::kQueryDownBias:
+    case P::kQueryLatentNorm:
+    case P::kQueryUp:
+      return a.query_rank > 0;
     default:
       return true;
   }
@@ -243,7 +260,7 @@ std::int64_t product(const std::vector<std::int64_t>& shape) {
 }  // namespace
 
 bool Architecture::is_moe_layer(std::int64_t layer) const {
-  return layer >= first_dense_layers && (layer + 1) % sparse_step == 0 &&
+  return layer >= first_dense_layers && (sparse_from_zero ? layer : layer + 1) % sparse_step == 0 &&
          std::find(dense_layers.begin(), dense_layers.end(), layer) == dense_layers.end();
 }
 
@@ -318,7 +335,8 @@ Architecture parse_architecture(const Json& config, const std::string& subject) 
   if (reader.find("num_key_value_heads") == nullptr) {
     architecture.num_key_value_heads = architecture.num_attention_heads;
   }
-  if (reader.find("head_dim") == nullptr && architecture.num_attention_heads > 0) {
+  if (family->key_of(&Architecture::head_dim) != nullptr && reader.find("head_dim") == nullptr &&
+      architecture.num_attention_heads > 0) {
     if (architecture.hidden_size % architecture.num_attention_heads != 0) {
       reader.problem(fmt::format("\"hidden_size\" must be a multiple of num_attention_heads ({}), got {}; correct one",
                                  architecture.num_attention_heads, architecture.hidden_size));

@@ -18,6 +18,8 @@ class ConfigReader {
 
   /// The value of `key`, or nullptr when it is absent or null.
   [[nodiscard]] const Json* find(const char* key) const { return find_in(config_, key); }
+  /// Whether `key` stands there, null or not.
+  [[nodiscard]] bool has(const char* key) const { return config_.contains(key); }
   [[nodiscard]] static const Json* find_in(const Json& object, const char* key);
 
   void problem(const std::string& text) { problems_.add(subject_ + ": " + text); }

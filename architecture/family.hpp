@@ -33,7 +33,12 @@ enum class Extent {
   kExperts,
   kExpertHidden,
   kSharedHidden,
-  kDenseHidden
+  kDenseHidden,
+  kQueryRank,
+  kKeyValueRank,
+  kKeyValueDown,
+  kKeyValueUp,
+  kHeadValues
 };
 
 /// One row of a family's tensor table. `{layer}` and `{expert}` in the pattern are replaced. Tensors of routers,
@@ -113,6 +118,8 @@ void append(std::vector<Row>& rows, const std::vector<Row>& more) {
   rows.insert(rows.end(), more.begin(), more.end());
 }
 
+/// DeepSeek-V2 and V2-Lite (arXiv 2405.04434).
+[[nodiscard]] Family deepseek_v2_family();
 /// Mistral AI's Mixtral (arXiv 2401.04088).
 [[nodiscard]] Family mixtral_family();
 /// Allenai's OLMoE (arXiv 2409.02060).

@@ -10,6 +10,8 @@ namespace hestia {
 
 namespace {
 
+constexpr const char* kOriginal = "original_max_position_embeddings";
+
 void read_longrope(ConfigReader& reader, const Json& settings, Architecture& architecture) {
   RopeSettings& rope = architecture.rope;
   const auto read = [&](const char* key, auto& out) {
@@ -24,7 +26,6 @@ void read_longrope(ConfigReader& reader, const Json& settings, Architecture& arc
   read("short_mscale", rope.short_scale);
   read("long_mscale", rope.long_scale);
   rope.original_positions = architecture.max_position_embeddings;
-  constexpr const char* kOriginal = "original_max_position_embeddings";
   if (const Json* inner = ConfigReader::find_in(settings, kOriginal); inner != nullptr) {
     reader.read(kOriginal, *inner, rope.original_positions);
   }
@@ -36,7 +37,51 @@ void read_longrope(ConfigReader& reader, const Json& settings, Architecture& arc
   }
 }
 
+void read_yarn(ConfigReader& reader, const Json& settings, const char* section, Architecture& architecture) {
+  RopeSettings& rope = architecture.rope;
+  const auto read = [&](const char* key, auto& out) {
+    if (const Json* value = ConfigReader::find_in(settings, key); value != nullptr) {
+      reader.read(key, *value, out);
+    }
+  };
+  rope.original_positions = architecture.max_position_embeddings;
+  read(kOriginal, rope.original_positions);
+  read("beta_fast", rope.beta_fast);
+  read("beta_slow", rope.beta_slow);
+  read("truncate", rope.truncate);
+  read("mscale", rope.mscale);
+  read("mscale_all_dim", rope.mscale_all_dim);
+  read("attention_factor", rope.attention_factor);
+  if (rope.original_positions < 1 || !(rope.beta_fast > 0.0) || !(rope.beta_slow > 0.0) ||
+      !std::isfinite(rope.beta_fast) || !std::isfinite(rope.beta_slow)) {
+    reader.problem(fmt::format(
+        "\"{}\", \"beta_fast\" and \"beta_slow\" of \"{}\" must be positive, got {}, {} and {}; correct them",
+        kOriginal, section, rope.original_positions, rope.beta_fast, rope.beta_slow));
+  }
+  if (!(rope.rotation_scale() > 0.0) || !std::isfinite(rope.rotation_scale())) {
+    reader.problem(fmt::format(
+        "\"attention_factor\", \"mscale\" and \"mscale_all_dim\" of \"{}\" must give a positive scale, got {}; "
+        "correct them",
+        section, rope.rotation_scale()));
+  }
+}
+
 }  // namespace
+
+double RopeSettings::yarn_scale(double m) const {
+  return factor <= 1.0 ? 1.0 : 0.1 * m * std::log(factor) + 1.0;
+}
+
+double RopeSettings::rotation_scale() const {
+  if (type != "yarn") {
+    return 1.0;
+  }
+  if (attention_factor) {
+    return *attention_factor;
+  }
+  const bool both = mscale.value_or(0.0) != 0.0 && mscale_all_dim.value_or(0.0) != 0.0;
+  return both ? yarn_scale(*mscale) / yarn_scale(*mscale_all_dim) : yarn_scale(1.0);
+}
 
 void read_rope(ConfigReader& reader, const Family& family, Architecture& architecture) {
   RopeSettings& rope = architecture.rope;
@@ -72,8 +117,11 @@ void read_rope(ConfigReader& reader, const Family& family, Architecture& archite
     const Json* factor = ConfigReader::find_in(*settings, "factor");
     if (factor != nullptr) {
       reader.read("factor", *factor, rope.factor);
-    } else if (rope.type == "linear") {
-      reader.problem(fmt::format("\"{}\" of type \"linear\" has no \"factor\"; add it", section));
+    } else if (rope.type == "linear" || rope.type == "yarn") {
+      reader.problem(fmt::format("\"{}\" of type \"{}\" has no \"factor\"; add it", section, rope.type));
+    }
+    if (rope.type == "yarn") {
+      read_yarn(reader, *settings, section, architecture);
     }
     if (rope.type == "longrope") {
       read_longrope(reader, *settings, architecture);
@@ -94,7 +142,7 @@ void read_rope(ConfigReader& reader, const Family& family, Architecture& archite
   if (!(rope.factor > 0.0) || !std::isfinite(rope.factor)) {
     reader.problem(fmt::format("rope \"factor\" must be positive, got {}; correct it", rope.factor));
   }
-  if (rope.type != "linear") {
+  if (rope.type != "linear" && rope.type != "yarn") {
     rope.factor = 1.0;
   }
 }
@@ -111,6 +159,18 @@ void write_rope(const Architecture& architecture, Json& config) {
     scaling["short_mscale"] = rope.short_scale;
     scaling["long_mscale"] = rope.long_scale;
     config["original_max_position_embeddings"] = rope.original_positions;
+  } else if (rope.type == "yarn") {
+    scaling["factor"] = rope.factor;
+    scaling[kOriginal] = rope.original_positions;
+    scaling["beta_fast"] = rope.beta_fast;
+    scaling["beta_slow"] = rope.beta_slow;
+    scaling["truncate"] = rope.truncate;
+    for (const auto& [key, value] : {std::pair("mscale", rope.mscale), std::pair("mscale_all_dim", rope.mscale_all_dim),
+                                     std::pair("attention_factor", rope.attention_factor)}) {
+      if (value) {
+        scaling[key] = *value;
+      }
+    }
   }
   config["rope_theta"] = rope.theta;
   config["rope_scaling"] = rope.type == "default" ? Json(nullptr) : scaling;

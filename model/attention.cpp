@@ -1,6 +1,8 @@
 #include "attention.hpp"
 
+#include <cmath>
 #include <limits>
+#include <optional>
 
 #include "norm.hpp"
 
@@ -31,11 +33,59 @@ Tensor attention_mask(const Tensor& sequence_ids_BS, std::int64_t window, torch:
       .unsqueeze(1);
 }
 
+Tensor scored_and_mixed(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& mask,
+                        std::optional<double> scale = std::nullopt) {
+  return mask.defined() ? at::scaled_dot_product_attention(query, key, value, mask, /*dropout_p=*/0.0,
+                                                           /*is_causal=*/false, scale)
+                        : at::scaled_dot_product_attention(query, key, value, std::nullopt, /*dropout_p=*/0.0,
+                                                           /*is_causal=*/true, scale);
+}
+
+// Pairs of neighbours to halves, the layout of `rotary`. Query and key are permuted alike: their products stay.
+Tensor halves_of_pairs(const Tensor& x_BHSd) {
+  return x_BHSd.unflatten(3, {-1, 2}).transpose(3, 4).flatten(3);
+}
+
+Tensor latent_attention(const Architecture& a, const LayerWeights& weights, const AttentionInputs& inputs,
+                        const Tensor& mask, const Tensor& x_BSD) {
+  using P = TensorPart;
+  constexpr double kEps = 1e-6;  // of the latents' norms, whatever the config says of the others
+  const auto heads = [&](const Tensor& x, std::int64_t number) { return x.unflatten(2, {number, -1}).transpose(1, 2); };
+  Tensor query = a.query_rank == 0
+                     ? at::linear(x_BSD, weights[P::kQuery])
+                     : at::linear(rms_norm(at::linear(x_BSD, weights[P::kQueryDown], weights[P::kQueryDownBias]),
+                                           weights[P::kQueryLatentNorm], kEps),
+                                  weights[P::kQueryUp]);
+  query = heads(query, a.num_attention_heads);
+  const Tensor down = at::linear(x_BSD, weights[P::kKeyValueDown], weights[P::kKeyValueDownBias]);
+  const Tensor latent_BSR =
+      rms_norm(down.narrow(2, 0, a.key_value_rank).contiguous(), weights[P::kKeyValueLatentNorm], kEps);
+  const Tensor key_value = heads(at::linear(latent_BSR, weights[P::kKeyValueUp]), a.num_attention_heads);
+  const auto turned = [&](const Tensor& x) {
+    const torch::Dtype wide = inputs.rotary.cosine.scalar_type();
+    return rotary(halves_of_pairs(x).to(wide), inputs.rotary).to(x.scalar_type());
+  };
+  const Tensor shared_key = turned(heads(down.narrow(2, a.key_value_rank, a.rotary_head_dim), 1));
+  query = torch::cat(
+      {query.narrow(3, 0, a.plain_head_dim), turned(query.narrow(3, a.plain_head_dim, a.rotary_head_dim))}, 3);
+  const Tensor key =
+      torch::cat({key_value.narrow(3, 0, a.plain_head_dim), shared_key.expand({-1, a.num_attention_heads, -1, -1})}, 3);
+  const Tensor value = key_value.narrow(3, a.plain_head_dim, a.value_head_dim);
+  // A longer context flattens scores; yarn of this family sharpens them by the square of its scale.
+  const double sharpening = a.rope.type == "yarn" ? a.rope.yarn_scale(a.rope.mscale_all_dim.value_or(0.0)) : 1.0;
+  const double scale = sharpening * sharpening / std::sqrt(static_cast<double>(a.head_dim));
+  return at::linear(scored_and_mixed(query, key, value, mask, scale).transpose(1, 2).flatten(2),
+                    weights[P::kAttentionOutput], weights[P::kAttentionOutputBias]);
+}
+
 }  // namespace
 
 AttentionInputs attention_inputs(const Architecture& architecture, const TokenBatch& batch, torch::Dtype dtype) {
   AttentionInputs inputs;
-  inputs.rotary = rotary_tables(architecture, batch.positions_BS, batch.sequence_ids_BS, dtype);
+  // Latent attention rotates in float32.
+  const bool wide = architecture.key_value_rank > 0 && dtype == torch::kBFloat16;
+  inputs.rotary =
+      rotary_tables(architecture, batch.positions_BS, batch.sequence_ids_BS, wide ? torch::kFloat32 : dtype);
   for (std::int64_t layer = 0; layer < architecture.num_layers; ++layer) {
     const std::int64_t window = architecture.window_of(layer);
     if (!inputs.masks.contains(window)) {
@@ -48,6 +98,10 @@ AttentionInputs attention_inputs(const Architecture& architecture, const TokenBa
 Tensor attend(const Architecture& a, const LayerWeights& weights, std::int64_t layer, const AttentionInputs& inputs,
               const Tensor& x_BSD) {
   using P = TensorPart;
+  const Tensor& mask = inputs.masks.at(a.window_of(layer));
+  if (a.key_value_rank > 0) {
+    return latent_attention(a, weights, inputs, mask, x_BSD);
+  }
   const std::int64_t rows = x_BSD.size(0);
   const std::int64_t length = x_BSD.size(1);
   Tensor query = at::linear(x_BSD, weights[P::kQuery], weights[P::kQueryBias]);
@@ -81,10 +135,7 @@ Tensor attend(const Architecture& a, const LayerWeights& weights, std::int64_t l
     key = key.repeat_interleave(group, 1);
     value = value.repeat_interleave(group, 1);
   }
-  const Tensor& mask = inputs.masks.at(a.window_of(layer));
-  const Tensor mixed = mask.defined() ? at::scaled_dot_product_attention(query, key, value, mask)
-                                      : at::scaled_dot_product_attention(query, key, value, std::nullopt,
-                                                                         /*dropout_p=*/0.0, /*is_causal=*/true);
+  const Tensor mixed = scored_and_mixed(query, key, value, mask);
   return at::linear(mixed.transpose(1, 2).reshape({rows, length, a.num_attention_heads * a.head_dim}),
                     weights[P::kAttentionOutput], weights[P::kAttentionOutputBias]);
 }

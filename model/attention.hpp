@@ -24,7 +24,8 @@ struct AttentionInputs {
 [[nodiscard]] AttentionInputs attention_inputs(const Architecture& architecture, const TokenBatch& batch,
                                                torch::Dtype dtype);
 
-/// Multi-head attention with grouped keys and values of normalised hidden states [B, S, D], output projection included.
+/// Multi-head attention with grouped keys and values, or latent attention, of normalised hidden states [B, S, D],
+/// output projection included.
 [[nodiscard]] torch::Tensor attend(const Architecture& architecture, const LayerWeights& weights, std::int64_t layer,
                                    const AttentionInputs& inputs, const torch::Tensor& x_BSD);
 

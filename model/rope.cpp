@@ -1,5 +1,9 @@
 #include "rope.hpp"
 
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+
 #include <torch/autograd.h>
 
 namespace hestia {
@@ -34,6 +38,29 @@ Tensor sequence_lengths(const Tensor& positions_BS, const Tensor& sequence_ids_B
   return torch::zeros_like(positions_BS).scatter_reduce_(1, run_BS, positions_BS + 1, "amax").gather(1, run_BS);
 }
 
+// How far each of the d/2 frequencies is divided by the factor, 0 to 1: a line in i between the one that turns
+// beta_fast times over the original positions and the one that turns beta_slow times; frequency i turns positions / (2
+// pi theta^(2i/d)) times.
+Tensor yarn_stretched(const RopeSettings& rope, std::int64_t dim, const torch::TensorOptions& options) {
+  const auto index_of_turns = [&](double turns) {
+    return static_cast<double>(dim) *
+           std::log(static_cast<double>(rope.original_positions) / (turns * 2.0 * std::numbers::pi)) /
+           (2.0 * std::log(rope.theta));
+  };
+  double first = index_of_turns(rope.beta_fast);
+  double last = index_of_turns(rope.beta_slow);
+  if (rope.truncate) {
+    first = std::floor(first);
+    last = std::ceil(last);
+  }
+  first = std::max(first, 0.0);
+  last = std::min(last, static_cast<double>(dim - 1));
+  if (first == last) {
+    last += 0.001;
+  }
+  return ((torch::arange(dim / 2, options) - first) / (last - first)).clamp_(0.0, 1.0);
+}
+
 /// Backward is the rotation back.
 class Rotary : public Function<Rotary> {
  public:
@@ -53,7 +80,8 @@ RotaryTables rotary_tables(const Architecture& architecture, const Tensor& posit
                            torch::Dtype dtype) {
   const RopeSettings& rope = architecture.rope;
   const auto options = torch::TensorOptions().dtype(torch::kFloat32).device(positions_BS.device());
-  const Tensor exponent = torch::arange(0, architecture.head_dim, 2, options) / architecture.head_dim;
+  const std::int64_t dim = architecture.rotary_dim();
+  const Tensor exponent = torch::arange(0, dim, 2, options) / dim;
   const Tensor period = at::pow(rope.theta, exponent);
   const Tensor position = positions_BS.unsqueeze(2).to(torch::kFloat32);
   const auto tables = [&](const Tensor& frequency, double scale) {
@@ -70,6 +98,10 @@ RotaryTables rotary_tables(const Architecture& architecture, const Tensor& posit
     const Tensor is_far =
         sequence_lengths(positions_BS, sequence_ids_BS).gt(rope.original_positions).unsqueeze(1).unsqueeze(3);
     result = {torch::where(is_far, far.cosine, near.cosine), torch::where(is_far, far.sine, near.sine)};
+  } else if (rope.type == "yarn") {
+    const Tensor stretched = yarn_stretched(rope, dim, options);
+    result = tables((period * rope.factor).reciprocal_() * stretched + period.reciprocal() * (1 - stretched),
+                    rope.rotation_scale());
   } else {
     result = tables(period.reciprocal().div(rope.factor), 1.0);
   }

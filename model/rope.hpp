@@ -6,7 +6,7 @@
 
 namespace hestia {
 
-/// Cosine and sine of every token's rotation angles, [B, 1, S, rotary dimensions / 2] in the model's dtype.
+/// Cosine and sine of every token's rotation angles, [B, 1, S, rotary dimensions / 2].
 struct RotaryTables {
   torch::Tensor cosine;
   torch::Tensor sine;

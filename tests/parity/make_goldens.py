@@ -70,7 +70,21 @@ LONGROPE = dict(
     long_mscale=1.4,
 )
 
+YARN = dict(
+    rope_type="yarn",
+    rope_theta=10000.0,
+    factor=8.0,
+    beta_fast=4.0,
+    beta_slow=1.0,
+    mscale=0.707,
+    mscale_all_dim=0.9,
+    original_max_position_embeddings=64,
+)
+
 FAMILIES = {
+    "DeepseekV2": dict(SMALL, num_key_value_heads=4, n_routed_experts=6, moe_intermediate_size=8, intermediate_size=20,
+                       n_shared_experts=2, first_k_dense_replace=0, kv_lora_rank=10, q_lora_rank=None,
+                       qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=5),
     "Mixtral": dict(SMALL, num_local_experts=6, intermediate_size=8),
     "Olmoe": OLMOE,
     "Phimoe": dict(SMALL, num_local_experts=6, intermediate_size=8),
@@ -200,6 +214,38 @@ CASES = {
         "hub",
         13,
     ),
+    # Group sizes that are not in use must not limit the choice.
+    "deepseek_v2_plain": (
+        "DeepseekV2",
+        dict(n_group=3, topk_group=1),
+        dict(rope_theta=10000.0, rope_type="default"),
+        "hub",
+        15,
+    ),
+    "deepseek_v2_groups": (
+        "DeepseekV2",
+        dict(num_hidden_layers=3, first_k_dense_replace=1, q_lora_rank=9, topk_method="group_limited_greedy",
+             n_routed_experts=12, n_group=4, topk_group=2, num_experts_per_tok=4, routed_scaling_factor=2.5,
+             attention_bias=True, n_shared_experts=1, rms_norm_eps=1e-3),
+        YARN,
+        "hub",
+        17,
+    ),
+    "deepseek_v2_normalised": (
+        "DeepseekV2",
+        dict(norm_topk_prob=True, tie_word_embeddings=True, num_experts_per_tok=3, qk_nope_head_dim=4, v_head_dim=16,
+             kv_lora_rank=4),
+        dict(YARN, truncate=False, attention_factor=1.3, mscale=1.0),
+        "transformers5",
+        13,
+    ),
+    "deepseek_v2_one_scale": (
+        "DeepseekV2",
+        dict(routed_scaling_factor=0.5, num_experts_per_tok=1),
+        {key: value for key, value in YARN.items() if not key.startswith("mscale")},
+        "transformers5",
+        13,
+    ),
 }
 
 
@@ -293,7 +339,16 @@ def load(directory, dtype=torch.float32):
         directory, attn_implementation="eager", experts_implementation="eager", dtype=dtype).eval()
     if model.config.model_type == "phimoe" and model.config.rope_parameters["rope_type"] == "longrope":
         take_long_factors(model.model.rotary_emb)
+    if model.config.model_type == "deepseek_v2" and model.config.norm_topk_prob:
+        for router in routers(model):
+            router.register_forward_hook(normalise)
     return model
+
+
+def normalise(module, inputs, output):
+    """transformers 5.23 ignores norm_topk_prob of DeepSeek-V2; the model's own code divides by the sum."""
+    logits, weights, selected = output
+    return logits, weights / weights.sum(-1, keepdim=True), selected
 
 
 def take_long_factors(rotary):

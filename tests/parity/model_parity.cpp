@@ -87,9 +87,10 @@ void report(const std::string& what, double error, double tolerance) {
 }
 
 const std::vector<std::string> kCases = {
-    "hub_plain",     "normalised_gqa",     "clipped_tied",      "odd_sizes_linear_rope", "biased_top1",
-    "qwen2_plain",   "qwen2_dense_layers", "qwen2_layer_types", "qwen3_plain",           "qwen3_windowed",
-    "mixtral_plain", "mixtral_windowed",   "phimoe_short",      "phimoe_long",           "phimoe_plain"};
+    "hub_plain",         "normalised_gqa",     "clipped_tied",           "odd_sizes_linear_rope", "biased_top1",
+    "qwen2_plain",       "qwen2_dense_layers", "qwen2_layer_types",      "qwen3_plain",           "qwen3_windowed",
+    "mixtral_plain",     "mixtral_windowed",   "phimoe_short",           "phimoe_long",           "phimoe_plain",
+    "deepseek_v2_plain", "deepseek_v2_groups", "deepseek_v2_normalised", "deepseek_v2_one_scale"};
 
 // What `make_goldens.py --check` reads: transformers must compute the same from the directory.
 void write_expectation(const std::filesystem::path& directory, const Tensor& tokens_S, const ModelOutput& output,

@@ -17,13 +17,21 @@ inline Architecture tiny_architecture(const std::string& family = "olmoe") {
   architecture.shared_intermediate_size = family == "qwen2_moe" ? 24 : 0;
   architecture.attention_bias = architecture.attention_bias || family == "phimoe";
   architecture.head_bias = family == "phimoe";
+  if (family == "deepseek_v2") {
+    architecture.first_dense_layers = 1;
+    architecture.shared_intermediate_size = 32;
+    architecture.key_value_rank = 12;
+    architecture.plain_head_dim = 8;
+    architecture.rotary_head_dim = 4;
+    architecture.value_head_dim = 8;
+  }
   architecture.vocab_size = 48;
   architecture.hidden_size = 32;
   architecture.expert_intermediate_size = 16;
   architecture.num_layers = 2;
   architecture.num_attention_heads = 4;
   architecture.num_key_value_heads = 4;
-  architecture.head_dim = 8;
+  architecture.head_dim = family == "deepseek_v2" ? 12 : 8;
   architecture.num_experts = 8;
   architecture.top_k = 2;
   architecture.max_position_embeddings = 128;

@@ -13,8 +13,8 @@ namespace hestia {
 /// Rotary position embedding, whichever spelling `config.json` used.
 struct RopeSettings {
   double theta = 10000.0;
-  std::string type = "default";  ///< default | linear | longrope; a family refuses kinds that it never has.
-  double factor = 1.0;           ///< linear: positions are divided by it.
+  std::string type = "default";  ///< default | linear | longrope | yarn; a family refuses kinds that it never has.
+  double factor = 1.0;           ///< linear: positions are divided by it; yarn: by how much slow rotations stretch.
   // longrope (arXiv 2402.13753): sequences of more than original_positions tokens take the long values, others the
   // short: frequency i is divided by factor i, cosine and sine are multiplied by the scale.
   std::int64_t original_positions = 0;
@@ -22,6 +22,20 @@ struct RopeSettings {
   std::vector<double> long_factor;
   double short_scale = 1.0;
   double long_scale = 1.0;
+  // yarn (arXiv 2309.00071): over original_positions tokens a frequency that turns more than beta_fast times stays, one
+  // that turns less than beta_slow times is divided by the factor, those between are blended.
+  double beta_fast = 32.0;
+  double beta_slow = 1.0;
+  bool truncate = true;  ///< Round the ends of the blend to whole frequencies.
+  std::optional<double> mscale;
+  std::optional<double> mscale_all_dim;
+  std::optional<double> attention_factor;
+
+  /// yarn: 0.1 * m * ln(factor) + 1 (1 for a factor of at most 1).
+  [[nodiscard]] double yarn_scale(double m) const;
+  /// What cosine and sine are multiplied by, longrope apart: for yarn `attention_factor`, else
+  /// yarn_scale(mscale) / yarn_scale(mscale_all_dim) where both are given, else yarn_scale(1); 1 otherwise.
+  [[nodiscard]] double rotation_scale() const;
 };
 
 /// How hidden states are normalised.
@@ -55,6 +69,13 @@ struct Architecture {
   std::int64_t sliding_window = 0;    ///< Tokens that a windowed layer sees, itself included; 0: no layer is windowed.
   std::vector<bool> windowed_layers;  ///< By model layer; empty: all of them.
   RopeSettings rope;
+  // Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values are projected up from one low-rank
+  // latent; a key also has a rotated part that all heads share. head_dim is then plain_head_dim + rotary_head_dim.
+  std::int64_t key_value_rank = 0;   ///< Width of the latent; 0: ordinary attention.
+  std::int64_t query_rank = 0;       ///< Width of the query's latent; 0: queries are projected at once.
+  std::int64_t plain_head_dim = 0;   ///< Of query and key, what is not rotated,
+  std::int64_t rotary_head_dim = 0;  ///< and what is, as pairs of neighbours.
+  std::int64_t value_head_dim = 0;
 
   std::int64_t num_experts = 0;               ///< E, routed experts per MoE layer.
   std::int64_t top_k = 0;                     ///< K
@@ -68,7 +89,8 @@ struct Architecture {
   std::int64_t shared_intermediate_size = 0;  ///< Width of the expert that every token runs; 0: none.
   std::int64_t dense_intermediate_size = 0;   ///< Width of the feed-forward of layers without experts.
   std::int64_t first_dense_layers = 0;        ///< This many layers from the bottom have no experts;
-  std::int64_t sparse_step = 1;               ///< of the others, layers step-1, 2*step-1, ... have,
+  std::int64_t sparse_step = 1;               ///< of the others, layers step-1, 2*step-1, ... have
+  bool sparse_from_zero = false;              ///< (layers 0, step, 2*step, ... when this is on),
   std::vector<std::int64_t> dense_layers;     ///< but for these.
 
   NormKind norm = NormKind::kRms;
@@ -88,6 +110,8 @@ struct Architecture {
   [[nodiscard]] std::vector<std::int64_t> moe_layers() const;
   /// Tokens that attention of a model layer sees, itself included; 0: all.
   [[nodiscard]] std::int64_t window_of(std::int64_t layer) const;
+  /// Dimensions of a head that rope rotates.
+  [[nodiscard]] std::int64_t rotary_dim() const { return key_value_rank > 0 ? rotary_head_dim : head_dim; }
   /// Parameters of one routed expert.
   [[nodiscard]] std::int64_t expert_parameters() const { return 3 * hidden_size * expert_intermediate_size; }
   /// All parameters (tied embeddings once).
@@ -111,6 +135,14 @@ enum class TensorPart {
   kKeyNorm,
   kValue,
   kValueBias,
+  kQueryDown,  ///< Latent attention: [query_rank, D], then its norm, then up to the heads.
+  kQueryDownBias,
+  kQueryLatentNorm,
+  kQueryUp,
+  kKeyValueDown,  ///< [key_value_rank + rotary_head_dim, D]: the latent, and the rotated part of the key.
+  kKeyValueDownBias,
+  kKeyValueLatentNorm,
+  kKeyValueUp,  ///< Head by head the plain part of the key and the value.
   kAttentionOutput,
   kAttentionOutputBias,
   kPostAttentionNorm,

@@ -1,6 +1,7 @@
 // The published configs of the families, as far as they matter here, and what only some families have.
 
 #include <algorithm>
+#include <cmath>
 
 #include <catch2/catch.hpp>
 
@@ -69,6 +70,23 @@ Json phimoe_config() {
   return config;
 }
 
+// DeepSeek-V2-Lite
+Json deepseek_config() {
+  return Json::parse(R"({
+    "architectures": ["DeepseekV2ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+    "aux_loss_alpha": 0.001, "bos_token_id": 100000, "eos_token_id": 100001, "first_k_dense_replace": 1,
+    "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 10944,
+    "kv_lora_rank": 512, "max_position_embeddings": 163840, "model_type": "deepseek_v2", "moe_intermediate_size": 1408,
+    "moe_layer_freq": 1, "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2, "norm_topk_prob": false,
+    "num_attention_heads": 16, "num_experts_per_tok": 6, "num_hidden_layers": 27, "num_key_value_heads": 16,
+    "pretraining_tp": 1, "q_lora_rank": null, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06,
+    "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707,
+                     "original_max_position_embeddings": 4096, "type": "yarn"},
+    "rope_theta": 10000, "routed_scaling_factor": 1.0, "scoring_func": "softmax", "seq_aux": true,
+    "tie_word_embeddings": false, "topk_group": 1, "topk_method": "greedy", "torch_dtype": "bfloat16",
+    "use_cache": true, "v_head_dim": 128, "vocab_size": 102400})");
+}
+
 std::string message_of(const Json& config) {
   try {
     static_cast<void>(parse_architecture(config, "c"));
@@ -131,6 +149,74 @@ TEST_CASE("published configs give their published sizes") {
   CHECK(phimoe.window_of(5) == 131072);
   CHECK(router_name(phimoe, 3) == "model.layers.3.block_sparse_moe.gate.weight");
   check_written(phimoe);
+}
+
+TEST_CASE("DeepSeek-V2: the published sizes, layers with experts, groups and yarn") {
+  Json config = deepseek_config();
+  const Architecture lite = parse_architecture(config, "c");
+  CHECK(lite.total_parameters() == 15'706'484'224);
+  CHECK(lite.head_dim == 192);
+  CHECK(lite.rotary_dim() == 64);
+  CHECK(lite.shared_intermediate_size == 2816);
+  CHECK(lite.moe_layers().size() == 26);
+  CHECK(lite.rope.rotation_scale() == 1.0);
+  CHECK(lite.rope.yarn_scale(0.707) == Approx(1.0 + 0.0707 * std::log(40.0)));
+  CHECK(router_name(lite, 26) == "model.layers.26.mlp.gate.weight");
+  check_written(lite);
+  CHECK_FALSE(has(lite, "model.layers.1.self_attn.q_a_proj.weight"));
+  config["q_lora_rank"] = 1536;
+  config["moe_layer_freq"] = 2;
+  config["first_k_dense_replace"] = 3;
+  config["num_hidden_layers"] = 8;
+  config["topk_method"] = "group_limited_greedy";
+  config["n_group"] = 8;
+  config["topk_group"] = 3;
+  config["rope_scaling"].erase("mscale");
+  const Architecture a = parse_architecture(config, "c");
+  CHECK(a.moe_layers() == std::vector<std::int64_t>{4, 6});
+  CHECK(a.num_groups == 8);
+  CHECK(a.top_groups == 3);
+  CHECK(a.rope.rotation_scale() == Approx(1.0 + 0.1 * std::log(40.0)));
+  CHECK(has(a, "model.layers.1.self_attn.q_a_layernorm.weight"));
+  CHECK_FALSE(has(a, "model.layers.1.self_attn.q_proj.weight"));
+  CHECK(has(a, "model.layers.5.mlp.up_proj.weight"));
+  check_written(a);
+  config["rope_parameters"] = config["rope_scaling"];
+  config["rope_parameters"]["rope_theta"] = config["rope_theta"];
+  config.erase("rope_scaling");
+  config.erase("rope_theta");
+  CHECK(architecture_config(parse_architecture(config, "c")) == architecture_config(a));
+}
+
+TEST_CASE("DeepSeek-V2: what is wrong with its settings is said") {
+  Json config = deepseek_config();
+  config.erase("q_lora_rank");
+  config["topk_method"] = "noaux_tc";
+  config["scoring_func"] = "sigmoid";
+  config["num_key_value_heads"] = 4;
+  CHECK_THAT(message_of(config), Contains("\"q_lora_rank\" is missing") && Contains("got \"noaux_tc\"") &&
+                                     Contains("got \"sigmoid\"") && Contains("\"num_key_value_heads\" must be"));
+  config = deepseek_config();
+  config["qk_rope_head_dim"] = 63;
+  config["norm_topk_prob"] = true;
+  config["routed_scaling_factor"] = 16.0;
+  CHECK_THAT(message_of(config), Contains("\"qk_rope_head_dim\" must be even, got 63") &&
+                                     Contains("\"norm_topk_prob\" goes with") && Contains("got 16 and 6"));
+  config["kv_lora_rank"] = 0;
+  config["n_shared_experts"] = 1000000000000;
+  CHECK_THAT(message_of(config),
+             Contains("\"kv_lora_rank\" must be between") && Contains("\"n_shared_experts\" must be"));
+  config = deepseek_config();
+  config["topk_method"] = "group_limited_greedy";
+  config.erase("n_group");
+  CHECK_THAT(message_of(config), Contains("\"n_group\" is missing"));
+  config["n_group"] = 7;
+  CHECK_THAT(message_of(config), Contains("expert groups must divide 64 experts evenly"));
+  config = deepseek_config();
+  config["rope_scaling"]["beta_fast"] = -1;
+  CHECK_THAT(message_of(config), Contains("\"beta_fast\"") && Contains("must be positive"));
+  config["rope_scaling"].erase("factor");
+  CHECK_THAT(message_of(config), Contains("of type \"yarn\" has no \"factor\""));
 }
 
 TEST_CASE("Qwen2-MoE: which layers have experts and which are windowed") {
