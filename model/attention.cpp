@@ -3,13 +3,25 @@
 #include <cmath>
 #include <limits>
 #include <optional>
+#include <stdexcept>
+#include <tuple>
 
+#include <fmt/format.h>
+
+#include "hestia/core/error.hpp"
 #include "norm.hpp"
 
 namespace hestia {
 namespace {
 
 using torch::Tensor;
+
+// Boolean [B, S, keys] -> [B, 1, S, keys], 0 or minus infinity.
+Tensor additive(const Tensor& allowed, torch::Dtype dtype) {
+  return torch::zeros(allowed.sizes(), allowed.options().dtype(dtype))
+      .masked_fill_(allowed.logical_not(), -std::numeric_limits<double>::infinity())
+      .unsqueeze(1);
+}
 
 // Undefined when plain causal attention says the same.
 Tensor attention_mask(const Tensor& sequence_ids_BS, std::int64_t window, torch::Dtype dtype) {
@@ -28,17 +40,61 @@ Tensor attention_mask(const Tensor& sequence_ids_BS, std::int64_t window, torch:
   const Tensor self = torch::eye(length, device.dtype(torch::kBool));
   const Tensor allowed =
       query.eq(sequence_ids_BS.unsqueeze(1)).logical_and_(query.ge(0)).logical_and_(causal).logical_or_(self);
-  return torch::zeros(allowed.sizes(), device.dtype(dtype))
-      .masked_fill_(allowed.logical_not(), -std::numeric_limits<double>::infinity())
-      .unsqueeze(1);
+  return additive(allowed, dtype);
 }
 
-Tensor scored_and_mixed(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& mask,
+// [1, 1, S, past + S] of S tokens behind `past` others; undefined when each sees all there is.
+Tensor continued_mask(std::int64_t length, std::int64_t past, std::int64_t window, torch::Dtype dtype,
+                      torch::Device device) {
+  const bool windowed = window > 0 && window < past + length;
+  if (length == 1 && !windowed) {
+    return {};
+  }
+  const auto options = torch::TensorOptions().dtype(torch::kBool).device(device);
+  Tensor allowed = torch::ones({1, length, past + length}, options).tril_(past);
+  if (windowed) {
+    allowed = allowed.triu_(past + 1 - window);
+  }
+  return additive(allowed, dtype);
+}
+
+void check_continues(const Architecture& architecture, const TokenBatch& batch, const KeyValueCache& cache) {
+  const Tensor& ids = batch.sequence_ids_BS;
+  const std::int64_t length = ids.size(1);
+  const std::int64_t past = cache.length();
+  const Tensor expected = torch::arange(past, past + length, batch.positions_BS.options()).expand_as(ids);
+  if (length < 1 || !ids.ge(0).logical_and_(ids.eq(ids.narrow(1, 0, 1))).all().item<bool>() ||
+      !batch.positions_BS.equal(expected)) {
+    throw std::invalid_argument(
+        fmt::format("model: with a key-value cache each row must be one sequence whose positions go on at {}", past));
+  }
+  if (length > cache.capacity() - past) {
+    throw std::invalid_argument(fmt::format("model: {} tokens do not fit behind {} in a key-value cache of {}", length,
+                                            past, cache.capacity()));
+  }
+  const RopeSettings& rope = architecture.rope;
+  if (rope.type == "longrope" && past > 0 && past <= rope.original_positions &&
+      past + length > rope.original_positions) {
+    throw RunError(fmt::format(
+        "model: the sequence grows over {} tokens, where its rope factors change, got {} and {} more; begin again with "
+        "an empty key-value cache and all of its tokens",
+        rope.original_positions, past, length));
+  }
+}
+
+RotaryTables rotations(const Architecture& architecture, const TokenBatch& batch, torch::Dtype dtype) {
+  // Latent attention rotates in float32.
+  const bool wide = architecture.key_value_rank > 0 && dtype == torch::kBFloat16;
+  return rotary_tables(architecture, batch.positions_BS, batch.sequence_ids_BS, wide ? torch::kFloat32 : dtype);
+}
+
+// Without a mask, causal or not at all.
+Tensor scored_and_mixed(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& mask, bool causal,
                         std::optional<double> scale = std::nullopt) {
-  return mask.defined() ? at::scaled_dot_product_attention(query, key, value, mask, /*dropout_p=*/0.0,
-                                                           /*is_causal=*/false, scale)
-                        : at::scaled_dot_product_attention(query, key, value, std::nullopt, /*dropout_p=*/0.0,
-                                                           /*is_causal=*/true, scale);
+  return mask.defined()
+             ? at::scaled_dot_product_attention(query, key, value, mask, /*dropout_p=*/0.0,
+                                                /*is_causal=*/false, scale)
+             : at::scaled_dot_product_attention(query, key, value, std::nullopt, /*dropout_p=*/0.0, causal, scale);
 }
 
 // Pairs of neighbours to halves, the layout of `rotary`. Query and key are permuted alike: their products stay.
@@ -46,9 +102,10 @@ Tensor halves_of_pairs(const Tensor& x_BHSd) {
   return x_BHSd.unflatten(3, {-1, 2}).transpose(3, 4).flatten(3);
 }
 
-Tensor latent_attention(const Architecture& a, const LayerWeights& weights, const AttentionInputs& inputs,
-                        const Tensor& mask, const Tensor& x_BSD) {
+Tensor latent_attention(const Architecture& a, const LayerWeights& weights, std::int64_t layer,
+                        const AttentionInputs& inputs, const Tensor& x_BSD) {
   using P = TensorPart;
+  const Tensor& mask = inputs.masks.at(a.window_of(layer));
   constexpr double kEps = 1e-6;  // of the latents' norms, whatever the config says of the others
   const auto heads = [&](const Tensor& x, std::int64_t number) { return x.unflatten(2, {number, -1}).transpose(1, 2); };
   Tensor query = a.query_rank == 0
@@ -68,13 +125,16 @@ Tensor latent_attention(const Architecture& a, const LayerWeights& weights, cons
   const Tensor shared_key = turned(heads(down.narrow(2, a.key_value_rank, a.rotary_head_dim), 1));
   query = torch::cat(
       {query.narrow(3, 0, a.plain_head_dim), turned(query.narrow(3, a.plain_head_dim, a.rotary_head_dim))}, 3);
-  const Tensor key =
+  Tensor key =
       torch::cat({key_value.narrow(3, 0, a.plain_head_dim), shared_key.expand({-1, a.num_attention_heads, -1, -1})}, 3);
-  const Tensor value = key_value.narrow(3, a.plain_head_dim, a.value_head_dim);
+  Tensor value = key_value.narrow(3, a.plain_head_dim, a.value_head_dim);
+  if (inputs.cache != nullptr) {
+    std::tie(key, value) = inputs.cache->extend(layer, key, value);
+  }
   // A longer context flattens scores; yarn of this family sharpens them by the square of its scale.
   const double sharpening = a.rope.type == "yarn" ? a.rope.yarn_scale(a.rope.mscale_all_dim.value_or(0.0)) : 1.0;
   const double scale = sharpening * sharpening / std::sqrt(static_cast<double>(a.head_dim));
-  return at::linear(scored_and_mixed(query, key, value, mask, scale).transpose(1, 2).flatten(2),
+  return at::linear(scored_and_mixed(query, key, value, mask, !inputs.all_visible, scale).transpose(1, 2).flatten(2),
                     weights[P::kAttentionOutput], weights[P::kAttentionOutputBias]);
 }
 
@@ -82,10 +142,7 @@ Tensor latent_attention(const Architecture& a, const LayerWeights& weights, cons
 
 AttentionInputs attention_inputs(const Architecture& architecture, const TokenBatch& batch, torch::Dtype dtype) {
   AttentionInputs inputs;
-  // Latent attention rotates in float32.
-  const bool wide = architecture.key_value_rank > 0 && dtype == torch::kBFloat16;
-  inputs.rotary =
-      rotary_tables(architecture, batch.positions_BS, batch.sequence_ids_BS, wide ? torch::kFloat32 : dtype);
+  inputs.rotary = rotations(architecture, batch, dtype);
   for (std::int64_t layer = 0; layer < architecture.num_layers; ++layer) {
     const std::int64_t window = architecture.window_of(layer);
     if (!inputs.masks.contains(window)) {
@@ -95,12 +152,33 @@ AttentionInputs attention_inputs(const Architecture& architecture, const TokenBa
   return inputs;
 }
 
+AttentionInputs attention_inputs(const Architecture& architecture, const TokenBatch& batch, torch::Dtype dtype,
+                                 KeyValueCache& cache) {
+  check_continues(architecture, batch, cache);
+  const std::int64_t past = cache.length();
+  AttentionInputs inputs;
+  if (past == 0) {
+    inputs = attention_inputs(architecture, batch, dtype);
+  } else {
+    inputs.rotary = rotations(architecture, batch, dtype);
+    inputs.all_visible = true;
+    for (std::int64_t layer = 0; layer < architecture.num_layers; ++layer) {
+      const std::int64_t window = architecture.window_of(layer);
+      if (!inputs.masks.contains(window)) {
+        inputs.masks[window] = continued_mask(batch.tokens_BS.size(1), past, window, dtype, batch.tokens_BS.device());
+      }
+    }
+  }
+  inputs.cache = &cache;
+  return inputs;
+}
+
 Tensor attend(const Architecture& a, const LayerWeights& weights, std::int64_t layer, const AttentionInputs& inputs,
               const Tensor& x_BSD) {
   using P = TensorPart;
   const Tensor& mask = inputs.masks.at(a.window_of(layer));
   if (a.key_value_rank > 0) {
-    return latent_attention(a, weights, inputs, mask, x_BSD);
+    return latent_attention(a, weights, layer, inputs, x_BSD);
   }
   const std::int64_t rows = x_BSD.size(0);
   const std::int64_t length = x_BSD.size(1);
@@ -130,12 +208,15 @@ Tensor attend(const Architecture& a, const LayerWeights& weights, std::int64_t l
   }
   query = rotary(query, inputs.rotary);
   key = rotary(key, inputs.rotary);
+  if (inputs.cache != nullptr) {
+    std::tie(key, value) = inputs.cache->extend(layer, key, value);
+  }
   const std::int64_t group = a.num_attention_heads / a.num_key_value_heads;
   if (group > 1) {
     key = key.repeat_interleave(group, 1);
     value = value.repeat_interleave(group, 1);
   }
-  const Tensor mixed = scored_and_mixed(query, key, value, mask);
+  const Tensor mixed = scored_and_mixed(query, key, value, mask, !inputs.all_visible);
   return at::linear(mixed.transpose(1, 2).reshape({rows, length, a.num_attention_heads * a.head_dim}),
                     weights[P::kAttentionOutput], weights[P::kAttentionOutputBias]);
 }

@@ -15,14 +15,21 @@ namespace hestia {
 /// What the attention of all layers of one forward shares.
 struct AttentionInputs {
   RotaryTables rotary;
-  /// By window (Architecture::window_of): [B, 1, S, S] added to attention scores; undefined: plain causal.
+  /// By window (Architecture::window_of): [B or 1, 1, S, keys] added to attention scores; undefined: plain causal, or
+  /// with `all_visible` none.
   std::map<std::int64_t, torch::Tensor> masks;
+  bool all_visible = false;
+  KeyValueCache* cache = nullptr;  ///< Holds the keys of earlier tokens; null: there are none.
 };
 
 /// Rotations and masks of a batch: a token sees itself and earlier tokens of its sequence, no farther back than the
 /// window. Padding sees itself only, which keeps its softmax finite.
 [[nodiscard]] AttentionInputs attention_inputs(const Architecture& architecture, const TokenBatch& batch,
                                                torch::Dtype dtype);
+/// The same for tokens that continue the sequences in `cache`, which must outlive the result. Throws as
+/// MoeModelImpl::forward with a cache does.
+[[nodiscard]] AttentionInputs attention_inputs(const Architecture& architecture, const TokenBatch& batch,
+                                               torch::Dtype dtype, KeyValueCache& cache);
 
 /// Multi-head attention with grouped keys and values, or latent attention, of normalised hidden states [B, S, D],
 /// output projection included.

@@ -49,10 +49,22 @@ struct MoeModelImpl::Impl {
     return spec.layer < 0 ? outside[spec.part] : (*layers.at(static_cast<std::size_t>(spec.layer)))[spec.part];
   }
 
+  // The model as it is now.
+  [[nodiscard]] LayerRun present() const {
+    LayerRun run;
+    run.architecture = architecture;
+    run.selector = selector;
+    run.executor = executor;
+    return run;
+  }
+
   // All of the forward between embedding and head. `run` holds what is the same in every layer.
-  ModelOutput forward(const TokenBatch& batch, LayerRun run, bool reference) {
+  ModelOutput forward(const TokenBatch& batch, LayerRun run, bool reference, KeyValueCache* cache = nullptr) {
     check_batch(batch);
-    run.shared = std::make_shared<SharedInputs>(SharedInputs{attention_inputs(architecture, batch, dtype), batch});
+    run.shared = std::make_shared<SharedInputs>(SharedInputs{cache == nullptr
+                                                                 ? attention_inputs(architecture, batch, dtype)
+                                                                 : attention_inputs(architecture, batch, dtype, *cache),
+                                                             batch});
     ModelOutput output;
     Tensor hidden = at::embedding(std::as_const(outside)[P::kTokenEmbedding], batch.tokens_BS);
     for (std::size_t i = 0; i < layers.size(); ++i) {
@@ -67,6 +79,9 @@ struct MoeModelImpl::Impl {
       if (result.routing.logits_TE.defined()) {
         output.routing.push_back(std::move(result.routing));
       }
+    }
+    if (cache != nullptr) {
+      cache->advance(batch.tokens_BS.size(1));
     }
     const LayerWeights& last = outside;
     output.hidden_BSD = normalise(architecture, hidden, last[P::kFinalNorm], last[P::kFinalNormBias]);
@@ -110,11 +125,12 @@ MoeModelImpl::MoeModelImpl(Architecture architecture, torch::Dtype dtype, torch:
 MoeModelImpl::~MoeModelImpl() = default;
 
 ModelOutput MoeModelImpl::forward(const TokenBatch& batch) {
-  LayerRun run;
-  run.architecture = impl_->architecture;
-  run.selector = impl_->selector;
-  run.executor = impl_->executor;
-  return impl_->forward(batch, std::move(run), /*reference=*/false);
+  return impl_->forward(batch, impl_->present(), /*reference=*/false);
+}
+
+ModelOutput MoeModelImpl::forward(const TokenBatch& batch, KeyValueCache& cache) {
+  const torch::NoGradGuard no_grad;
+  return impl_->forward(batch, impl_->present(), /*reference=*/false, &cache);
 }
 
 ModelOutput MoeModelImpl::forward_reference(const TokenBatch& batch) {

@@ -30,7 +30,7 @@ Tensor sparsemixer_weights(const Architecture& a, const Tensor& logits_TE, const
 }  // namespace
 
 Tensor selection_scores(const Architecture& a, const Tensor& logits_TE) {
-  const Tensor logits = logits_TE.detach();
+  Tensor logits = logits_TE.detach();
   if (a.num_groups == a.top_groups) {
     return logits;
   }

@@ -356,6 +356,16 @@ Architecture architecture_from(const ArchitectureOptions& options, const Tokeniz
   architecture.bos_token_id = tokenizer.bos_id();
   architecture.eos_token_id = tokenizer.eos_id();
   architecture.pad_token_id = tokenizer.pad_id();
+  // The trained model is read back from its config.json, which cannot say everything in every family.
+  try {
+    const Architecture again = parse_architecture(architecture_config(architecture), "architecture");
+    if (again.normalise_top_k != architecture.normalise_top_k) {
+      throw UsageError(fmt::format("architecture.normalise_top_k must be {} for the family {}, got {}; correct one",
+                                   again.normalise_top_k, options.family, architecture.normalise_top_k));
+    }
+  } catch (const InputError& problem) {
+    throw UsageError(problem.what());
+  }
   return architecture;
 }
 

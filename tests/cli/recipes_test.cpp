@@ -159,6 +159,10 @@ TEST_CASE("a device that is not there is named") {
   const SmallProject project;
   check_complaint(project.run({"pretrain", "pretrain.yaml", "model.device=cuda"}), 2, {"cuda"});
   check_complaint(project.run({"pretrain", "pretrain.yaml", "run_dir=runs/b", "model.device=tpu"}), 2, {"tpu"});
+  // Mixtral always renormalises: its config.json could not say otherwise.
+  check_complaint(project.run({"pretrain", "pretrain.yaml", "run_dir=runs/c", "architecture.family=mixtral",
+                               "architecture.normalise_top_k=false"}),
+                  2, {"architecture.normalise_top_k must be true for the family mixtral"});
 }
 
 }  // namespace

@@ -203,6 +203,44 @@ TEST_CASE("packed rows with padding equal the same sequences run apart") {
   }
 }
 
+TEST_CASE("prefill and decoding with a key-value cache equal one forward") {
+  const std::string name = GENERATE(from_range(kCases));
+  const auto pieces = GENERATE(std::vector<std::int64_t>{}, std::vector<std::int64_t>{7, 2, 3},
+                               std::vector<std::int64_t>{11}, std::vector<std::int64_t>{13});
+  CAPTURE(name, pieces);
+  const torch::NoGradGuard no_grad;
+  const Golden golden = load_golden(name);
+  MoeModel model = load_model(golden.directory, torch::kFloat32, torch::kCPU);
+  const std::int64_t length = golden.tokens_S.size(0);
+  // Another sequence of the same length beside it.
+  const Tensor tokens_BS = torch::stack({golden.tokens_S, golden.tokens_S.flip(0)});
+  const auto batch = [&](std::int64_t begin, std::int64_t count) {
+    return TokenBatch{tokens_BS.narrow(1, begin, count), torch::arange(begin, begin + count).expand({2, count}),
+                      torch::tensor({4, 7}, torch::kInt64).unsqueeze(1).expand({2, count})};
+  };
+  const ModelOutput whole = model->forward(batch(0, length));
+  KeyValueCache cache(length);
+  std::vector<Tensor> hidden;
+  std::vector<std::vector<Tensor>> selected(whole.routing.size());
+  std::size_t next = 0;
+  while (cache.length() < length) {
+    // Where the length decides on rope factors, prefill must reach it.
+    const std::int64_t first = name == "phimoe_long" ? 7 : 1;
+    const std::int64_t count = next < pieces.size() ? pieces[next] : cache.length() == 0 ? first : 1;
+    ++next;
+    const ModelOutput output = model->forward(batch(cache.length(), count), cache);
+    hidden.push_back(output.hidden_BSD);
+    for (std::size_t layer = 0; layer < selected.size(); ++layer) {
+      selected[layer].push_back(output.routing[layer].selected_TK.view({2, count, -1}));
+    }
+  }
+  report("hidden states", relative_error(torch::cat(hidden, 1), whole.hidden_BSD), 1e-5);
+  report("logits", relative_error(model->head(torch::cat(hidden, 1))[0], golden.logits_SV), 1e-4);
+  for (std::size_t layer = 0; layer < selected.size(); ++layer) {
+    CHECK(torch::equal(torch::cat(selected[layer], 1).flatten(0, 1), whole.routing[layer].selected_TK));
+  }
+}
+
 TEST_CASE("transformers computes from an exported tuned model what Hestia computes with routers and adapters apart") {
   const torch::NoGradGuard no_grad;
   const TemporaryFolder folder;

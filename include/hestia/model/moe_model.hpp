@@ -16,6 +16,7 @@
 #include <torch/types.h>
 
 #include "hestia/architecture/architecture.hpp"
+#include "hestia/model/key_value_cache.hpp"
 
 namespace hestia {
 
@@ -135,6 +136,12 @@ class MoeModelImpl : public torch::nn::Module {
 
   /// Forward up to the final norm, with one routing record per MoE layer.
   [[nodiscard]] ModelOutput forward(const TokenBatch& batch);
+  /// The next tokens of sequences whose earlier ones are in `cache`, which then holds these too: prefill with an empty
+  /// cache, decoding one token at a time, or pieces of any size give what one forward of the whole gives. Each row is
+  /// one sequence without padding, its positions continue at cache.length(). A selector sees the tokens of this call
+  /// only. No gradient. Throws std::invalid_argument for another batch or one that does not fit the cache, RunError
+  /// when a sequence grows over the length at which LongRoPE changes its factors: its cached keys would be wrong.
+  [[nodiscard]] ModelOutput forward(const TokenBatch& batch, KeyValueCache& cache);
   /// The same with the kept reference routers and their K in place of the present ones, plain Top-K in place of the
   /// selector, and without adapters: the base model's forward, as long as only routers and adapters train. No gradient.
   /// Throws std::logic_error before

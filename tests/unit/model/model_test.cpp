@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 #include <catch2/catch.hpp>
 
+#include "hestia/core/error.hpp"
 #include "model_fixtures.hpp"
 
 namespace {
@@ -106,6 +107,42 @@ TEST_CASE("rope factors follow each sequence's own length") {
     other.rope.long_factor = a.rope.short_factor;
     MoeModel changed = make_model(other);
     CHECK((relative_error(changed->forward(single(tokens)).hidden_BSD[0], expected) < 1e-12) == (piece.length == 4));
+  }
+}
+
+TEST_CASE("a key-value cache refuses what does not continue it and stays as it was") {
+  Architecture a = phi_architecture();
+  a.rope.original_positions = GENERATE(4, 100);
+  MoeModel model = make_model(a);
+  const Tensor tokens = random_integers(a.vocab_size, {9}, 41);
+  const auto piece = [&](std::int64_t begin, std::int64_t count) {
+    TokenBatch batch = single(tokens.narrow(0, begin, count));
+    batch.positions_BS = batch.positions_BS + begin;
+    return batch;
+  };
+  CHECK_THROWS_AS(KeyValueCache(0), std::invalid_argument);
+  KeyValueCache cache(8);
+  CHECK_FALSE(model->forward(piece(0, 3), cache).hidden_BSD.requires_grad());
+  CHECK(cache.length() == 3);
+  CHECK_THROWS_AS(model->forward(piece(2, 1), cache), std::invalid_argument);  // a position again
+  CHECK_THROWS_AS(model->forward(piece(3, 6), cache), std::invalid_argument);  // too many
+  TokenBatch two = piece(3, 2);
+  two.sequence_ids_BS = torch::tensor({0, 1}, torch::kInt64).unsqueeze(0);
+  CHECK_THROWS_AS(model->forward(two, cache), std::invalid_argument);
+  two.sequence_ids_BS = torch::full({1, 2}, -1, torch::kInt64);
+  CHECK_THROWS_AS(model->forward(two, cache), std::invalid_argument);
+  TokenBatch rows = piece(3, 1);
+  rows = {rows.tokens_BS.expand({2, 1}), rows.positions_BS.expand({2, 1}), rows.sequence_ids_BS.expand({2, 1})};
+  CHECK_THROWS_AS(model->forward(rows, cache), std::invalid_argument);
+  CHECK(cache.length() == 3);
+  if (a.rope.original_positions == 4) {
+    CHECK_THROWS_AS(model->forward(piece(3, 2), cache), RunError);
+    cache.clear();
+    CHECK_NOTHROW(model->forward(piece(0, 5), cache));  // long from its first token on
+    CHECK_NOTHROW(model->forward(piece(5, 1), cache));
+  } else {
+    const Tensor whole = model->forward(piece(0, 5)).hidden_BSD;
+    CHECK(relative_error(model->forward(piece(3, 2), cache).hidden_BSD, whole.narrow(1, 3, 2)) < 1e-12);
   }
 }
 
