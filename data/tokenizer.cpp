@@ -12,6 +12,8 @@
 
 #include "hestia/core/error.hpp"
 #include "hestia/core/files.hpp"
+#include "hestia/core/log.hpp"
+#include "tokenizer_json.hpp"
 
 namespace hestia {
 
@@ -165,11 +167,23 @@ class LineIterator : public sentencepiece::SentenceIterator {
 std::unique_ptr<Tokenizer> open_tokenizer(const std::filesystem::path& path) {
   std::filesystem::path file = path;
   if (std::filesystem::is_directory(path)) {
+    const std::filesystem::path json = path / "tokenizer.json";
     file = path / "tokenizer.model";
+    if (std::filesystem::exists(json)) {
+      if (std::filesystem::exists(file)) {
+        log_info(fmt::format("{}: tokenizer.json is used; tokenizer.model beside it is not", path.string()));
+      }
+      file = json;
+    }
   }
   if (!std::filesystem::exists(file)) {
-    throw InputError(fmt::format(
-        "{}: there is no tokenizer.model (a sentencepiece model); give a model directory that has one", path.string()));
+    throw InputError(
+        fmt::format("{}: there is no tokenizer.json and no tokenizer.model (sentencepiece); give a model "
+                    "directory that has one",
+                    path.string()));
+  }
+  if (file.extension() == ".json") {
+    return open_json_tokenizer(file);
   }
   return std::make_unique<SentencePieceTokenizer>(file);
 }

@@ -47,6 +47,8 @@ build_packages=(
   "libhdf5-dev            preference statistics, packed traces"
   "libsentencepiece-dev   tokenizer library"
   "sentencepiece          tokenizer tools"
+  "libpcre2-dev           regular expressions of tokenizer.json"
+  "libutf8proc-dev        Unicode normalisation"
   "libcli11-dev           command line"
   "libfmt-dev             text formatting"
   "nlohmann-json3-dev     JSON"

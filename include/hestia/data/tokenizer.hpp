@@ -14,13 +14,17 @@ namespace hestia {
 class Tokenizer {
  public:
   virtual ~Tokenizer() = default;
-  /// Token ids of `text`, no special tokens added.
+  /// Token ids of `text`, none put around it. A tokenizer.json finds its special tokens in text that spells them, a
+  /// sentencepiece model does not. Where `text` is not UTF-8, a tokenizer.json reads U+FFFD for each maximal ill-formed
+  /// part (Python's errors="replace"); a sentencepiece model reads U+FFFD for each byte.
   [[nodiscard]] virtual std::vector<std::int32_t> encode(std::string_view text) const = 0;
   /// The same for text that goes on after other text, so that nothing is put in front of it: some vocabularies begin
   /// every text with a space.
   [[nodiscard]] virtual std::vector<std::int32_t> encode_continuation(std::string_view text) const {
     return encode(text);
   }
+  /// Text of `ids`, special tokens left out; bytes that are no UTF-8 become U+FFFD. Throws RunError for an id that is
+  /// none.
   [[nodiscard]] virtual std::string decode(const std::vector<std::int32_t>& ids) const = 0;
   [[nodiscard]] virtual std::int64_t vocab_size() const = 0;
   /// The id of the token spelt exactly like `name`, for example `<|im_end|>`; -1 when there is none.
@@ -34,8 +38,10 @@ class Tokenizer {
   [[nodiscard]] virtual std::int64_t count_bytes(const std::vector<std::int32_t>& ids) const = 0;
 };
 
-/// Opens `directory`/tokenizer.model (sentencepiece) of a model directory, or the file itself when `path` is one.
-/// Throws InputError: missing (names what was looked for), or not a sentencepiece model.
+/// Opens the tokeniser of a model directory, or the file itself when `path` is one: `tokenizer.json` of the tokenizers
+/// library (any name that ends in .json), otherwise `tokenizer.model`, a sentencepiece model. Where a directory has
+/// both, tokenizer.json is used, as it holds tokens that were added to the vocabulary later; a log line says so. Throws
+/// InputError: missing (names what was looked for), damaged, or with a component that Hestia does not read (names it).
 [[nodiscard]] std::unique_ptr<Tokenizer> open_tokenizer(const std::filesystem::path& path);
 
 /// Options of tokenizer training.

@@ -190,7 +190,8 @@ TEST_CASE("A tokenizer opens from its folder or its file") {
 
 TEST_CASE("A missing tokenizer names what was looked for") {
   const TemporaryFolder folder;
-  const std::string rest = ": there is no tokenizer.model (a sentencepiece model); give a model directory that has one";
+  const std::string rest =
+      ": there is no tokenizer.json and no tokenizer.model (sentencepiece); give a model directory that has one";
   CHECK(error_text<InputError>([&] { (void)open_tokenizer(folder.path()); }) == folder.path().string() + rest);
   const std::filesystem::path lost = folder.path() / "no" / "tokenizer.model";
   CHECK(error_text<InputError>([&] { (void)open_tokenizer(lost); }) == lost.string() + rest);
