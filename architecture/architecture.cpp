@@ -100,9 +100,9 @@ void check_values(const Family& family, const Architecture& a, ConfigReader& rea
     if (a.top_k < 1 || a.top_k > a.num_experts) {
       reader.problem(fmt::format("\"{}\" must be between 1 and {} ({}), got {}; correct it", family.key_of(&A::top_k),
                                  family.key_of(&A::num_experts), a.num_experts, a.top_k));
-    } else if (family.fixed_top_k > 0 && a.top_k != family.fixed_top_k) {
+    } else if (a.fixed_top_k > 0 && a.top_k != a.fixed_top_k) {
       reader.problem(fmt::format("\"{}\" must be {} because the routing of {} models has no other, got {}; correct it",
-                                 family.key_of(&A::top_k), family.fixed_top_k, a.family, a.top_k));
+                                 family.key_of(&A::top_k), a.fixed_top_k, a.family, a.top_k));
     } else if (a.num_groups < 1 || a.num_experts % a.num_groups != 0 || a.top_groups < 1 ||
                a.top_groups > a.num_groups || a.top_groups * (a.num_experts / a.num_groups) < a.top_k) {
       reader.problem(

@@ -59,7 +59,6 @@ struct Family {
   Architecture defaults;           ///< Its name, its `model_type`, and what an absent key means.
   std::vector<ConfigKey> keys;
   std::vector<std::string> rope_types = {"default", "linear"};
-  std::int64_t fixed_top_k = 0;  ///< The only number of experts per token that the family's routing has; 0: any.
   std::vector<TensorPattern> before_layers;
   std::vector<TensorPattern> per_layer;
   std::vector<TensorPattern> after_layers;

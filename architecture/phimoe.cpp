@@ -17,7 +17,7 @@ Family phimoe_family() {
   family.defaults.rope.theta = 1e6;
   family.defaults.max_position_embeddings = 131072;
   family.rope_types = {"default", "longrope"};
-  family.fixed_top_k = 2;
+  family.defaults.fixed_top_k = 2;
   family.router_aux_loss_coef = 0.001;
   family.keys = common_keys();
   append(family.keys, {{"num_key_value_heads", &A::num_key_value_heads, true},

@@ -12,9 +12,11 @@
 #include "hestia/core/error.hpp"
 #include "hestia/core/safetensors.hpp"
 #include "hestia/data/tokenizer.hpp"
+#include "hestia/evaluation/comparison.hpp"
 #include "hestia/model/tensors.hpp"
 #include "hestia/trainer/data_source.hpp"
 #include "hestia/trainer/recipes.hpp"
+#include "hestia/trainer/residency.hpp"
 
 namespace hestia {
 
@@ -77,20 +79,16 @@ void check_model(const LoadedRecipe<FinetuneRecipe>& loaded, Complaints& complai
   complaints.collect([&] {
     const Architecture architecture = read_architecture(path);
     complaints.collect([&] {
-      static_cast<void>(make_routing_losses(loaded.recipe.losses, architecture.num_experts, architecture.top_k));
+      static_cast<void>(
+          recipe_losses(loaded.recipe.losses, loaded.source, architecture.num_experts, architecture.top_k));
     });
     complaints.collect([&] {
       Problems problems;
       check_train_fits(loaded.recipe.train, loaded.source, architecture, problems);
       problems.throw_usage_if_any();
     });
-    for (const std::int64_t slots : loaded.recipe.evaluate.slots) {
-      if (slots > architecture.num_experts) {
-        complaints.add(ExitCode::kUsage,
-                       fmt::format("{}: evaluate.slots must be at most the model's experts per layer ({}), got {}",
-                                   loaded.source.location("evaluate.slots"), architecture.num_experts, slots));
-      }
-    }
+    complaints.collect([&] { check_evaluate_fits(loaded, architecture); });
+    complaints.collect([&] { static_cast<void>(residency_rule(loaded, architecture)); });
     complaints.collect([&] {
       const SafetensorsCheckpoint checkpoint(path);
       for (const TensorSpec& spec : tensor_specs(architecture)) {
@@ -116,7 +114,8 @@ void check_recipe(const std::string& path, const std::vector<std::string>& overr
     const auto loaded = load_pretrain_recipe(path, overrides);
     const PretrainRecipe& recipe = loaded.recipe;
     complaints.collect([&] {
-      static_cast<void>(make_routing_losses(recipe.losses, recipe.architecture.num_experts, recipe.architecture.top_k));
+      static_cast<void>(
+          recipe_losses(recipe.losses, loaded.source, recipe.architecture.num_experts, recipe.architecture.top_k));
     });
     if (with_files) {
       if (!recipe.tokenizer.path.empty()) {

@@ -127,12 +127,13 @@ std::string under_rule(const std::string& router, const ResidencyRule& rule, std
 
 // The rules to serve every router under beside plain Top-K: the recipe's grid, and the one the bundle is meant for.
 std::vector<ResidencyRule> residency_rules(const LoadedRecipe<FinetuneRecipe>& loaded, const ResidencyRule& bundle,
-                                           const Architecture& architecture) {
+                                           const std::filesystem::path& bundle_dir, const Architecture& architecture) {
   const ResidencyPriorOptions& prior = loaded.recipe.evaluate.residency_prior;
-  if (prior.slots > architecture.num_experts) {
-    throw UsageError(
-        fmt::format("{}: evaluate.residency_prior.slots must be at most the model's experts per layer ({}), got {}",
-                    loaded.source.location("evaluate.residency_prior.slots"), architecture.num_experts, prior.slots));
+  if (bundle.slots < 1 || bundle.slots > architecture.num_experts) {
+    throw InputError(
+        fmt::format("{}: residency.slots must be from 1 to the model's experts per layer ({}), got {}; "
+                    "export the bundle again",
+                    (bundle_dir / "manifest.json").string(), architecture.num_experts, bundle.slots));
   }
   std::vector<ResidencyRule> rules;
   const auto add = [&](double lambda, std::int64_t always_keep, std::int64_t slots) {
@@ -375,6 +376,39 @@ ArmFigures measure_arm(MoeModel& model, const std::string& name, const PackedDat
   return arm;
 }
 
+void check_evaluate_fits(const LoadedRecipe<FinetuneRecipe>& loaded, const Architecture& architecture) {
+  const EvaluateOptions& options = loaded.recipe.evaluate;
+  const std::int64_t experts = architecture.num_experts;
+  Problems problems;
+  const auto at_most_all = [&](const char* key, std::int64_t slots) {
+    if (slots > experts) {
+      problems.add(fmt::format("{}: {} must be at most the model's experts per layer ({}), got {}",
+                               loaded.source.location(key), key, experts, slots));
+    }
+  };
+  for (const std::int64_t slots : options.slots) {
+    at_most_all("evaluate.slots", slots);
+  }
+  at_most_all("evaluate.residency_prior.slots", options.residency_prior.slots);
+  for (const std::int64_t size : options.static_set) {
+    if (size != 0 && (size < architecture.top_k || size > experts)) {
+      problems.add(
+          fmt::format("{}: evaluate.static_set must be from the model's experts per token to its experts per layer "
+                      "({} to {}) or 0, got {}",
+                      loaded.source.location("evaluate.static_set"), architecture.top_k, experts, size));
+    }
+  }
+  for (const std::int64_t always_keep : options.residency_prior.always_keep) {
+    if (!options.residency_prior.lambdas.empty() && always_keep >= architecture.top_k) {
+      problems.add(
+          fmt::format("{}: evaluate.residency_prior.always_keep must be below the model's experts per token "
+                      "({}), got {}: the prior would have nothing to choose",
+                      loaded.source.location("evaluate.residency_prior.always_keep"), architecture.top_k, always_keep));
+    }
+  }
+  problems.throw_usage_if_any();
+}
+
 Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const std::filesystem::path& bundle, bool quiet) {
   const auto start = std::chrono::steady_clock::now();
   FinetuneRecipe recipe = loaded.recipe;
@@ -389,6 +423,7 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const std::f
     throw InputError(fmt::format("{}: there is no router bundle; make one with `hestia export {}`", bundle_dir.string(),
                                  loaded.source.path().string()));
   }
+  check_evaluate_fits(loaded, read_architecture(recipe.model.path));
   const std::unique_ptr<Tokenizer> tokenizer = open_tokenizer(recipe.model.path);
   const PackedData held_out = load_held_out_data(recipe.data, recipe.data.evaluate, *tokenizer,
                                                  recipe.evaluate.tokens_per_domain, at::get_num_threads());
@@ -418,7 +453,8 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const std::f
     model->remove_adapters();
     model->set_top_k(comparison.top_k);
   }
-  const std::vector<ResidencyRule> rules = residency_rules(loaded, manifest.residency, model->architecture());
+  const std::vector<ResidencyRule> rules =
+      residency_rules(loaded, manifest.residency, bundle_dir, model->architecture());
   EvaluateOptions options = recipe.evaluate;
   if (!rules.empty()) {
     // What a rule is about is counted in any case.
@@ -437,6 +473,13 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const std::f
     EvaluateOptions under_rule_options = options;
     under_rule_options.static_set.clear();  // a selector of its own, which knows no residents
     for (const ResidencyRule& rule : rules) {
+      const std::int64_t top_k = model->architecture().top_k;
+      if (rule.always_keep >= top_k) {
+        log_warning(
+            fmt::format("{}: not measured under lambda {:g}, J {}: with {} experts per token that is plain Top-K", name,
+                        rule.lambda, rule.always_keep, top_k));
+        continue;
+      }
       model->set_selector(std::make_shared<ResidencySelector>(rule));
       under_rules.push_back(measure_arm(model, under_rule(name, rule, manifest.residency.slots), held_out,
                                         recipe.data.train, under_rule_options, recipe.data.sequence_length, quiet,

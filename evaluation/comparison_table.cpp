@@ -41,6 +41,9 @@ std::string summary(const Comparison& comparison) {
       line +=
           fmt::format(" loads {:+.1f} % against baseline (LRU, {} slots),",
                       100.0 * (loads_now->loads_per_token_layer / loads_before->loads_per_token_layer - 1.0), slots);
+      if (tuned->top_k != baseline->top_k) {
+        line += fmt::format(" of {} instead of {} requests,", tuned->top_k, baseline->top_k);
+      }
     }
     const QualityResult& reference = control != nullptr ? control->domains[i].quality : before.quality;
     line += fmt::format(" perplexity {:+.2f} % against {},",

@@ -210,7 +210,12 @@ PredictorReport compare(const PreferencePredictor& predictor, const PredictorExa
   for (const GuessScore& method : methods) {
     report.figures.push_back(method.figures());
   }
-  for (const PredictorFigures& figures : report.figures) {
+  // What costs nothing comes first: the predictor, the first of the figures, has to be better than each of them.
+  std::vector<std::size_t> order(report.figures.size());
+  std::iota(order.begin(), order.end(), std::size_t{1});
+  order.back() = 0;
+  for (const std::size_t i : order) {
+    const PredictorFigures& figures = report.figures[i];
     if (figures.method == kAnswer) {
       continue;
     }

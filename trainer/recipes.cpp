@@ -380,6 +380,13 @@ void check_losses(const RoutingLossOptions& losses, const RecipeSource& source, 
 }
 
 void check_train(const TrainOptions& train, const RecipeSource& source, Problems& problems) {
+  const TopKAnnealingOptions& annealing = train.top_k_annealing;
+  if ((annealing.step == 0) != (annealing.top_k == 0)) {
+    problems.add(
+        fmt::format("{}: train.top_k_annealing needs a step and a top_k of at least 1, got step {} and top_k {}; set "
+                    "both, or both to 0 for no annealing",
+                    source.location("train.top_k_annealing"), annealing.step, annealing.top_k));
+  }
   if (train.steps == 0) {
     if (train.decay_steps > 0) {
       problems.add(
@@ -405,15 +412,9 @@ void check_train(const TrainOptions& train, const RecipeSource& source, Problems
           source.location("train.decay_steps"), train.decay_steps));
     }
   }
-  const TopKAnnealingOptions& annealing = train.top_k_annealing;
-  if ((annealing.step == 0) != (annealing.top_k == 0)) {
-    problems.add(
-        fmt::format("{}: train.top_k_annealing needs a step and a top_k of at least 1, got step {} and top_k {}; set "
-                    "both, or both to 0 for no annealing",
-                    source.location("train.top_k_annealing"), annealing.step, annealing.top_k));
-  } else if (annealing.step > train.steps) {
+  if (train.top_k_annealing.step > train.steps) {
     problems.add(fmt::format("{}: train.top_k_annealing.step must be at most train.steps ({}), got {}",
-                             source.location("train.top_k_annealing.step"), train.steps, annealing.step));
+                             source.location("train.top_k_annealing.step"), train.steps, train.top_k_annealing.step));
   }
 }
 
@@ -426,10 +427,28 @@ void check_train_fits(const TrainOptions& train, const RecipeSource& source, con
         fmt::format("{}: train.top_k_annealing.top_k must be at most the model's experts per token ({}), got {}",
                     source.location("train.top_k_annealing.top_k"), architecture.top_k, train.top_k_annealing.top_k));
   }
+  if (train.top_k_annealing.top_k > 0 && architecture.fixed_top_k > 0 &&
+      train.top_k_annealing.top_k != architecture.fixed_top_k) {
+    problems.add(
+        fmt::format("{}: the routing of {} has {} experts per token and no other number, got {}; leave "
+                    "train.top_k_annealing out",
+                    source.location("train.top_k_annealing.top_k"), architecture.family, architecture.fixed_top_k,
+                    train.top_k_annealing.top_k));
+  }
   const std::int64_t full_rank = std::min(architecture.hidden_size, architecture.expert_intermediate_size);
   if (train.trainable == "router+lora" && train.lora.rank > full_rank) {
     problems.add(fmt::format("{}: train.lora.rank must be at most the rank of the experts' matrices ({}), got {}",
                              source.location("train.lora.rank"), full_rank, train.lora.rank));
+  }
+}
+
+std::vector<WeightedLoss> recipe_losses(const RoutingLossOptions& losses, const RecipeSource& source,
+                                        std::int64_t num_experts, std::int64_t top_k) {
+  try {
+    return make_routing_losses(losses, num_experts, top_k);
+  } catch (const UsageError& error) {
+    const std::string message = error.what();  // begins with the key
+    throw UsageError(fmt::format("{}: {}", source.location(message.substr(0, message.find_first_of(": "))), message));
   }
 }
 
@@ -519,7 +538,7 @@ LoadedRecipe<PretrainRecipe> load_pretrain_recipe(const std::filesystem::path& p
 }
 
 void resolve_steps(TrainOptions& options, const PackedData& data, const std::vector<double>& mix,
-                   std::int64_t sequence_length, std::uint64_t seed) {
+                   std::int64_t sequence_length, std::uint64_t seed, const RecipeSource& source) {
   if (options.steps > 0) {
     return;
   }
@@ -530,11 +549,15 @@ void resolve_steps(TrainOptions& options, const PackedData& data, const std::vec
     options.warmup_steps = steps_of_share(options.warmup_ratio, options.steps);
     options.warmup_ratio = 0.0;
   }
-  if (options.warmup_steps > options.steps) {
-    throw UsageError(
-        fmt::format("train.warmup_steps must be at most the {} steps that train.epochs ({}) come to, got {}",
-                    options.steps, options.epochs, options.warmup_steps));
+  Problems problems;
+  for (const auto& [key, step] : {std::pair("train.warmup_steps", options.warmup_steps),
+                                  std::pair("train.top_k_annealing.step", options.top_k_annealing.step)}) {
+    if (step > options.steps) {
+      problems.add(fmt::format("{}: {} must be at most the {} steps that train.epochs ({}) come to, got {}",
+                               source.location(key), key, options.steps, options.epochs, step));
+    }
   }
+  problems.throw_usage_if_any();
   options.epochs = 0.0;
 }
 

@@ -31,12 +31,14 @@ ResidencyRule residency_rule(const LoadedRecipe<FinetuneRecipe>& loaded, const A
     throw UsageError(fmt::format("{}: {} must be at most the model's experts per layer ({}), got {}",
                                  loaded.source.location(key), key, architecture.num_experts, rule.slots));
   }
-  if (options.in_loop && options.always_keep >= architecture.top_k) {
+  const std::int64_t annealed = loaded.recipe.train.top_k_annealing.top_k;
+  const std::int64_t top_k = annealed > 0 ? std::min(annealed, architecture.top_k) : architecture.top_k;
+  if (options.lambda > 0.0 && options.always_keep >= top_k) {
     throw UsageError(
-        fmt::format("{}: residency.always_keep must be below the model's experts per token ({}) when residency.in_loop "
-                    "is true, got "
-                    "{}: the prior would have nothing to choose",
-                    loaded.source.location("residency.always_keep"), architecture.top_k, options.always_keep));
+        fmt::format("{}: residency.always_keep must be below the {}experts per token ({}), got {}: the "
+                    "prior would have nothing to choose",
+                    loaded.source.location("residency.always_keep"), annealed > 0 ? "annealed " : "model's ", top_k,
+                    options.always_keep));
   }
   return rule;
 }

@@ -161,7 +161,8 @@ void finetune_once(const LoadedRecipe<FinetuneRecipe>& loaded, const std::string
   }
   job.model = model;
   job.options = recipe.train;
-  job.losses = make_routing_losses(recipe.losses, model->architecture().num_experts, model->architecture().top_k);
+  job.losses =
+      recipe_losses(recipe.losses, loaded.source, model->architecture().num_experts, model->architecture().top_k);
   job.distillation_weight = recipe.distillation.weight;
   const bool base_forward = job.distillation_weight > 0.0 ||
                             std::any_of(job.losses.begin(), job.losses.end(),
@@ -289,6 +290,44 @@ void write_prompts(const std::filesystem::path& path, PreferenceWriter& writer, 
     lines += line.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n";
   }
   write_text_atomically(path, lines);
+}
+
+constexpr const char* kPromptFile = "prompts.jsonl";
+
+// What would otherwise show only after both routers have run over all text.
+void check_predictor(const LoadedRecipe<FinetuneRecipe>& loaded, const Architecture& architecture) {
+  const PredictorOptions& options = loaded.recipe.export_options.predictor;
+  if (!options.enabled) {
+    return;
+  }
+  for (const std::int64_t slots : options.slots) {
+    if (slots < 1 || slots > architecture.num_experts) {
+      throw UsageError(
+          fmt::format("{}: export.predictor.slots must be from 1 to the model's experts per layer ({}), got {}",
+                      loaded.source.location("export.predictor.slots"), architecture.num_experts, slots));
+    }
+  }
+  if (!options.embeddings.empty()) {
+    static_cast<void>(read_embeddings(options.embeddings, {}));
+  }
+}
+
+// A rule that was in the loop belongs to the run: what is asked for now and differs would be ignored.
+void check_overrides(const RecipeSource& source, const ResidencyRule& asked, const ResidencyRule& of_run) {
+  Problems problems;
+  const auto check = [&](const char* key, const auto& now, const auto& then) {
+    if (source.is_overridden(key) && now != then) {
+      problems.add(
+          fmt::format("{}: {} was {} when the run was trained in the loop, and that goes into the bundle, got "
+                      "{}; leave it out, or serve with another one through evaluate.residency_prior",
+                      source.location(key), key, then, now));
+    }
+  };
+  check("residency.lambda", asked.lambda, of_run.lambda);
+  check("residency.always_keep", asked.always_keep, of_run.always_keep);
+  check("residency.slots", asked.slots, of_run.slots);
+  check("residency.policy", asked.policy, of_run.policy);
+  problems.throw_usage_if_any();
 }
 
 PreferencePredictor make_predictor(const FinetuneRecipe& recipe, MoeModel& model,
@@ -471,7 +510,7 @@ void run_finetune(const LoadedRecipe<FinetuneRecipe>& loaded, const RunFlags& fl
       load_held_out_data(recipe.data, recipe.data.evaluate, *tokenizer, recipe.train.evaluate_tokens, threads);
   log_data(train_data, held_out);
   resolve_steps(recipe.train, train_data, recipe.data.train_mix, recipe.data.sequence_length,
-                static_cast<std::uint64_t>(recipe.seed));
+                static_cast<std::uint64_t>(recipe.seed), loaded.source);
   if (flags.overwrite) {
     // What belongs to the earlier run: evaluate would take it for this one's.
     for (const char* name : {"control", "bundle", "hf", "results.json"}) {
@@ -523,7 +562,7 @@ void run_pretrain(const LoadedRecipe<PretrainRecipe>& loaded, const RunFlags& fl
       load_held_out_data(recipe.data, recipe.data.evaluate, *tokenizer, recipe.train.evaluate_tokens, threads);
   log_data(train_data, held_out);
   resolve_steps(recipe.train, train_data, recipe.data.train_mix, recipe.data.sequence_length,
-                static_cast<std::uint64_t>(recipe.seed));
+                static_cast<std::uint64_t>(recipe.seed), loaded.source);
   const torch::Device device = device_from_recipe(recipe.model.device);
   MoeModel model =
       create_model(architecture_from(recipe.architecture, *tokenizer), dtype_from_recipe(recipe.model.dtype), device,
@@ -533,7 +572,7 @@ void run_pretrain(const LoadedRecipe<PretrainRecipe>& loaded, const RunFlags& fl
   job.model = model;
   job.options = recipe.train;
   for (WeightedLoss& loss :
-       make_routing_losses(recipe.losses, model->architecture().num_experts, model->architecture().top_k)) {
+       recipe_losses(recipe.losses, loaded.source, model->architecture().num_experts, model->architecture().top_k)) {
     if (!loss.loss->needs_reference() && !loss.loss->needs_base_forward()) {
       job.losses.push_back(std::move(loss));
     }
@@ -632,6 +671,7 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, con
     log_info(fmt::format("tuned model in {}", directory.string()));
     return directory;
   }
+  check_predictor(loaded, read_architecture(recipe.model.path));
   const std::unique_ptr<Tokenizer> tokenizer = open_tokenizer(recipe.model.path);
   const PackedData data = export_data(recipe, *tokenizer, threads);
   if (recipe.export_options.predictor.enabled &&
@@ -657,10 +697,12 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, con
   manifest.base_router_hash = router_hash(model);
   // Of the run: overrides that are missing now were part of it.
   manifest.recipe = read_text_file(std::filesystem::path(recipe.run_dir) / "recipe.yaml");
+  manifest.residency = residency_rule(loaded, architecture);
   if (std::filesystem::exists(residency_path(recipe.run_dir))) {
-    manifest.residency = read_residency(residency_path(recipe.run_dir));
+    const ResidencyRule of_run = read_residency(residency_path(recipe.run_dir));
+    check_overrides(loaded.source, manifest.residency, of_run);
+    manifest.residency = of_run;
   } else {
-    manifest.residency = residency_rule(loaded, architecture);
     // As many as hold the calibration set whole.
     DataOptions first_part = recipe.data;
     const std::int64_t enough = recipe.residency.calibration_tokens + recipe.data.sequence_length;
@@ -729,13 +771,15 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, con
   manifest.metrics = {{"domains", recipe.data.train},
                       {"baseline", figures_of(baseline_quality, baseline_metrics, slots, num_layers)},
                       {"tuned", figures_of(tuned_quality, tuned_metrics, slots, num_layers)}};
-  if (recipe.export_options.write_prompts) {
-    write_prompts(directory / "prompts.jsonl", writer, batches, *tokenizer);
-  }
   std::optional<PreferencePredictor> predictor;
   if (recipe.export_options.predictor.enabled) {
     predictor = make_predictor(recipe, model, batches, writer, slots);
     manifest.predictor = predictor_json(*predictor);
+  }
+  if (recipe.export_options.write_prompts) {
+    write_prompts(directory / kPromptFile, writer, batches, *tokenizer);
+  } else {
+    std::filesystem::remove(directory / kPromptFile);  // an earlier export's, by ids of other sequences
   }
   writer.close(predictor ? &*predictor : nullptr);
   write_bundle(directory, model, manifest);

@@ -217,6 +217,11 @@ TEST_CASE("finetune, export and evaluate, one after the other") {
   check_complaint(project.run({"export", "runs/moved", "--output", "predicting", "--quiet", "export.prompt_tokens=8",
                                "export.predictor.enabled=true", "export.predictor.embeddings=none.safetensors"}),
                   3, {"none.safetensors"});
+  CHECK_FALSE(exists(project, "predicting"));
+  check_complaint(project.run({"export", "runs/moved", "--output", "predicting", "--quiet", "export.prompt_tokens=8",
+                               "export.predictor.enabled=true", "export.predictor.slots=[99]"}),
+                  2, {"export.predictor.slots=[99] on the command line", "(8)", "got 99"});
+  CHECK_FALSE(exists(project, "predicting"));
   CHECK_FALSE(exists(project, "predicting/preferences.h5"));
   CHECK_FALSE(exists(project, "predicting/manifest.json"));
   const Outcome predicting =
@@ -249,11 +254,22 @@ TEST_CASE("finetune, export and evaluate, one after the other") {
       {"evaluate", "runs/moved", "--bundle", "predicting", "evaluate.static_set=[]", "--json", "--quiet"})));
   CHECK(compared.at("predictor") == predictor);
   CHECK(compared.at("arms")[0].at("domains")[0].at("static_set").empty());
+  // Prompts of an earlier export would give their ids to other sequences.
+  CHECK(exists(project, "predicting/prompts.jsonl"));
+  done(project.run({"export", "runs/moved", "--output", "predicting", "--quiet", "export.prompt_tokens=6"}));
+  CHECK_FALSE(exists(project, "predicting/prompts.jsonl"));
 
   CHECK(done(project.run({"export", "runs/moved", "--output", "elsewhere", "--quiet"})) == "elsewhere\n");
   CHECK(project.read("elsewhere/router.safetensors") == router);
   check_complaint(project.run({"evaluate", "letters"}), 3, {"letters: not a run directory", "recipe.yaml"});
-  check_complaint(project.run({"evaluate", "runs/moved", "evaluate.slots=[9]"}), 2, {"evaluate.slots", "(8)", "got 9"});
+  for (const char* verb : {"evaluate", "validate"}) {
+    check_complaint(project.run({verb, verb == std::string("evaluate") ? "runs/moved" : "finetune.yaml",
+                                 "evaluate.slots=[9]", "evaluate.static_set=[1]", "evaluate.residency_prior.slots=12",
+                                 "evaluate.residency_prior.lambdas=[0.1]", "evaluate.residency_prior.always_keep=[2]"}),
+                    2,
+                    {"evaluate.slots=[9] on the command line", "(8), got 9", "evaluate.static_set=[1]", "(2 to 8)",
+                     "evaluate.residency_prior.slots=12", "evaluate.residency_prior.always_keep=[2]", "(2), got 2"});
+  }
 
   // Starting afresh leaves nothing of the old run that evaluate could take for the new one's.
   done(project.run(

@@ -82,6 +82,7 @@ struct Architecture {
   std::int64_t expert_intermediate_size = 0;  ///< F
   RoutingKind routing = RoutingKind::kSoftmax;
   bool normalise_top_k = false;  ///< Divide the chosen weights by their sum.
+  std::int64_t fixed_top_k = 0;  ///< The only number of experts per token that the family's routing has; 0: any.
   double router_jitter = 0.0;    ///< kSparsemixer: near is within 2 * this, relatively.
   double routed_scale = 1.0;     ///< Times this, after that.
   std::int64_t num_groups = 1;   ///< Experts stand in this many groups of equal size;

@@ -108,6 +108,10 @@ inline constexpr const char* kTunedArm = "tuned";
                                      const std::vector<std::string>& tuned_domains, const EvaluateOptions& options,
                                      std::int64_t sequence_length, bool quiet, bool against_reference = false);
 
+/// What the section `evaluate` asks of the model. Throws UsageError, with the places in the recipe: slots above the
+/// experts, static sets that cannot serve a token, a prior that leaves nothing to choose.
+void check_evaluate_fits(const LoadedRecipe<FinetuneRecipe>& loaded, const Architecture& architecture);
+
 /// `hestia evaluate`: baseline, control (when the run has one) and tuned router on the held-out split of
 /// `data.evaluate`, then each of them under the residency rules of `evaluate.residency_prior` and of the bundle; writes
 /// run_dir/results.json and returns the comparison. Throws InputError when the bundle is missing (names the export

@@ -244,16 +244,21 @@ struct LoadedRecipe {
 
 /// Replaces `epochs` and `warmup_ratio` by the steps they come to: the fewest that train on at least `epochs` times the
 /// tokens of `data`, in the order that a run with this seed draws them; warm-up steps are rounded up. Changes nothing
-/// where the steps are known. Throws UsageError when `warmup_steps` is more than these steps.
+/// where the steps are known. Throws UsageError, with the place in the recipe, when warm-up or the step of Top-K
+/// annealing lie beyond these steps.
 void resolve_steps(TrainOptions& options, const PackedData& data, const std::vector<double>& mix,
-                   std::int64_t sequence_length, std::uint64_t seed);
+                   std::int64_t sequence_length, std::uint64_t seed, const RecipeSource& source);
 /// The same from the recipe that the run in `run_dir` saved, for verbs that come after it. Without a saved recipe
 /// `steps` stays 0.
 void resolve_steps_from_run(TrainOptions& options, const std::filesystem::path& run_dir);
-/// What a `train` section asks of the model it is to train: K' at most K, a rank that the experts have room for. Adds
-/// to `problems`, with the place in the recipe.
+/// What a `train` section asks of the model it is to train: K' at most K and one that the family has, a rank that the
+/// experts have room for. Adds to `problems`, with the place in the recipe.
 void check_train_fits(const TrainOptions& train, const RecipeSource& source, const Architecture& architecture,
                       Problems& problems);
+
+/// `make_routing_losses` of a recipe's section `losses`, with the place in the recipe before its messages.
+[[nodiscard]] std::vector<WeightedLoss> recipe_losses(const RoutingLossOptions& losses, const RecipeSource& source,
+                                                      std::int64_t num_experts, std::int64_t top_k);
 
 /// The corpus options of `domain`, with its recipe key ("data.corpora.2").
 [[nodiscard]] std::pair<const CorpusOptions*, std::string> find_corpus(const DataOptions& data,

@@ -199,7 +199,7 @@ TEST_CASE("epochs come to the fewest steps that see the data so often") {
     const double epochs = options.epochs;
     const std::vector<double> mix = round % 2 == 0 ? std::vector<double>{} : std::vector<double>{0.7, 0.3};
     const std::uint64_t seed = random.next();
-    resolve_steps(options, data, mix, 40, seed);
+    resolve_steps(options, data, mix, 40, seed, {});
     CHECK(options.steps > 0);
     CHECK((options.epochs == 0.0 && options.warmup_ratio == 0.0));
     CHECK(options.warmup_steps == static_cast<std::int64_t>(std::ceil(0.25 * static_cast<double>(options.steps))));
@@ -218,15 +218,49 @@ TEST_CASE("epochs come to the fewest steps that see the data so often") {
     CHECK(tokens >= epochs * static_cast<double>(data.num_tokens()));
     CHECK(before_last < epochs * static_cast<double>(data.num_tokens()));
     TrainOptions known = options;
-    resolve_steps(known, data, mix, 40, seed);
+    resolve_steps(known, data, mix, 40, seed, {});
     CHECK(known.steps == options.steps);
   }
   TrainOptions wrong;
   wrong.steps = 0;
   wrong.epochs = 1.0;
   wrong.warmup_steps = 1000;
-  CHECK_THROWS_WITH(resolve_steps(wrong, testing::tiny_data(1, 20, 32), {}, 32, 1),
+  CHECK_THROWS_WITH(resolve_steps(wrong, testing::tiny_data(1, 20, 32), {}, 32, 1, {}),
                     Catch::Contains("train.warmup_steps must be at most the") && Catch::Contains("got 1000"));
+  wrong.warmup_steps = 0;
+  wrong.top_k_annealing = {.step = 999, .top_k = 1};
+  CHECK_THROWS_WITH(resolve_steps(wrong, testing::tiny_data(1, 20, 32), {}, 32, 1, {}),
+                    Catch::Contains("train.top_k_annealing.step must be at most the") && Catch::Contains("got 999"));
+}
+
+TEST_CASE("annealing needs both its keys, with steps as with epochs, and a K that the family has") {
+  const TemporaryFolder folder;
+  const std::filesystem::path path = write_recipe(folder, kGood);
+  for (const char* length : {"train.steps=9", "train.epochs=1"}) {
+    CHECK_THROWS_WITH(load_finetune_recipe(path, {length, "train.top_k_annealing.step=2"}),
+                      Catch::Contains("needs a step and a top_k") && Catch::Contains("top_k 0"));
+    CHECK_THROWS_WITH(load_finetune_recipe(path, {length, "train.top_k_annealing.top_k=2"}),
+                      Catch::Contains("needs a step and a top_k") && Catch::Contains("step 0"));
+  }
+  const auto loaded = load_finetune_recipe(path, {"train.top_k_annealing.step=2", "train.top_k_annealing.top_k=1"});
+  Architecture architecture = testing::tiny_architecture();
+  const auto complaint = [&] {
+    Problems problems;
+    check_train_fits(loaded.recipe.train, loaded.source, architecture, problems);
+    problems.throw_usage_if_any();
+  };
+  CHECK_NOTHROW(complaint());
+  architecture.fixed_top_k = 2;
+  CHECK_THROWS_WITH(complaint(), Catch::Contains("train.top_k_annealing.top_k=1 on the command line") &&
+                                     Catch::Contains("2 experts per token and no other number, got 1"));
+}
+
+TEST_CASE("a loss option that does not fit the model is named with its place") {
+  const TemporaryFolder folder;
+  const auto loaded = load_finetune_recipe(write_recipe(folder, kGood), {"losses.cache_simulation.slots=9"});
+  CHECK_THROWS_WITH(
+      recipe_losses(loaded.recipe.losses, loaded.source, 8, 2),
+      Catch::StartsWith("losses.cache_simulation.slots=9 on the command line: ") && Catch::Contains("got 9"));
 }
 
 TEST_CASE("what spans keys of losses and corpora is checked without any file") {

@@ -226,6 +226,15 @@ TEST_CASE("the recipe's residency section is checked with its line") {
                     Catch::Contains(":10: evaluate.residency_prior.lambdas") && Catch::Contains("got 0"));
   CHECK_THROWS_WITH(recipe_with(folder, "evaluate:\n  residency_prior: {lambdas: [0.1], always_keep: []}\n"),
                     Catch::Contains("evaluate.residency_prior.always_keep must name at least one value"));
+  // What annealing leaves is what the rule chooses from; a rule that is off chooses nothing.
+  architecture.top_k = 4;
+  const std::vector<std::string> annealing = {"train.top_k_annealing.step=1", "train.top_k_annealing.top_k=2"};
+  CHECK_NOTHROW(residency_rule(recipe_with(folder, "residency: {lambda: 0.2, always_keep: 2}\n"), architecture));
+  CHECK_THROWS_WITH(
+      residency_rule(recipe_with(folder, "residency: {lambda: 0.2, always_keep: 2}\n", annealing), architecture),
+      Catch::Contains(":9: residency.always_keep must be below the annealed experts per token (2), got 2"));
+  CHECK_NOTHROW(residency_rule(recipe_with(folder, "residency: {always_keep: 4}\n", annealing), architecture));
+  architecture.top_k = 2;
   CHECK_THROWS_WITH(residency_rule(recipe_with(folder, "residency: {slots: 9}\n"), architecture),
                     Catch::Contains(":9: residency.slots must be at most the model's experts per layer (8), got 9"));
   CHECK_THROWS_WITH(residency_rule(recipe_with(folder, "residency: {lambda: 0.1, in_loop: true}\n"), architecture),
