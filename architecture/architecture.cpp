@@ -14,7 +14,7 @@ namespace hestia {
 namespace {
 
 const std::vector<Family>& families() {
-  static const std::vector<Family> all = {deepseek_v2_family(), mixtral_family(),   olmoe_family(),
+  static const std::vector<Family> all = {deepseek_v2_family(), gpt_oss_family(),   mixtral_family(),  olmoe_family(),
                                           phimoe_family(),      qwen2_moe_family(), qwen3_moe_family()};
   return all;
 }
@@ -59,6 +59,34 @@ void read_token_id(ConfigReader& reader, const char* key, std::int64_t& out) {
   }
   if (value != nullptr) {
     reader.read(key, *value, out);
+  }
+}
+
+void read_quantisation(ConfigReader& reader, const Json& settings, Architecture& architecture) {
+  const Json* method = ConfigReader::find_in(settings, "quant_method");
+  const Json* format = ConfigReader::find_in(settings, "fmt");
+  const Json* block = ConfigReader::find_in(settings, "weight_block_size");
+  const bool fp8 =
+      method != nullptr && *method == "fp8" && block != nullptr && (format == nullptr || *format == "e4m3");
+  if (method != nullptr && *method == "mxfp4") {
+    architecture.quantisation = Quantisation::kMxfp4;
+  } else if (fp8) {
+    architecture.quantisation = Quantisation::kFp8Blocks;
+    std::vector<std::int64_t> sizes;
+    reader.read("weight_block_size", *block, sizes);
+    if (sizes.size() != 2 || std::min(sizes[0], sizes[1]) < 1) {
+      reader.problem(
+          fmt::format("\"weight_block_size\" must be two positive numbers, got {}; correct it", shown(*block)));
+      return;
+    }
+    architecture.scale_block_rows = sizes[0];
+    architecture.scale_block_columns = sizes[1];
+  } else {
+    reader.problem(
+        fmt::format("checkpoints quantised in this way are not supported, got \"quantization_config\" {}; this program "
+                    "reads \"quant_method\" \"fp8\" (\"fmt\" \"e4m3\" with a \"weight_block_size\") and \"mxfp4\", and "
+                    "float32, bf16 and f16",
+                    shown(settings)));
   }
 }
 
@@ -153,6 +181,10 @@ void check_values(const Family& family, const Architecture& a, ConfigReader& rea
   if (!(a.initializer_range > 0.0) || !std::isfinite(a.initializer_range)) {
     reader.problem(fmt::format("\"initializer_range\" must be positive, got {}; correct it", a.initializer_range));
   }
+  if (!(a.swiglu_alpha > 0.0) || !std::isfinite(a.swiglu_alpha) || (a.swiglu_limit && !(*a.swiglu_limit > 0.0))) {
+    reader.problem(fmt::format("\"swiglu_alpha\" and \"swiglu_limit\" must be positive, got {} and {}; correct them",
+                               a.swiglu_alpha, a.swiglu_limit.value_or(0.0)));
+  }
   if (a.clip_qkv && !(*a.clip_qkv > 0.0)) {
     reader.problem(fmt::format("\"clip_qkv\" must be positive or null, got {}; correct it", *a.clip_qkv));
   }
@@ -176,6 +208,10 @@ std::int64_t extent_value(const Architecture& a, Extent extent) {
       return a.num_experts;
     case Extent::kExpertHidden:
       return a.expert_intermediate_size;
+    case Extent::kExpertGateUp:
+      return 2 * a.expert_intermediate_size;
+    case Extent::kHeads:
+      return a.num_attention_heads;
     case Extent::kSharedHidden:
       return a.shared_intermediate_size;
     case Extent::kDenseHidden:
@@ -204,6 +240,10 @@ bool stands_in(const Architecture& a, TensorPart part, std::int64_t layer) {
   using P = TensorPart;
   switch (part) {
     case P::kRouter:
+    case P::kRouterBias:
+    case P::kExpertGateUp:
+    case P::kExpertGateUpBias:
+    case P::kExpertDownBias:
     case P::kExpertGate:
     case P::kExpertUp:
     case P::kExpertDown:
@@ -246,6 +286,7 @@ TensorSpec make_spec(const Architecture& a, const TensorPattern& row, std::int64
   spec.part = row.part;
   spec.layer = layer;
   spec.expert = expert;
+  spec.transposed = row.role == TensorRole::kExpert && !row.each_expert() && row.shape.size() == 3;
   return spec;
 }
 
@@ -325,10 +366,8 @@ Architecture parse_architecture(const Json& config, const std::string& subject) 
   read_token_id(reader, "bos_token_id", architecture.bos_token_id);
   read_token_id(reader, "eos_token_id", architecture.eos_token_id);
   read_token_id(reader, "pad_token_id", architecture.pad_token_id);
-  if (reader.find("quantization_config") != nullptr) {
-    reader.problem(
-        "quantised checkpoints are not supported, got a \"quantization_config\"; give the float32, bf16 or "
-        "f16 checkpoint");
+  if (const Json* settings = reader.find("quantization_config"); settings != nullptr) {
+    read_quantisation(reader, *settings, architecture);
   }
   // What is already wrong would only repeat itself in the checks of values that depend on it.
   problems.throw_input_if_any();
@@ -409,14 +448,14 @@ std::vector<TensorSpec> tensor_specs(const Architecture& architecture) {
   }
   for (std::int64_t layer = 0; layer < architecture.num_layers; ++layer) {
     for (const TensorPattern& row : family.per_layer) {
-      if (row.role != TensorRole::kExpert) {
+      if (!row.each_expert()) {
         add(row, layer, -1);
       }
     }
     const std::int64_t num_experts = architecture.is_moe_layer(layer) ? architecture.num_experts : 0;
     for (std::int64_t expert = 0; expert < num_experts; ++expert) {
       for (const TensorPattern& row : family.per_layer) {
-        if (row.role == TensorRole::kExpert) {
+        if (row.each_expert()) {
           add(row, layer, expert);
         }
       }
@@ -426,6 +465,26 @@ std::vector<TensorSpec> tensor_specs(const Architecture& architecture) {
     add(row, -1, -1);
   }
   return specs;
+}
+
+std::vector<StoredTensor> stored_tensors(const Architecture& architecture, const TensorSpec& spec,
+                                         const SafetensorsCheckpoint& checkpoint) {
+  constexpr std::int64_t kGroup = 32;
+  const bool there = checkpoint.contains(spec.name);
+  if (architecture.quantisation == Quantisation::kMxfp4 && spec.transposed && !there && spec.shape[1] % kGroup == 0) {
+    const std::int64_t groups = spec.shape[1] / kGroup;
+    return {{spec.name + "_blocks", {spec.shape[0], spec.shape[2], groups, kGroup / 2}},
+            {spec.name + "_scales", {spec.shape[0], spec.shape[2], groups}}};
+  }
+  if (architecture.quantisation == Quantisation::kFp8Blocks && there && spec.shape.size() == 2 &&
+      checkpoint.tensor(spec.name).dtype == DType::kF8E4M3) {
+    const auto blocks = [](std::int64_t size, std::int64_t block) { return (size + block - 1) / block; };
+    return {{spec.name, spec.shape},
+            {spec.name + "_scale_inv",
+             {blocks(spec.shape[0], architecture.scale_block_rows),
+              blocks(spec.shape[1], architecture.scale_block_columns)}}};
+  }
+  return {{spec.name, spec.shape}};
 }
 
 std::string router_name(const Architecture& architecture, std::int64_t layer) {

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <variant>
 #include <vector>
 
@@ -32,6 +33,8 @@ enum class Extent {
   kHeadDim,
   kExperts,
   kExpertHidden,
+  kExpertGateUp,
+  kHeads,
   kSharedHidden,
   kDenseHidden,
   kQueryRank,
@@ -50,6 +53,11 @@ struct TensorPattern {
   TensorPart part;
   bool Architecture::*only_if = nullptr;    ///< Present only when this switch is on.
   bool Architecture::*unless_on = nullptr;  ///< Absent when this switch is on.
+
+  /// Whether there is one such tensor for every expert.
+  [[nodiscard]] bool each_expert() const {
+    return std::string_view(pattern).find("{expert}") != std::string_view::npos;
+  }
 };
 
 /// A family of checkpoints as data. Tables are in checkpoint order: before the layers, per layer (an `{expert}` run is
@@ -119,6 +127,8 @@ void append(std::vector<Row>& rows, const std::vector<Row>& more) {
 
 /// DeepSeek-V2 and V2-Lite (arXiv 2405.04434).
 [[nodiscard]] Family deepseek_v2_family();
+/// OpenAI's gpt-oss (arXiv 2508.10925).
+[[nodiscard]] Family gpt_oss_family();
 /// Mistral AI's Mixtral (arXiv 2401.04088).
 [[nodiscard]] Family mixtral_family();
 /// Allenai's OLMoE (arXiv 2409.02060).

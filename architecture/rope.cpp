@@ -44,7 +44,12 @@ void read_yarn(ConfigReader& reader, const Json& settings, const char* section, 
       reader.read(key, *value, out);
     }
   };
-  rope.original_positions = architecture.max_position_embeddings;
+  RopeSettings defaults;  // not what the family has without any settings
+  defaults.theta = rope.theta;
+  defaults.type = rope.type;
+  defaults.factor = rope.factor;
+  defaults.original_positions = architecture.max_position_embeddings;
+  rope = defaults;
   read(kOriginal, rope.original_positions);
   read("beta_fast", rope.beta_fast);
   read("beta_slow", rope.beta_slow);

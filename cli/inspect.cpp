@@ -96,15 +96,17 @@ void inspect_model(const std::filesystem::path& directory, const std::string& me
   std::int64_t other_stored = 0;
   Problems problems;
   for (const TensorSpec& spec : tensor_specs(architecture)) {
-    if (!checkpoint.contains(spec.name)) {
-      problems.add(fmt::format("{}: tensor \"{}\" is missing", directory.string(), spec.name));
-      continue;
+    for (const StoredTensor& part : stored_tensors(architecture, spec, checkpoint)) {
+      if (!checkpoint.contains(part.name)) {
+        problems.add(fmt::format("{}: tensor \"{}\" is missing", directory.string(), part.name));
+        continue;
+      }
+      const TensorView& view = checkpoint.tensor(part.name);
+      const auto bytes = static_cast<std::int64_t>(view.bytes.size());
+      stored += bytes;
+      dtypes[std::string(dtype_name(view.dtype))] += bytes;
+      (spec.role == TensorRole::kExpert ? expert_stored : other_stored) += bytes;
     }
-    const TensorView& view = checkpoint.tensor(spec.name);
-    const auto bytes = static_cast<std::int64_t>(view.bytes.size());
-    stored += bytes;
-    dtypes[std::string(dtype_name(view.dtype))] += bytes;
-    (spec.role == TensorRole::kExpert ? expert_stored : other_stored) += bytes;
   }
   problems.throw_input_if_any();
   const auto layers = static_cast<std::int64_t>(architecture.moe_layers().size());

@@ -36,7 +36,7 @@ void take_number(const SafetensorsFile& file, const char* key, Number& value, Pr
 }  // namespace
 
 bool takes_adapters(const TensorSpec& spec) {
-  return spec.part == TensorPart::kExpertUp || spec.part == TensorPart::kExpertDown;
+  return spec.expert >= 0 && (spec.part == TensorPart::kExpertUp || spec.part == TensorPart::kExpertDown);
 }
 
 std::string adapter_name(const std::string& weight_name, char matrix) {

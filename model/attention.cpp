@@ -97,6 +97,23 @@ Tensor scored_and_mixed(const Tensor& query, const Tensor& key, const Tensor& va
              : at::scaled_dot_product_attention(query, key, value, std::nullopt, /*dropout_p=*/0.0, causal, scale);
 }
 
+// Every softmax has one score more, of a key without a value.
+Tensor mixed_with_sinks(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& mask, bool causal,
+                        const Tensor& sinks_H) {
+  const std::int64_t length = query.size(2);
+  Tensor scores = at::matmul(query, key.transpose(2, 3)).div(std::sqrt(static_cast<double>(query.size(3))));
+  if (mask.defined()) {
+    scores = scores + mask;
+  } else if (causal) {
+    const Tensor later = torch::ones({length, length}, query.options().dtype(torch::kBool)).triu_(1);
+    scores = scores.masked_fill(later, -std::numeric_limits<double>::infinity());
+  }
+  const Tensor sinks = sinks_H.view({1, -1, 1, 1}).expand({query.size(0), -1, length, 1});
+  const auto wide = query.scalar_type() == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;
+  const Tensor shares = torch::cat({scores, sinks}, 3).softmax(3, wide).narrow(3, 0, key.size(2));
+  return at::matmul(shares.to(value.scalar_type()), value);
+}
+
 // Pairs of neighbours to halves, the layout of `rotary`. Query and key are permuted alike: their products stay.
 Tensor halves_of_pairs(const Tensor& x_BHSd) {
   return x_BHSd.unflatten(3, {-1, 2}).transpose(3, 4).flatten(3);
@@ -216,7 +233,9 @@ Tensor attend(const Architecture& a, const LayerWeights& weights, std::int64_t l
     key = key.repeat_interleave(group, 1);
     value = value.repeat_interleave(group, 1);
   }
-  const Tensor mixed = scored_and_mixed(query, key, value, mask, !inputs.all_visible);
+  const Tensor& sinks = weights[P::kSinks];
+  const Tensor mixed = sinks.defined() ? mixed_with_sinks(query, key, value, mask, !inputs.all_visible, sinks)
+                                       : scored_and_mixed(query, key, value, mask, !inputs.all_visible);
   return at::linear(mixed.transpose(1, 2).reshape({rows, length, a.num_attention_heads * a.head_dim}),
                     weights[P::kAttentionOutput], weights[P::kAttentionOutputBias]);
 }

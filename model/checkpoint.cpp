@@ -2,6 +2,7 @@
 #include <filesystem>
 #include <map>
 #include <set>
+#include <span>
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -12,6 +13,7 @@
 #include "hestia/core/error.hpp"
 #include "hestia/core/files.hpp"
 #include "hestia/core/progress.hpp"
+#include "hestia/core/quantised.hpp"
 #include "hestia/core/random.hpp"
 #include "hestia/core/safetensors.hpp"
 #include "hestia/model/moe_model.hpp"
@@ -50,6 +52,70 @@ bool is_redundant(const Architecture& architecture, const SafetensorsCheckpoint&
   const TensorView& copy = checkpoint.tensor(name);
   const TensorView& original = checkpoint.tensor(embedding);
   return copy.dtype == original.dtype && std::ranges::equal(copy.bytes, original.bytes);
+}
+
+// What the values of a quantised tensor, or its scales, may be stored as.
+std::vector<DType> quantised_dtypes(const Architecture& architecture, bool values) {
+  if (architecture.quantisation == Quantisation::kMxfp4) {
+    return {DType::kU8};
+  }
+  return values ? std::vector<DType>{DType::kF8E4M3} : std::vector<DType>{DType::kF32, DType::kBF16};
+}
+
+void check_quantised(const std::string& subject, const TensorView& view, const std::vector<std::int64_t>& shape,
+                     const std::vector<DType>& dtypes, Problems& problems) {
+  if (view.shape != shape) {
+    problems.add(
+        fmt::format("{}: tensor \"{}\" must have shape [{}], got [{}]; config and weights do not belong together",
+                    subject, view.name, fmt::join(shape, ", "), fmt::join(view.shape, ", ")));
+  } else if (std::find(dtypes.begin(), dtypes.end(), view.dtype) == dtypes.end()) {
+    problems.add(fmt::format("{}: tensor \"{}\" must be {}, got {}; config and weights do not belong together", subject,
+                             view.name, std::string(dtype_name(dtypes.front())), std::string(dtype_name(view.dtype))));
+  }
+}
+
+std::span<const std::uint8_t> octets(const TensorView& view) {
+  return {reinterpret_cast<const std::uint8_t*>(view.bytes.data()), view.bytes.size()};
+}
+
+std::span<float> values_of(torch::Tensor& tensor) {
+  return {tensor.mutable_data_ptr<float>(), static_cast<std::size_t>(tensor.numel())};
+}
+
+// Through one float32 copy of one expert, [out, in]; `destination` [E, in, out].
+void copy_mxfp4(const TensorView& blocks, const TensorView& scales, const torch::Tensor& destination) {
+  const torch::NoGradGuard no_grad;
+  torch::Tensor wide = torch::empty({destination.size(2), destination.size(1)}, torch::kFloat32);
+  const std::size_t bytes = blocks.bytes.size() / static_cast<std::size_t>(destination.size(0));
+  const std::size_t groups = scales.bytes.size() / static_cast<std::size_t>(destination.size(0));
+  for (std::int64_t e = 0; e < destination.size(0); ++e) {
+    const auto expert = static_cast<std::size_t>(e);
+    dequantise_mxfp4(octets(blocks).subspan(expert * bytes, bytes), octets(scales).subspan(expert * groups, groups),
+                     values_of(wide));
+    destination.select(0, e).copy_(wide.t());
+  }
+}
+
+// Through a float32 copy of some rows of blocks.
+void copy_fp8(const Architecture& architecture, const TensorView& bits, const TensorView& scales,
+              const torch::Tensor& destination) {
+  const torch::NoGradGuard no_grad;
+  constexpr std::int64_t kValues = std::int64_t{1} << 22;
+  const std::int64_t rows = destination.size(0);
+  const std::int64_t columns = destination.size(1);
+  const std::int64_t block = architecture.scale_block_rows;
+  const std::int64_t step = std::max<std::int64_t>(1, kValues / columns / block) * block;
+  const torch::Tensor wide_scales = to_torch(scales).to(torch::kFloat32).contiguous();
+  for (std::int64_t begin = 0; begin < rows; begin += step) {
+    const std::int64_t end = std::min(rows, begin + step);
+    torch::Tensor wide = torch::empty({end - begin, columns}, torch::kFloat32);
+    const torch::Tensor some = wide_scales.slice(0, begin / block, (end + block - 1) / block);
+    dequantise_e4m3(octets(bits).subspan(static_cast<std::size_t>(begin * columns),
+                                         static_cast<std::size_t>((end - begin) * columns)),
+                    {some.const_data_ptr<float>(), static_cast<std::size_t>(some.numel())}, columns, block,
+                    architecture.scale_block_columns, values_of(wide));
+    destination.narrow(0, begin, end - begin).copy_(wide);
+  }
 }
 
 std::vector<std::pair<std::string, torch::Tensor>> named_routers(MoeModel& model) {
@@ -115,12 +181,18 @@ MoeModel load_model(const std::filesystem::path& directory, torch::Dtype dtype, 
   Problems problems;
   std::set<std::string, std::less<>> wanted;
   for (const TensorSpec& spec : specs) {
-    wanted.insert(spec.name);
-    if (checkpoint.contains(spec.name)) {
-      check_tensor(subject, checkpoint.tensor(spec.name), spec.shape, problems);
-    } else {
-      problems.add(fmt::format("{}: tensor \"{}\" [{}] is missing; config.json says that the model has it", subject,
-                               spec.name, fmt::join(spec.shape, ", ")));
+    const std::vector<StoredTensor> stored = stored_tensors(architecture, spec, checkpoint);
+    for (const StoredTensor& part : stored) {
+      wanted.insert(part.name);
+      if (!checkpoint.contains(part.name)) {
+        problems.add(fmt::format("{}: tensor \"{}\" [{}] is missing; config.json says that the model has it", subject,
+                                 part.name, fmt::join(part.shape, ", ")));
+      } else if (stored.size() == 1) {
+        check_tensor(subject, checkpoint.tensor(part.name), part.shape, problems);
+      } else {
+        check_quantised(subject, checkpoint.tensor(part.name), part.shape,
+                        quantised_dtypes(architecture, part.name == stored.front().name), problems);
+      }
     }
   }
   for (const std::string& name : checkpoint.names()) {
@@ -133,17 +205,38 @@ MoeModel load_model(const std::filesystem::path& directory, torch::Dtype dtype, 
   }
   problems.throw_input_if_any();
   MoeModel model(architecture, dtype, device);
+  const auto tensors = model->named_tensors();
   std::vector<Placement> placements;
+  std::vector<std::size_t> others;  // quantised, or stored transposed
   std::int64_t bytes = 0;
-  for (const auto& [name, tensor] : model->named_tensors()) {
-    placements.push_back({checkpoint.tensor(name), tensor});
-    bytes += static_cast<std::int64_t>(placements.back().source.bytes.size());
+  for (std::size_t i = 0; i < specs.size(); ++i) {
+    const std::vector<StoredTensor> stored = stored_tensors(architecture, specs[i], checkpoint);
+    const TensorView& values = checkpoint.tensor(stored[0].name);
+    bytes += static_cast<std::int64_t>(values.bytes.size());
+    if (stored.size() == 1 && tensors[i].second.is_contiguous()) {
+      placements.push_back({values, tensors[i].second});
+    } else {
+      others.push_back(i);
+    }
   }
   // In the order of the files: a disk reads on faster than it jumps.
   std::ranges::stable_sort(placements, {}, [](const Placement& placement) { return placement.source.bytes.data(); });
   constexpr std::int64_t kWorthShowing = std::int64_t{1} << 28;
   Progress progress("load", bytes, "B", quiet || bytes < kWorthShowing);
   place_tensors(placements, {.advance = [&](std::int64_t done) { progress.advance(done); }});
+  for (const std::size_t i : others) {
+    const std::vector<StoredTensor> stored = stored_tensors(architecture, specs[i], checkpoint);
+    const TensorView& values = checkpoint.tensor(stored[0].name);
+    const torch::Tensor& destination = tensors[i].second;
+    if (stored.size() == 1) {
+      copy_into(values, destination);
+    } else if (architecture.quantisation == Quantisation::kMxfp4) {
+      copy_mxfp4(values, checkpoint.tensor(stored[1].name), destination);
+    } else {
+      copy_fp8(architecture, values, checkpoint.tensor(stored[1].name), destination);
+    }
+    progress.advance(static_cast<std::int64_t>(values.bytes.size()));
+  }
   progress.finish();
   return model;
 }
@@ -155,7 +248,7 @@ MoeModel create_model(const Architecture& architecture, torch::Dtype dtype, torc
   auto tensors = model->named_tensors();
   for (std::size_t i = 0; i < specs.size(); ++i) {
     torch::Tensor& tensor = tensors[i].second;
-    if (specs[i].name.ends_with(".bias")) {
+    if (specs[i].name.ends_with("bias")) {
       tensor.zero_();
     } else if (specs[i].role == TensorRole::kNorm) {
       tensor.fill_(1.0);

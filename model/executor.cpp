@@ -303,6 +303,12 @@ void check_shapes(const ExpertWeights& experts, const Tensor& x_TD, const Tensor
   if (!ok) {
     throw std::invalid_argument("executor: shapes of experts, inputs, selection and weights do not fit together");
   }
+  const bool biased = experts.gate_bias_EF.defined();
+  if (biased != experts.up_bias_EF.defined() || biased != experts.down_bias_ED.defined() ||
+      (biased && experts.adapters.defined()) || (experts.swiglu_limit && !biased)) {
+    throw std::invalid_argument(
+        "executor: experts have all biases or none; those with biases take no adapters, those without no clamp");
+  }
   if (!experts.adapters.defined()) {
     return;
   }
@@ -318,6 +324,50 @@ void check_shapes(const ExpertWeights& experts, const Tensor& x_TD, const Tensor
       !is(adapters.down_a_ERF, rank, hidden) || !is(adapters.down_b_EDR, model_dim, rank)) {
     throw std::invalid_argument("executor: shapes of experts and adapters do not fit together");
   }
+}
+
+// silu(gate) * up, or the clamped form.
+Tensor gated(const ExpertWeights& experts, const Tensor& gate, const Tensor& up) {
+  if (!experts.swiglu_limit) {
+    return at::silu(gate) * up;
+  }
+  const double limit = *experts.swiglu_limit;
+  // In float32: bf16 would round five times.
+  const auto wide = gate.scalar_type() == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;
+  const Tensor low = gate.to(wide).clamp_max(limit);
+  const Tensor product = (up.to(wide).clamp(-limit, limit) + 1) * low * at::sigmoid(low * experts.swiglu_alpha);
+  return product.to(gate.scalar_type());
+}
+
+// The executor of experts with biases: the same products as nodes of their own.
+Tensor run_biased(const ExpertWeights& experts, const Tensor& x_TD, const Tensor& selected_TK,
+                  const Tensor& weights_TK) {
+  const std::int64_t num_experts = experts.gate_EFD.size(0);
+  const bool grouped = can_group(experts.gate_EFD);
+  const Dispatch dispatch =
+      grouped ? dispatch_on_device(selected_TK, num_experts) : dispatch_on_host(selected_TK, num_experts);
+  const Tensor expert_N = selected_TK.reshape({-1}).index_select(0, dispatch.order_N);
+  // x W_e^T + b_e of every row's expert e
+  const auto product = [&](const Tensor& x, const Tensor& w, const Tensor& bias) {
+    if (grouped) {
+      return at::_grouped_mm(x, w.transpose(1, 2), dispatch.offsets_E) + bias.index_select(0, expert_N);
+    }
+    std::vector<Tensor> pieces;
+    for (std::int64_t e = 0; e < num_experts; ++e) {
+      const std::int64_t begin = dispatch.begin[e];
+      const std::int64_t rows = dispatch.begin[e + 1] - begin;
+      if (rows > 0) {
+        pieces.push_back(at::linear(x.narrow(0, begin, rows), w.select(0, e), bias.select(0, e)));
+      }
+    }
+    return torch::cat(pieces);
+  };
+  const Tensor x_ND = x_TD.index_select(0, dispatch.token_N);
+  const Tensor hidden_NF = gated(experts, product(x_ND, experts.gate_EFD, experts.gate_bias_EF),
+                                 product(x_ND, experts.up_EFD, experts.up_bias_EF));
+  const Tensor weight_N1 = weights_TK.reshape({-1}).index_select(0, dispatch.order_N).unsqueeze(1);
+  const Tensor y_ND = (product(hidden_NF, experts.down_EDF, experts.down_bias_ED) * weight_N1).to(x_TD.scalar_type());
+  return y_ND.index_select(0, dispatch.inverse_N).view({x_TD.size(0), -1, x_TD.size(1)}).sum(1);
 }
 
 /// The four adapters of a layer, in the order of AdapterPlace; none when there are none. For grouped products a rank in
@@ -350,6 +400,9 @@ torch::Tensor GroupedExecutor::run(const ExpertWeights& experts, const torch::Te
   if (x_TD.size(0) == 0) {
     return x_TD * 1;  // nothing routed; still a node of the graph
   }
+  if (experts.gate_bias_EF.defined()) {
+    return run_biased(experts, x_TD, selected_TK, weights_TK);
+  }
   const std::vector<Tensor> adapters = adapter_arguments(experts);
   return GroupedProduct::apply(experts.gate_EFD, experts.up_EFD, experts.down_EDF, x_TD, selected_TK, weights_TK,
                                at::TensorList(adapters), experts.adapters.scale);
@@ -369,8 +422,11 @@ torch::Tensor DenseExecutor::run(const ExpertWeights& experts, const torch::Tens
   Tensor out_TD = torch::zeros_like(x_TD);
   for (std::int64_t e = 0; e < experts.gate_EFD.size(0); ++e) {
     const Tensor weight_T1 = (weights_TK * selected_TK.eq(e)).sum(1, /*keepdim=*/true);
-    const Tensor hidden_TF = at::silu(x_TD.matmul(experts.gate_EFD[e].t())) * x_TD.matmul(up_EFD[e].t());
-    out_TD = out_TD + (weight_T1 * hidden_TF.matmul(down_EDF[e].t())).to(x_TD.scalar_type());
+    const auto bias = [&](const Tensor& all) { return all.defined() ? all[e] : Tensor(); };
+    const Tensor hidden_TF = gated(experts, at::linear(x_TD, experts.gate_EFD[e], bias(experts.gate_bias_EF)),
+                                   at::linear(x_TD, up_EFD[e], bias(experts.up_bias_EF)));
+    out_TD =
+        out_TD + (weight_T1 * at::linear(hidden_TF, down_EDF[e], bias(experts.down_bias_ED))).to(x_TD.scalar_type());
   }
   return out_TD;
 }

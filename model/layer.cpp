@@ -34,7 +34,7 @@ Tensor moe_block(const LayerRun& run, const Tensor& x_TD, const std::optional<Te
   const Architecture& a = run.architecture;
   const LayerWeights& weights = *run.weights;
   const Tensor router_input = x_TD.to(run.router_ED.scalar_type());
-  record.logits_TE = at::linear(router_input, run.router_ED);
+  record.logits_TE = at::linear(router_input, run.router_ED, weights[P::kRouterBias]);
   record.probabilities_TE = record.logits_TE.softmax(1);
   if (selected_TK) {
     record.selected_TK = *selected_TK;
@@ -43,7 +43,8 @@ Tensor moe_block(const LayerRun& run, const Tensor& x_TD, const std::optional<Te
     record.selected_TK =
         run.selector->select(selection_scores(a, record.logits_TE), a.top_k, run.moe_layer, run.shared->batch);
     if (weights.reference_router_ED.defined()) {
-      record.reference_logits_TE = at::linear(router_input.detach(), weights.reference_router_ED);
+      record.reference_logits_TE =
+          at::linear(router_input.detach(), weights.reference_router_ED, weights[P::kRouterBias]);
     }
   }
   record.weights_TK = mixing_weights(a, record.logits_TE, record.probabilities_TE, record.selected_TK);

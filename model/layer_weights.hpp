@@ -27,8 +27,22 @@ class LayerWeights {
   torch::Tensor reference_router_ED;  ///< Frozen copy, undefined until asked for.
 
   [[nodiscard]] ExpertWeights experts(bool with_adapters) const {
-    return {(*this)[TensorPart::kExpertGate], (*this)[TensorPart::kExpertUp], (*this)[TensorPart::kExpertDown],
-            with_adapters ? adapters : ExpertAdapters{}};
+    using P = TensorPart;
+    ExpertWeights experts{(*this)[P::kExpertGate], (*this)[P::kExpertUp], (*this)[P::kExpertDown],
+                          with_adapters ? adapters : ExpertAdapters{}};
+    const torch::Tensor& both = (*this)[P::kExpertGateUp];
+    if (both.defined()) {
+      const auto every_second = [](const torch::Tensor& rows, std::int64_t first) {
+        return rows.slice(1, first, std::nullopt, 2);
+      };
+      const torch::Tensor& bias = (*this)[P::kExpertGateUpBias];
+      experts.gate_EFD = every_second(both, 0);
+      experts.up_EFD = every_second(both, 1);
+      experts.gate_bias_EF = every_second(bias, 0);
+      experts.up_bias_EF = every_second(bias, 1);
+      experts.down_bias_ED = (*this)[P::kExpertDownBias];
+    }
+    return experts;
   }
 
   /// Everything that may train.

@@ -7,6 +7,7 @@
 
 #include <fmt/format.h>
 
+#include "hestia/core/error.hpp"
 #include "hestia/model/adapters.hpp"
 #include "layer.hpp"
 #include "norm.hpp"
@@ -73,6 +74,8 @@ struct MoeModelImpl::Impl {
       run.moe_layer = static_cast<std::int64_t>(output.routing.size());
       run.router_ED = reference ? run.weights->reference_router_ED : (*run.weights)[P::kRouter];
       run.experts = run.weights->experts(adapters_enabled && !reference);
+      run.experts.swiglu_limit = architecture.swiglu_limit;
+      run.experts.swiglu_alpha = architecture.swiglu_alpha;
       LayerResult result =
           checkpointing && at::GradMode::is_enabled() ? run_layer_checkpointed(run, hidden) : run_layer(run, hidden);
       hidden = result.hidden_BSD;
@@ -109,6 +112,9 @@ MoeModelImpl::MoeModelImpl(Architecture architecture, torch::Dtype dtype, torch:
     if (spec.expert == 0) {
       shape.insert(shape.begin(), impl_->architecture.num_experts);
       name.replace(name.find("experts.0."), 10, "experts.");
+    }
+    if (spec.transposed) {
+      std::swap(shape[1], shape[2]);
     }
     // LibTorch reserves the dot for submodules.
     for (char& letter : name) {
@@ -194,6 +200,11 @@ void MoeModelImpl::add_adapters(const AdapterSettings& settings) {
                     settings.rank, settings.alpha));
   }
   const Architecture& a = impl_->architecture;
+  if (a.expert_bias) {
+    throw UsageError(fmt::format(
+        "adapters: experts of {} models are stored as one tensor with biases and take none; train routers only",
+        a.family));
+  }
   const auto zeros = [&](std::int64_t rows, std::int64_t columns) {
     return torch::zeros({a.num_experts, rows, columns},
                         torch::TensorOptions().dtype(impl_->dtype).device(impl_->device));
@@ -280,7 +291,8 @@ std::vector<std::pair<std::string, torch::Tensor>> MoeModelImpl::named_tensors()
   std::vector<std::pair<std::string, Tensor>> result;
   for (const TensorSpec& spec : tensor_specs(impl_->architecture)) {
     const Tensor& parameter = impl_->slot(spec);
-    result.emplace_back(spec.name, spec.expert < 0 ? parameter : parameter.select(0, spec.expert));
+    const Tensor whole = spec.transposed ? parameter.transpose(1, 2) : parameter;
+    result.emplace_back(spec.name, spec.expert < 0 ? whole : whole.select(0, spec.expert));
   }
   return result;
 }

@@ -18,11 +18,12 @@ torch::Dtype statistics_dtype(const Tensor& x) {
 /// One node, and only x and one scalar per row are kept for backward.
 class RmsNorm : public Function<RmsNorm> {
  public:
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, double eps) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, double eps, bool wide_scale) {
     const Tensor wide = x.to(statistics_dtype(x));
     const Tensor inverse = (wide * wide).mean(-1, /*keepdim=*/true).add_(eps).rsqrt_();
     ctx->save_for_backward({x, weight, inverse});
-    return (wide * inverse).to(x.scalar_type()).mul_(weight);
+    const Tensor normal = wide * inverse;
+    return wide_scale ? (normal * weight).to(x.scalar_type()) : normal.to(x.scalar_type()).mul_(weight);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
@@ -31,7 +32,7 @@ class RmsNorm : public Function<RmsNorm> {
     const Tensor& inverse = saved[2];
     const Tensor& dy = gradients[0];
     const Tensor normal = x.to(statistics_dtype(x)) * inverse;
-    variable_list result(3);
+    variable_list result(4);
     if (ctx->needs_input_grad(1)) {
       result[1] = (dy * normal).reshape({-1, x.size(-1)}).sum(0).to(saved[1].scalar_type());
     }
@@ -47,13 +48,15 @@ class RmsNorm : public Function<RmsNorm> {
 }  // namespace
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
-  return RmsNorm::apply(x, weight, eps);
+  return RmsNorm::apply(x, weight, eps, /*wide_scale=*/false);
 }
 
 Tensor normalise(const Architecture& architecture, const Tensor& x, const Tensor& weight, const Tensor& bias) {
   switch (architecture.norm) {
     case NormKind::kRms:
       return rms_norm(x, weight, architecture.norm_eps);
+    case NormKind::kRmsWide:
+      return RmsNorm::apply(x, weight, architecture.norm_eps, /*wide_scale=*/true);
     case NormKind::kLayer:
       return at::layer_norm(x, {x.size(-1)}, weight, bias, architecture.norm_eps);
   }

@@ -153,9 +153,14 @@ void write_tuned_checkpoint(const fs::path& base, const TunedParts& parts, const
   }
   const auto changes = changes_of(architecture, routers, adapters ? &*adapters : nullptr);
   for (const TensorSpec& spec : tensor_specs(architecture)) {
-    if (!checkpoint.contains(spec.name)) {
-      problems.add(fmt::format("{}: tensor \"{}\" is missing; fetch the checkpoint again", base.string(), spec.name));
-    } else if (changes.contains(spec.name)) {
+    bool complete = true;
+    for (const StoredTensor& part : stored_tensors(architecture, spec, checkpoint)) {
+      if (!checkpoint.contains(part.name)) {
+        problems.add(fmt::format("{}: tensor \"{}\" is missing; fetch the checkpoint again", base.string(), part.name));
+        complete = false;
+      }
+    }
+    if (complete && changes.contains(spec.name)) {
       check_tensor(base.string(), checkpoint.tensor(spec.name), spec.shape, problems);
     }
   }

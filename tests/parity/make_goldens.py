@@ -16,6 +16,7 @@ missing clip or a swapped projection moves the logits far beyond the tolerance.
 import argparse
 import json
 import pathlib
+import tempfile
 
 import torch
 import transformers
@@ -85,6 +86,7 @@ FAMILIES = {
     "DeepseekV2": dict(SMALL, num_key_value_heads=4, n_routed_experts=6, moe_intermediate_size=8, intermediate_size=20,
                        n_shared_experts=2, first_k_dense_replace=0, kv_lora_rank=10, q_lora_rank=None,
                        qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=5),
+    "GptOss": dict(SMALL, num_local_experts=6, intermediate_size=8, head_dim=6, sliding_window=4),
     "Mixtral": dict(SMALL, num_local_experts=6, intermediate_size=8),
     "Olmoe": OLMOE,
     "Phimoe": dict(SMALL, num_local_experts=6, intermediate_size=8),
@@ -246,6 +248,37 @@ CASES = {
         "transformers5",
         13,
     ),
+    # Windowed by the default pattern; values reach the clamp.
+    "gpt_oss_plain": (
+        "GptOss",
+        dict(num_hidden_layers=3, swiglu_limit=0.6),
+        dict(rope_type="yarn", rope_theta=150000.0, factor=8.0, beta_fast=4.0, beta_slow=1.0, truncate=False,
+             original_max_position_embeddings=32),
+        "hub",
+        15,
+    ),
+    "gpt_oss_mxfp4": (
+        "GptOss",
+        dict(hidden_size=64, intermediate_size=32, num_hidden_layers=1, num_local_experts=4, swiglu_limit=2.5),
+        dict(rope_type="default", rope_theta=10000.0),
+        "transformers5",
+        13,
+    ),
+    "qwen3_fp8": (
+        "Qwen3Moe",
+        dict(head_dim=10, norm_topk_prob=True),
+        dict(rope_theta=1e6, rope_type="default"),
+        "hub",
+        15,
+    ),
+    "gpt_oss_unbiased": (
+        "GptOss",
+        dict(attention_bias=False, tie_word_embeddings=True, num_experts_per_tok=3, num_key_value_heads=1, head_dim=8,
+             num_local_experts=5, swiglu_alpha=1.1, layer_types=["full_attention", "sliding_attention"]),
+        dict(rope_type="default", rope_theta=10000.0),
+        "transformers5",
+        17,
+    ),
 }
 
 
@@ -274,6 +307,45 @@ def rewrite_config(path, family, rope, spelling):
         config["rope_scaling"] = scaling if rope["rope_type"] != "default" else None
     else:
         config["rope_parameters"] = rope
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def quantise_mxfp4(tensors, generator):
+    """Replaces the experts by random MXFP4 blocks and scales."""
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, width, rows = tensors.pop(name).shape
+        tensors[name + "_blocks"] = torch.randint(0, 256, (experts, rows, width // 32, 16), generator=generator,
+                                                  dtype=torch.uint8)
+        tensors[name + "_scales"] = torch.randint(122, 126, (experts, rows, width // 32), generator=generator,
+                                                  dtype=torch.uint8)
+    return {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router",
+                                                                "model.embed_tokens", "lm_head"]}
+
+
+def quantise_fp8(tensors, generator):
+    """Stores every projection as E4M3 with a scale for each block, the last blocks partly filled."""
+    rows, columns = 9, 16
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        weight = tensors[name]
+        scale = torch.rand((-(-weight.shape[0] // rows), -(-weight.shape[1] // columns)), generator=generator)
+        scale = 0.001 + 0.004 * scale
+        spread = scale.repeat_interleave(rows, 0)[:weight.shape[0]].repeat_interleave(columns, 1)[:, :weight.shape[1]]
+        tensors[name] = (weight / spread).clamp(-448, 448).to(torch.float8_e4m3fn)
+        tensors[name + "_scale_inv"] = scale
+    return {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [rows, columns],
+            "modules_to_not_convert": ["lm_head"]}
+
+
+QUANTISED = {"gpt_oss_mxfp4": quantise_mxfp4, "qwen3_fp8": quantise_fp8}
+
+
+def quantise(directory, function, generator):
+    tensors = load_file(directory / "model.safetensors")
+    settings = function(tensors, generator)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] = settings
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -313,6 +385,8 @@ def write_case(directory, name, family, settings, rope, spelling, num_tokens, ge
     model.save_pretrained(directory)
     (directory / "generation_config.json").unlink(missing_ok=True)
     rewrite_config(directory / "config.json", family, rope, spelling)
+    if name in QUANTISED:
+        quantise(directory, QUANTISED[name], generator)
     tokens = torch.randint(0, config.vocab_size, (num_tokens,), generator=generator)
     # Through the directory, so that the config as written is what the golden belongs to.
     logits, router_logits, weights, selected = run(load(directory), tokens)
@@ -334,9 +408,29 @@ def write_case(directory, name, family, settings, rope, spelling, num_tokens, ge
     print(f"{name}: max |logit| {logits.abs().max():.3f}, smallest router gap {gap:.2e}")
 
 
+def widen_fp8(directory, folder, block):
+    """The checkpoint with its values times their scales in float32: transformers' own way there wants accelerate."""
+    tensors = load_file(directory / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_scale_inv")]:
+        scale = tensors.pop(name)
+        weight = tensors[name.removesuffix("_scale_inv")].float()
+        spread = scale.repeat_interleave(block[0], 0)[:weight.shape[0]].repeat_interleave(block[1], 1)
+        tensors[name.removesuffix("_scale_inv")] = weight * spread[:, :weight.shape[1]]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def load(directory, dtype=torch.float32):
+    stored = json.loads((directory / "config.json").read_text()).get("quantization_config", {})
+    if stored.get("quant_method") == "fp8":
+        with tempfile.TemporaryDirectory() as folder:
+            widen_fp8(directory, pathlib.Path(folder), stored["weight_block_size"])
+            return load(pathlib.Path(folder), dtype)
+    widen = dict(quantization_config=transformers.Mxfp4Config(dequantize=True)) if stored else {}
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, attn_implementation="eager", experts_implementation="eager", dtype=dtype).eval()
+        directory, attn_implementation="eager", experts_implementation="eager", dtype=dtype, **widen).eval()
     if model.config.model_type == "phimoe" and model.config.rope_parameters["rope_type"] == "longrope":
         take_long_factors(model.model.rotary_emb)
     if model.config.model_type == "deepseek_v2" and model.config.norm_topk_prob:

@@ -25,6 +25,11 @@ inline Architecture tiny_architecture(const std::string& family = "olmoe") {
     architecture.rotary_head_dim = 4;
     architecture.value_head_dim = 8;
   }
+  if (family == "gpt_oss") {
+    architecture.swiglu_limit = 0.8;
+    architecture.sliding_window = 5;
+    architecture.windowed_layers = {true, false};
+  }
   architecture.vocab_size = 48;
   architecture.hidden_size = 32;
   architecture.expert_intermediate_size = 16;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "hestia/core/json_lines.hpp"
+#include "hestia/core/safetensors.hpp"
 
 namespace hestia {
 
@@ -40,8 +41,9 @@ struct RopeSettings {
 
 /// How hidden states are normalised.
 enum class NormKind {
-  kRms,   ///< w * x / sqrt(mean(x^2) + eps)
-  kLayer  ///< w * (x - mean(x)) / sqrt(var(x) + eps) + b
+  kRms,      ///< w * x / sqrt(mean(x^2) + eps), rounded to the model's dtype before w and after
+  kRmsWide,  ///< the same, rounded once, after w
+  kLayer     ///< w * (x - mean(x)) / sqrt(var(x) + eps) + b
 };
 
 /// How the weights of the chosen experts follow from the router's logits z (hestia/model/routing_rule.hpp).
@@ -51,10 +53,20 @@ enum class RoutingKind {
   kSparsemixer       ///< For each chosen one: softmax over those near the best that are not chosen before it.
 };
 
+/// How a checkpoint stores its matrices (`quantization_config`); loading widens them, saving writes floats.
+enum class Quantisation {
+  kNone,
+  kFp8Blocks,  ///< float8 E4M3 with a scale for each block, in `NAME_scale_inv`; any tensor may stay a float.
+  kMxfp4       ///< Experts as FP4 E2M1 with a scale for each 32 values, in `NAME_blocks` and `NAME_scales`.
+};
+
 /// A checkpoint, as plain data: everything `model/` needs to build the forward. The only place a family is described.
 struct Architecture {
   std::string family;      ///< Hestia's name, for example "olmoe".
   std::string model_type;  ///< `model_type` of config.json.
+  Quantisation quantisation = Quantisation::kNone;
+  std::int64_t scale_block_rows = 128;  ///< kFp8Blocks: size of a block.
+  std::int64_t scale_block_columns = 128;
   std::int64_t vocab_size = 0;
   std::int64_t hidden_size = 0;
   std::int64_t num_layers = 0;
@@ -80,6 +92,12 @@ struct Architecture {
   std::int64_t num_experts = 0;               ///< E, routed experts per MoE layer.
   std::int64_t top_k = 0;                     ///< K
   std::int64_t expert_intermediate_size = 0;  ///< F
+  bool router_bias = false;                   ///< Logits are router x + bias.
+  bool expert_bias = false;  ///< Every expert matrix has a bias; gate and up are stored as one, row by row in turn.
+  /// With a limit l: (clamp(up, -l, l) + 1) * g * sigmoid(swiglu_alpha * g), g = min(gate, l), instead of
+  /// silu(gate) * up.
+  std::optional<double> swiglu_limit;
+  double swiglu_alpha = 1.702;
   RoutingKind routing = RoutingKind::kSoftmax;
   bool normalise_top_k = false;  ///< Divide the chosen weights by their sum.
   std::int64_t fixed_top_k = 0;  ///< The only number of experts per token that the family's routing has; 0: any.
@@ -114,7 +132,9 @@ struct Architecture {
   /// Dimensions of a head that rope rotates.
   [[nodiscard]] std::int64_t rotary_dim() const { return key_value_rank > 0 ? rotary_head_dim : head_dim; }
   /// Parameters of one routed expert.
-  [[nodiscard]] std::int64_t expert_parameters() const { return 3 * hidden_size * expert_intermediate_size; }
+  [[nodiscard]] std::int64_t expert_parameters() const {
+    return 3 * hidden_size * expert_intermediate_size + (expert_bias ? 2 * expert_intermediate_size + hidden_size : 0);
+  }
   /// All parameters (tied embeddings once).
   [[nodiscard]] std::int64_t total_parameters() const;
 };
@@ -146,9 +166,14 @@ enum class TensorPart {
   kKeyValueUp,  ///< Head by head the plain part of the key and the value.
   kAttentionOutput,
   kAttentionOutputBias,
+  kSinks,  ///< [heads]: a score that takes part in every softmax of its head and brings no value.
   kPostAttentionNorm,
   kPostAttentionNormBias,
   kRouter,
+  kRouterBias,
+  kExpertGateUp,  ///< Gate and up of all experts, row by row in turn.
+  kExpertGateUpBias,
+  kExpertDownBias,
   kExpertGate,
   kExpertUp,
   kExpertDown,
@@ -172,7 +197,8 @@ struct TensorSpec {
   TensorRole role = TensorRole::kNorm;
   TensorPart part = TensorPart::kInputNorm;
   std::int64_t layer = -1;   ///< Model layer, -1 outside the layers.
-  std::int64_t expert = -1;  ///< Routed expert, -1 for everything else.
+  std::int64_t expert = -1;  ///< Routed expert, -1 for everything else and for tensors that hold all experts.
+  bool transposed = false;   ///< Stored as [E, in, out]; the parameter is [E, out, in].
 };
 
 /// Reads `config.json` text into an Architecture; `subject` names it in messages. Both spellings of rope settings are
@@ -187,6 +213,15 @@ struct TensorSpec {
 void set_config_top_k(Json& config, const Architecture& architecture, std::int64_t top_k);
 /// Every tensor a checkpoint must hold, with its Hugging Face name and shape.
 [[nodiscard]] std::vector<TensorSpec> tensor_specs(const Architecture& architecture);
+/// A tensor as a checkpoint stores it.
+struct StoredTensor {
+  std::string name;
+  std::vector<std::int64_t> shape;
+};
+/// The tensors of `checkpoint` that hold `spec`, whether they are there or not: one of its own name, or under
+/// quantisation the values and their scales, in this order.
+[[nodiscard]] std::vector<StoredTensor> stored_tensors(const Architecture& architecture, const TensorSpec& spec,
+                                                       const SafetensorsCheckpoint& checkpoint);
 /// Name of the router matrix [E, D] of a model layer: `model.layers.3.mlp.gate.weight`.
 [[nodiscard]] std::string router_name(const Architecture& architecture, std::int64_t layer);
 /// What a config.json of the family stands for as far as it says nothing: its defaults, sizes 0. Throws

@@ -92,6 +92,11 @@ struct ExpertWeights {
   torch::Tensor up_EFD;
   torch::Tensor down_EDF;
   ExpertAdapters adapters{};
+  torch::Tensor gate_bias_EF = {};  ///< The biases: all or none.
+  torch::Tensor up_bias_EF = {};
+  torch::Tensor down_bias_ED = {};
+  std::optional<double> swiglu_limit = std::nullopt;  ///< Architecture::swiglu_limit
+  double swiglu_alpha = 1.0;
 };
 
 /// Runs the selected experts and mixes their outputs. Replaceable: grouped products, or the slot cache of offloaded
@@ -100,7 +105,8 @@ class Executor {
  public:
   virtual ~Executor() = default;
   /// x_TD (model dtype), selected_TK int64, weights_TK float32 -> out_TD (model dtype):
-  /// out_t = sum_k w_tk * down_e(silu(gate_e x_t) * up_e x_t), with up' and down' where there are adapters.
+  /// out_t = sum_k w_tk * down_e(silu(gate_e x_t) * up_e x_t), with up' and down' where there are adapters; biases and
+  /// the clamped activation (Architecture::swiglu_limit) where the experts have them, which take no adapters.
   /// Differentiable in x and weights, and in the experts and adapters when they require it.
   [[nodiscard]] virtual torch::Tensor run(const ExpertWeights& experts, const torch::Tensor& x_TD,
                                           const torch::Tensor& selected_TK, const torch::Tensor& weights_TK,
@@ -167,7 +173,7 @@ class MoeModelImpl : public torch::nn::Module {
   void set_top_k(std::int64_t top_k);
   /// Gives every routed expert adapters of zeros, frozen, in place of any there are: the forward stays as it was. See
   /// `create_adapters` (adapters.hpp) for a start that trains. Throws std::invalid_argument for a rank below 1 or an
-  /// alpha that is not finite and positive.
+  /// alpha that is not finite and positive, UsageError for a family whose experts take none (gpt-oss).
   void add_adapters(const AdapterSettings& settings);
   /// Takes the adapters away; the experts were never changed.
   void remove_adapters();
@@ -201,9 +207,10 @@ class MoeModelImpl : public torch::nn::Module {
 };
 TORCH_MODULE(MoeModel);
 
-/// Loads a Hugging Face directory: config.json and safetensors (f32, bf16, f16), sharded or not, straight into
-/// parameters of `dtype` on `device` (see `place_tensors`). A large one shows its progress unless `quiet`. Throws
-/// InputError listing every missing, extra or misshapen tensor.
+/// Loads a Hugging Face directory: config.json and safetensors (f32, bf16, f16; FP8 with block scales and MXFP4,
+/// widened to float32 and rounded to `dtype` once), sharded or not, straight into parameters of `dtype` on `device` (see
+/// `place_tensors`). A large one shows its progress unless `quiet`. Throws InputError listing every missing, extra or
+/// misshapen tensor.
 [[nodiscard]] MoeModel load_model(const std::filesystem::path& directory, torch::Dtype dtype, torch::Device device,
                                   bool quiet = false);
 

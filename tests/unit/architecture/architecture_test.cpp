@@ -157,9 +157,8 @@ TEST_CASE("optional keys fall back like in transformers") {
 }
 
 TEST_CASE("what is wrong with a config is said, all of it") {
-  CHECK_THAT(
-      message_with("model_type", "mistral"),
-      Contains("model/config.json: model type is not supported, got \"mistral\"; known model types: deepseek_v2, "));
+  CHECK_THAT(message_with("model_type", "mistral"), Contains("model/config.json: model type is not supported, got "
+                                                             "\"mistral\"; known model types: deepseek_v2, gpt_oss, "));
   CHECK_THAT(message_with("model_type", nullptr), Contains("\"model_type\" is missing"));
   CHECK_THAT(message_with("hidden_act", "gelu"), Contains("got \"gelu\""));
   CHECK_THAT(message_with("num_experts_per_tok", 65), Contains("between 1 and num_experts (64), got 65"));
@@ -177,6 +176,9 @@ TEST_CASE("what is wrong with a config is said, all of it") {
   CHECK_THAT(message_with("num_hidden_layers", std::int64_t{1} << 50), Contains("between 1 and 4096"));
   CHECK_THAT(message_with("eos_token_id", "x"), Contains("eos_token_id"));
   CHECK_THAT(message_with("quantization_config", Json::object({{"bits", 4}})), Contains("quantised"));
+  CHECK_THAT(message_with("quantization_config", Json::object({{"quant_method", "fp8"}})), Contains("quantised"));
+  CHECK_THAT(message_with("quantization_config", Json::object({{"quant_method", "fp8"}, {"weight_block_size", {128}}})),
+             Contains("\"weight_block_size\" must be two positive numbers, got [128]"));
   CHECK_THAT(message_of(Json::array({1, 2})), Contains("must be a JSON object, got [1,2]"));
 
   Json config = hub_config();

@@ -188,6 +188,40 @@ TEST_CASE("DeepSeek-V2: the published sizes, layers with experts, groups and yar
   CHECK(architecture_config(parse_architecture(config, "c")) == architecture_config(a));
 }
 
+TEST_CASE("gpt-oss: the published sizes, windows, rope and storage") {
+  // gpt-oss-20b
+  Json config = Json::parse(R"({
+    "architectures": ["GptOssForCausalLM"], "attention_bias": true, "attention_dropout": 0.0, "eos_token_id": 200002,
+    "experts_per_token": 4, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2880, "initial_context_length": 4096,
+    "initializer_range": 0.02, "intermediate_size": 2880, "max_position_embeddings": 131072, "model_type": "gpt_oss",
+    "num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 8,
+    "num_local_experts": 32, "output_router_logits": false, "pad_token_id": 199999,
+    "quantization_config": {"modules_to_not_convert": ["model.embed_tokens"], "quant_method": "mxfp4"},
+    "rms_norm_eps": 1e-05, "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0,
+    "original_max_position_embeddings": 4096, "rope_type": "yarn", "truncate": false}, "rope_theta": 150000,
+    "router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit": 7.0, "tie_word_embeddings": false,
+    "use_cache": true, "vocab_size": 201088})");
+  const Architecture a = parse_architecture(config, "c");
+  CHECK(a.total_parameters() == 20'914'757'184);
+  CHECK(a.quantisation == Quantisation::kMxfp4);
+  CHECK(a.window_of(0) == 128);
+  CHECK(a.window_of(1) == 0);
+  CHECK_FALSE(a.rope.truncate);
+  CHECK(a.rope.rotation_scale() == Approx(1.0 + 0.1 * std::log(32.0)));
+  CHECK(a.swiglu_alpha == 1.702);
+  CHECK(router_name(a, 3) == "model.layers.3.mlp.router.weight");
+  CHECK(has(a, "model.layers.3.mlp.router.bias"));
+  CHECK(has(a, "model.layers.3.mlp.experts.gate_up_proj_bias"));
+  check_written(a);
+  CHECK_FALSE(architecture_config(a).contains("quantization_config"));
+  config["rope_scaling"].erase("truncate");
+  CHECK(parse_architecture(config, "c").rope.truncate);
+  config["rope_scaling"] = nullptr;
+  CHECK(parse_architecture(config, "c").rope.type == "yarn");
+  config["swiglu_limit"] = -1.0;
+  CHECK_THAT(message_of(config), Contains("\"swiglu_alpha\" and \"swiglu_limit\" must be positive"));
+}
+
 TEST_CASE("DeepSeek-V2: what is wrong with its settings is said") {
   Json config = deepseek_config();
   config.erase("q_lora_rank");

@@ -1,6 +1,7 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <map>
 
 #include <catch2/catch.hpp>
 
@@ -126,6 +127,94 @@ TEST_CASE("every misfit between config and weights is listed at once") {
   CHECK_THAT(message, Contains("\"model.layers.1.mlp.experts.9.up_proj.weight\" [8, 16] is not part of a olmoe model"));
   CHECK_THAT(message, Contains("\"model.norm.weight\" must be F32, BF16, F16 or F64, got I32"));
   CHECK_THAT(message, Contains(folder.path().string()));
+}
+
+TEST_CASE("quantised checkpoints: widened values, and every misfit listed") {
+  const TemporaryFolder folder("quantised");
+  const bool fp8 = GENERATE(true, false);
+  const Architecture a = fp8 ? deepseek_architecture() : gpt_oss_architecture();
+  MoeModel model = create_model(a, torch::kFloat32, torch::kCPU, 4);
+  save_model(model, folder.path(), torch::kFloat32, std::size_t{1} << 30);
+  Json config = read_json_file(folder.path() / "config.json");
+  config["quantization_config"] = fp8 ? Json{{"quant_method", "fp8"}, {"fmt", "e4m3"}, {"weight_block_size", {5, 3}}}
+                                      : Json{{"quant_method", "mxfp4"}};
+  write_text_atomically(folder.path() / "config.json", config.dump());
+  // What the loaded model must hold, by LibTorch's own conversions.
+  std::map<std::string, Tensor> expected;
+  const auto scaled = [](const Tensor& x, const Tensor& scale, std::int64_t rows, std::int64_t columns) {
+    return x *
+           scale.repeat_interleave(rows, 0).slice(0, 0, x.size(0)).repeat_interleave(columns, 1).slice(1, 0, x.size(1));
+  };
+  edit_weights(folder.path(), [&](auto& tensors) {
+    std::vector<std::pair<std::string, Tensor>> stored;
+    std::uint64_t seed = 50;
+    for (auto& [name, tensor] : tensors) {
+      ++seed;
+      if (fp8 && name.ends_with("_proj.weight")) {
+        const Tensor bits = random_integers(0x7f, tensor.sizes(), seed).to(torch::kUInt8);  // no NaN
+        const Tensor values = bits.view(torch::kFloat8_e4m3fn);
+        const Tensor scale =
+            random_normal({(tensor.size(0) + 4) / 5, (tensor.size(1) + 2) / 3}, seed + 1000, torch::kFloat32);
+        expected[name] = scaled(values.to(torch::kFloat32), scale, 5, 3);
+        stored.emplace_back(name, values);
+        stored.emplace_back(name + "_scale_inv", scale);
+      } else if (!fp8 && (name.ends_with("gate_up_proj") || name.ends_with("down_proj"))) {
+        const std::int64_t groups = tensor.size(1) / 32;
+        const Tensor bits = random_integers(256, {tensor.size(0), tensor.size(2), groups, 16}, seed);
+        const Tensor scales = random_integers(8, {tensor.size(0), tensor.size(2), groups}, seed + 1000) + 120;
+        const Tensor values =
+            torch::tensor({0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0});
+        const Tensor nibbles = torch::stack({bits.remainder(16), bits.div(16, "floor")}, 4).flatten(3);
+        expected[name] = (values.index({nibbles}) * at::exp2(scales - 127).unsqueeze(3)).flatten(2).transpose(1, 2);
+        stored.emplace_back(name + "_blocks", bits.to(torch::kUInt8));
+        stored.emplace_back(name + "_scales", scales.to(torch::kUInt8));
+      } else {
+        expected[name] = tensor;
+        stored.emplace_back(name, tensor);
+      }
+    }
+    tensors = stored;
+  });
+  for (const torch::Dtype dtype : {torch::kFloat32, torch::kBFloat16}) {
+    MoeModel loaded = load_model(folder.path(), dtype, torch::kCPU);
+    std::size_t wrong = 0;
+    for (const auto& [name, tensor] : loaded->named_tensors()) {
+      wrong += torch::equal(tensor, expected.at(name).to(tensor.scalar_type())) ? 0 : 1;
+    }
+    CHECK(wrong == 0);
+  }
+  edit_weights(folder.path(), [&](auto& tensors) {
+    for (auto& [name, tensor] : tensors) {
+      if (name.ends_with("layers.0.self_attn.o_proj.weight_scale_inv") ||
+          name.ends_with("layers.0.mlp.experts.down_proj_scales")) {
+        name = "lost";
+      } else if (name.ends_with("layers.1.self_attn.o_proj.weight_scale_inv") ||
+                 name.ends_with("layers.1.mlp.experts.down_proj_blocks")) {
+        tensor = tensor.narrow(0, 0, 1).contiguous();
+      } else if (name.ends_with("layers.1.self_attn.kv_b_proj.weight_scale_inv") ||
+                 name.ends_with("layers.1.mlp.experts.gate_up_proj_scales")) {
+        tensor = tensor.to(torch::kInt32);
+      }
+    }
+  });
+  const std::string message = load_message(folder.path());
+  CHECK_THAT(message, Contains(fp8 ? "o_proj.weight_scale_inv\" [4, 7] is missing"
+                                   : "down_proj_scales\" [6, 32, 1] is missing"));
+  CHECK_THAT(message, Contains("\"lost\"") && Contains("is not part of a"));
+  CHECK_THAT(message, Contains(fp8 ? "must have shape [4, 7], got [1, 7]"
+                                   : "must have shape [6, 32, 1, 16], got [1, 32, 1, 16]"));
+  CHECK_THAT(message, Contains(fp8 ? "must be F32, got I32" : "must be U8, got I32"));
+  // Without the word of the config the values are no floats.
+  config.erase("quantization_config");
+  write_text_atomically(folder.path() / "config.json", config.dump());
+  CHECK_THAT(load_message(folder.path()), Contains(fp8 ? "got F8_E4M3" : "gate_up_proj\" [6, 32, 64] is missing"));
+}
+
+TEST_CASE("experts of gpt-oss refuse adapters") {
+  MoeModel model = create_model(gpt_oss_architecture(), torch::kFloat32, torch::kCPU, 4);
+  CHECK_THROWS_WITH(model->add_adapters({2, 4.0}),
+                    Contains("experts of gpt_oss models") && Contains("train routers only"));
+  CHECK(model->named_adapters().empty());
 }
 
 TEST_CASE("tensors that add nothing are accepted, a head that contradicts tying is not") {

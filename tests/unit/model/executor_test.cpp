@@ -90,6 +90,46 @@ Result run(Executor& executor, const Inputs& inputs) {
   return result;
 }
 
+// Experts as gpt-oss has them: gate and up in turn in one tensor, biases, the clamp in use.
+struct BiasedInputs {
+  std::vector<Tensor> leaves;  // gate and up, their bias, down, its bias, x, weights
+  Tensor selected_TK;
+
+  BiasedInputs(std::int64_t T, std::int64_t D, std::int64_t F, std::int64_t E, std::int64_t K, torch::Dtype dtype,
+               torch::Device device) {
+    const auto leaf = [&](at::IntArrayRef shape, std::uint64_t seed, double scale, torch::Dtype type) {
+      leaves.push_back((random_normal(shape, seed) * scale).to(type).to(device).set_requires_grad(true));
+    };
+    leaf({E, 2 * F, D}, 60, 1.0 / std::sqrt(static_cast<double>(D)), dtype);
+    leaf({E, 2 * F}, 61, 0.5, dtype);
+    leaf({E, D, F}, 62, 1.0 / std::sqrt(static_cast<double>(F)), dtype);
+    leaf({E, D}, 63, 0.5, dtype);
+    leaf({T, D}, 64, 1.0, dtype);
+    leaf({T, K}, 65, 1.0, dtype == torch::kFloat64 ? dtype : torch::kFloat32);
+    selected_TK = top_k_lowest_index(random_normal({T, E}, 66), K).to(device);
+  }
+
+  [[nodiscard]] Result run(Executor& executor) const {
+    const auto every_second = [](const Tensor& rows, std::int64_t first) {
+      return rows.slice(1, first, std::nullopt, 2);
+    };
+    ExpertWeights experts{every_second(leaves[0], 0), every_second(leaves[0], 1), leaves[2]};
+    experts.gate_bias_EF = every_second(leaves[1], 0);
+    experts.up_bias_EF = every_second(leaves[1], 1);
+    experts.down_bias_ED = leaves[3];
+    experts.swiglu_limit = 0.9;
+    experts.swiglu_alpha = 1.702;
+    Result result;
+    result.out_TD = executor.run(experts, leaves[4], selected_TK, leaves[5], 0);
+    const Tensor weight = random_normal(result.out_TD.sizes(), 77).to(result.out_TD.options());
+    (result.out_TD * weight).sum().backward();
+    for (const Tensor& tensor : leaves) {
+      result.gradients.push_back(tensor.grad());
+    }
+    return result;
+  }
+};
+
 const char* const kNames[] = {"gate", "up", "down", "x", "weights", "up A", "up B", "down A", "down B"};
 
 void compare(const Result& ours, const Result& reference, double tolerance, double gradient_tolerance) {
@@ -153,6 +193,58 @@ TEST_CASE("grouped products equal the dense reference, gradients included") {
   CHECK(low.out_TD.scalar_type() == torch::kBFloat16);
   CHECK(low.gradients[4].scalar_type() == torch::kFloat32);
   CHECK(reference.gradients[0].defined() == train_experts);
+}
+
+TEST_CASE("experts with biases and a clamp: grouped products equal the dense reference") {
+  GroupedExecutor grouped;
+  DenseExecutor dense;
+  const std::int64_t D = GENERATE(12, 32);
+  for (const torch::Dtype dtype : {torch::kFloat64, torch::kFloat32, torch::kBFloat16}) {
+    const auto inputs = [&](torch::Dtype type) { return BiasedInputs(2 * D + 6, D, D / 2, 9, 3, type, torch::kCPU); };
+    const Result reference = inputs(torch::kFloat64).run(dense);
+    const double tolerance = dtype == torch::kFloat64 ? 1e-12 : dtype == torch::kFloat32 ? 1e-4 : 5e-2;
+    compare(inputs(dtype).run(grouped), reference, tolerance, tolerance);
+  }
+  // One token by the formula.
+  const BiasedInputs one(1, 3, 2, 1, 1, torch::kFloat64, torch::kCPU);
+  const torch::NoGradGuard no_grad;
+  std::vector<double> hidden;
+  for (std::int64_t f = 0; f < 2; ++f) {
+    const auto row = [&](std::int64_t r) {
+      return (one.leaves[0][0][r] * one.leaves[4][0]).sum().item<double>() + one.leaves[1][0][r].item<double>();
+    };
+    const double gate = std::min(row(2 * f), 0.9);
+    const double up = std::clamp(row(2 * f + 1), -0.9, 0.9);
+    hidden.push_back((up + 1.0) * gate / (1.0 + std::exp(-1.702 * gate)));
+  }
+  ExpertWeights experts{one.leaves[0].slice(1, 0, std::nullopt, 2), one.leaves[0].slice(1, 1, std::nullopt, 2),
+                        one.leaves[2]};
+  experts.gate_bias_EF = one.leaves[1].slice(1, 0, std::nullopt, 2);
+  experts.up_bias_EF = one.leaves[1].slice(1, 1, std::nullopt, 2);
+  experts.down_bias_ED = one.leaves[3];
+  experts.swiglu_limit = 0.9;
+  experts.swiglu_alpha = 1.702;
+  const Tensor out = grouped.run(experts, one.leaves[4], one.selected_TK, one.leaves[5], 0);
+  for (std::int64_t d = 0; d < 3; ++d) {
+    const double down = one.leaves[2][0][d][0].item<double>() * hidden[0] +
+                        one.leaves[2][0][d][1].item<double>() * hidden[1] + one.leaves[3][0][d].item<double>();
+    CHECK(out[0][d].item<double>() == Approx(one.leaves[5][0][0].item<double>() * down).epsilon(1e-12));
+  }
+  experts.down_bias_ED = {};
+  CHECK_THROWS_AS(grouped.run(experts, one.leaves[4], one.selected_TK, one.leaves[5], 0), std::invalid_argument);
+}
+
+TEST_CASE("CUDA: experts with biases equal the CPU's, in bf16 as grouped products", "[gpu]") {
+  if (!torch::hasCUDA()) {
+    WARN("no GPU: skipped");
+    return;
+  }
+  GroupedExecutor grouped;
+  DenseExecutor dense;
+  const Result reference = BiasedInputs(70, 32, 16, 9, 3, torch::kFloat64, torch::kCPU).run(dense);
+  const torch::Device device(torch::kCUDA, 0);
+  compare(BiasedInputs(70, 32, 16, 9, 3, torch::kFloat32, device).run(grouped), reference, 1e-4, 1e-4);
+  compare(BiasedInputs(70, 32, 16, 9, 3, torch::kBFloat16, device).run(grouped), reference, 5e-2, 5e-2);
 }
 
 TEST_CASE("gradients of the grouped product equal finite differences") {

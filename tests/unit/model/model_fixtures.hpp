@@ -102,6 +102,53 @@ inline Architecture phi_architecture() {
   return a;
 }
 
+/// A small DeepSeek-V2: latent attention, a dense layer, groups, yarn.
+inline Architecture deepseek_architecture() {
+  Architecture a = mixed_architecture();
+  const Architecture family = family_defaults("deepseek_v2");
+  a.family = family.family;
+  a.model_type = family.model_type;
+  a.sparse_from_zero = true;
+  a.dense_layers = {};
+  a.first_dense_layers = 1;
+  a.sliding_window = 0;
+  a.windowed_layers = {};
+  a.num_key_value_heads = 4;
+  a.attention_bias = true;
+  a.query_rank = 7;
+  a.key_value_rank = 6;
+  a.plain_head_dim = 3;
+  a.rotary_head_dim = 4;
+  a.head_dim = 7;
+  a.value_head_dim = 5;
+  a.rope.type = "yarn";
+  a.rope.factor = 4.0;
+  a.rope.original_positions = 16;
+  a.rope.beta_fast = 2.0;
+  a.rope.mscale = 1.0;
+  a.rope.mscale_all_dim = 0.8;
+  return a;
+}
+
+/// A small gpt-oss: sinks, biases, clamped activation that clamps, alternating windows.
+inline Architecture gpt_oss_architecture() {
+  Architecture a = family_defaults("gpt_oss");
+  a.vocab_size = 37;
+  a.hidden_size = 32;
+  a.expert_intermediate_size = 32;
+  a.num_layers = 2;
+  a.num_attention_heads = 4;
+  a.num_key_value_heads = 2;
+  a.head_dim = 6;
+  a.sliding_window = 3;
+  a.windowed_layers = {true, false};
+  a.num_experts = 6;
+  a.top_k = 2;
+  a.swiglu_limit = 0.8;
+  a.initializer_range = 0.3;
+  return a;
+}
+
 /// Two rows of length 9: two sequences packed; one sequence and padding.
 inline TokenBatch packed_batch(const Architecture& a, torch::Device device = torch::kCPU) {
   TokenBatch batch;

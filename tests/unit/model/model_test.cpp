@@ -46,9 +46,12 @@ TokenBatch single(const Tensor& tokens_S) {
 
 TEST_CASE("gradients of every parameter equal finite differences") {
   const std::string switches =
-      GENERATE(as<std::string>(), "on", "off, tied", "dense layers, shared experts, groups, windows", "phimoe");
+      GENERATE(as<std::string>(), "on", "off, tied", "dense layers, shared experts, groups, windows", "phimoe",
+               "deepseek", "gpt-oss");
   CAPTURE(switches);
   Architecture a = switches == "phimoe"          ? phi_architecture()
+                   : switches == "deepseek"      ? deepseek_architecture()
+                   : switches == "gpt-oss"       ? gpt_oss_architecture()
                    : switches.find("dense") == 0 ? mixed_architecture()
                                                  : small_architecture();
   if (switches == "off, tied") {
@@ -182,8 +185,12 @@ TEST_CASE("routers of lower layers learn through frozen layers above") {
 }
 
 TEST_CASE("activation checkpointing changes neither outputs nor gradients") {
-  const int kind = GENERATE(0, 1, 2);
-  const Architecture a = kind == 0 ? small_architecture() : kind == 1 ? mixed_architecture() : phi_architecture();
+  const int kind = GENERATE(0, 1, 2, 3, 4);
+  const Architecture a = kind == 0   ? small_architecture()
+                         : kind == 1 ? mixed_architecture()
+                         : kind == 2 ? phi_architecture()
+                         : kind == 3 ? deepseek_architecture()
+                                     : gpt_oss_architecture();
   const torch::Dtype dtype = GENERATE(torch::kFloat32, torch::kBFloat16);
   const bool frozen = GENERATE(false, true);
   const bool hidden = GENERATE(true, false);
