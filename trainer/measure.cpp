@@ -9,6 +9,7 @@
 
 #include "head_chunks.hpp"
 #include "hestia/core/error.hpp"
+#include "hestia/model/routing_rule.hpp"
 
 namespace hestia {
 
@@ -193,7 +194,8 @@ QualityResult measure(MoeModel& model, const PackedData& data, const std::vector
           if (!record.reference_logits_TE.defined()) {
             throw std::invalid_argument("measure: the model keeps no reference routers to compare with");
           }
-          reference.add(top_k_lowest_index(record.reference_logits_TE, record.selected_TK.size(1)), torch::Tensor(),
+          const torch::Tensor scores = selection_scores(model->architecture(), record.reference_logits_TE);
+          reference.add(top_k_lowest_index(scores, record.selected_TK.size(1)), torch::Tensor(),
                         record.reference_logits_TE.softmax(1));
         }
       }

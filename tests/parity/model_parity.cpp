@@ -343,4 +343,12 @@ TEST_CASE("CUDA gives the CPU's logits and selections", "[gpu]") {
   const ModelOutput output = model->forward(batch);
   report("logits", relative_error(model->head(output.hidden_BSD)[0].cpu(), golden.logits_SV), 1e-4);
   CHECK(torch::equal(stacked(output, &RoutingRecord::selected_TK).cpu(), golden.selected_LSK));
+  KeyValueCache cache(golden.tokens_S.size(0));
+  std::vector<Tensor> hidden;
+  for (const std::int64_t count : {std::int64_t{7}, std::int64_t{1}, golden.tokens_S.size(0) - 8}) {
+    const auto piece = [&](const Tensor& all) { return all.narrow(1, cache.length(), count); };
+    const TokenBatch next = {piece(batch.tokens_BS), piece(batch.positions_BS), piece(batch.sequence_ids_BS)};
+    hidden.push_back(model->forward(next, cache).hidden_BSD);
+  }
+  report("cached logits", relative_error(model->head(torch::cat(hidden, 1))[0].cpu(), golden.logits_SV), 1e-4);
 }
