@@ -8,8 +8,7 @@ namespace hestia {
 // Unicode grew between the libraries at hand, and tokenisers of text must not depend on which one they were built with.
 // The tokenizers library 0.23.3 splits by Unicode 16 (Oniguruma) and 17 (Rust), and its normalisation and punctuation
 // are older; Debian 12 has PCRE2 10.42 (Unicode 14) and utf8proc 2.8 (Unicode 15). These are all code points on which
-// they differ, found by asking both about each one; the goldens of unicode_test.cpp hold what the tokenizers library
-// says.
+// they differ, found by asking both about each one.
 
 struct CodeRange {
   std::uint32_t begin;

@@ -20,7 +20,7 @@ constexpr double kMaxRate = 10.0;
 
 FieldList ModelOptions::fields() {
   FieldList list;
-  list.add("path", path, "Hugging Face model directory: config.json, safetensors, tokenizer.model");
+  list.add("path", path, "Hugging Face model directory: config.json, safetensors, tokenizer.json or tokenizer.model");
   list.add("dtype", dtype, "of all frozen weights; routers are float32 always", {"float32", "bfloat16"});
   list.add("device", device, "auto, cpu, cuda or cuda:N; auto takes a GPU when there is one");
   list.add("threads", threads, "CPU threads; 0: all cores", {.low = 0, .high = 1024});
@@ -211,7 +211,7 @@ FieldList ArchitectureOptions::fields() {
 
 FieldList TokenizerOptions::fields() {
   FieldList list;
-  list.add("path", path, "an existing tokenizer.model; empty: train one on the training split");
+  list.add("path", path, "an existing tokenizer.json or tokenizer.model; empty: train one on the training split");
   list.add("vocab_size", vocab_size, "tokens of a trained vocabulary", {.low = 300, .high = 1 << 20});
   list.add("sample_bytes", sample_bytes, "text to train it on, shared equally among the domains", {.low = 1000});
   list.add("special_tokens", special_tokens, "tokens of chat templates that a trained vocabulary gets");

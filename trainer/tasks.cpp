@@ -505,6 +505,12 @@ void run_finetune(const LoadedRecipe<FinetuneRecipe>& loaded, const RunFlags& fl
   Problems problems;
   check_train_fits(recipe.train, loaded.source, read_architecture(recipe.model.path), problems);
   problems.throw_usage_if_any();
+  if (recipe.train.trainable == "all") {
+    log_warning(
+        fmt::format("{}: what train.trainable \"all\" tunes stays in the run: hestia export takes routers and "
+                    "adapters only",
+                    loaded.source.location("train.trainable")));
+  }
   const PackedData train_data = load_training_data(recipe.data, *tokenizer, threads);
   const PackedData held_out =
       load_held_out_data(recipe.data, recipe.data.evaluate, *tokenizer, recipe.train.evaluate_tokens, threads);

@@ -208,9 +208,9 @@ class MoeModelImpl : public torch::nn::Module {
 TORCH_MODULE(MoeModel);
 
 /// Loads a Hugging Face directory: config.json and safetensors (f32, bf16, f16; FP8 with block scales and MXFP4,
-/// widened to float32 and rounded to `dtype` once), sharded or not, straight into parameters of `dtype` on `device` (see
-/// `place_tensors`). A large one shows its progress unless `quiet`. Throws InputError listing every missing, extra or
-/// misshapen tensor.
+/// widened to float32 and rounded to `dtype` once), sharded or not, straight into parameters of `dtype` on `device`
+/// (see `place_tensors`). A large one shows its progress unless `quiet`. Throws InputError listing every missing, extra
+/// or misshapen tensor.
 [[nodiscard]] MoeModel load_model(const std::filesystem::path& directory, torch::Dtype dtype, torch::Device device,
                                   bool quiet = false);
 

@@ -109,6 +109,7 @@ inline Architecture deepseek_architecture() {
   a.family = family.family;
   a.model_type = family.model_type;
   a.sparse_from_zero = true;
+  a.shared_intermediate_size = 8;
   a.dense_layers = {};
   a.first_dense_layers = 1;
   a.sliding_window = 0;
