@@ -8,7 +8,8 @@ namespace hestia {
 // Unicode grew between the libraries at hand, and tokenisers of text must not depend on which one they were built with.
 // The tokenizers library 0.23.3 splits by Unicode 16 (Oniguruma) and 17 (Rust), and its normalisation and punctuation
 // are older; Debian 12 has PCRE2 10.42 (Unicode 14) and utf8proc 2.8 (Unicode 15). These are all code points on which
-// they differ, found by asking both about each one.
+// they differ, found by asking both about each one; tests/unit/data/unicode_test.cpp holds unicode.cpp to what the
+// tokenizers library says of every code point.
 
 struct CodeRange {
   std::uint32_t begin;

@@ -1,6 +1,7 @@
-"""Goldens of tokenizer_json_test.cpp, from the tokenizers library.
+"""Goldens of tokenizer_json_test.cpp and unicode_test.cpp, from the tokenizers library.
 
-    make_tokenizer_goldens.py                   writes goldens/NAME/hashes.txt of every vocabulary beside this file
+    make_tokenizer_goldens.py                   writes goldens/NAME/hashes.txt of every vocabulary beside this file, and
+                                                goldens/unicode.txt
     make_tokenizer_goldens.py --train           makes the vocabularies anew first (training breaks ties by chance)
     make_tokenizer_goldens.py --expect TOKENIZER_JSON --first N --count M
                                                 prints what the library makes of strings N to N + M, one JSON object a
@@ -8,7 +9,8 @@
 
 Every vocabulary is trained on strings of the generator below, which tests/support/tokenizer_fuzz.hpp holds too. A line
 of hashes.txt stands for 500 strings: SHA-256 (its first 16 digits) of their ids, and of the texts that these ids and
-some random ids decode to.
+some random ids decode to. A line of unicode.txt stands for 0x4000 code points: their first one, and hashes of what the
+library makes of them (UNICODE names them).
 """
 
 import argparse
@@ -273,6 +275,35 @@ def hash_lines(tokenizer):
     return "".join(lines)
 
 
+# ---- Unicode: what the library says of every code point.
+
+def splits(pre_tokenizer):
+    """Which code points it parts from the letters around them, as a string of 0 and 1."""
+    def of(characters):
+        whole = lambda character: pre_tokenizer.pre_tokenize_str(f"a{character}a") == [(f"a{character}a", (0, 3))]
+        return "".join("0" if whole(character) else "1" for character in characters)
+    return of
+
+
+def normalised(normalizer):
+    """Every code point by itself, before a mark and after a letter, normalised."""
+    return lambda characters: normalizer.normalize_str("".join(f"{c}\n{c}\u0301\no{c}\n" for c in characters))
+
+
+UNICODE = [splits(pre_tokenizers.WhitespaceSplit()), splits(pre_tokenizers.Digits(individual_digits=True)),
+           splits(pre_tokenizers.Punctuation("isolated")), normalised(normalizers.NFC()),
+           normalised(normalizers.NFD()), normalised(normalizers.NFKC()), normalised(normalizers.NFKD()),
+           normalised(normalizers.Lowercase())]
+UNICODE_BLOCK = 0x4000
+
+
+def unicode_lines():
+    for begin in range(0, 0x110000, UNICODE_BLOCK):
+        characters = [chr(code) for code in range(begin, begin + UNICODE_BLOCK) if not 0xD800 <= code < 0xE000]
+        hashes = (hashlib.sha256(of(characters).encode()).hexdigest()[:16] for of in UNICODE)
+        yield f"{begin:06X} {' '.join(hashes)}\n"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", action="store_true")
@@ -289,7 +320,8 @@ def main():
         return
     if arguments.train:
         train()
-    for folder in sorted(FOLDER.iterdir()):
+    (FOLDER / "unicode.txt").write_text("".join(unicode_lines()))
+    for folder in sorted(path for path in FOLDER.iterdir() if path.is_dir()):
         (folder / "hashes.txt").write_text(hash_lines(Tokenizer.from_file(str(folder / "tokenizer.json"))))
         print(folder.name, file=sys.stderr)
 
