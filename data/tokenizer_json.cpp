@@ -57,7 +57,7 @@ class AddedTokenFinder {
     if (token.content.empty()) {
       return;
     }
-    const auto first = static_cast<unsigned char>(token.content[0]);
+    const std::size_t first = static_cast<unsigned char>(token.content[0]);
     if (token.content.size() == 1) {
       for (std::size_t second = 0; second < 256; ++second) {
         starts_[first * 256 + second] = true;
@@ -324,14 +324,13 @@ class JsonTokenizer final : public Tokenizer {
     bytes_of_.reserve(tokens_.size());
     for (std::size_t id = 0; id < tokens_.size(); ++id) {
       const std::string& token = tokens_[id];
-      if (static_cast<std::int32_t>(id) == model_->unknown_id()) {
-        bytes_of_.push_back(1);
-      } else if (special_[id] != 0 || token.empty()) {
+      const bool unknown = static_cast<std::int32_t>(id) == model_->unknown_id();
+      if (!unknown && (special_[id] != 0 || token.empty())) {
         bytes_of_.push_back(0);
+      } else if (unknown || (!byte_level && model_->byte_fallback() && value_of_byte_token(token) >= 0)) {
+        bytes_of_.push_back(1);
       } else if (byte_level) {
         bytes_of_.push_back(static_cast<std::int64_t>(bytes_of_byte_level(token).size()));
-      } else if (model_->byte_fallback() && value_of_byte_token(token) >= 0) {
-        bytes_of_.push_back(1);
       } else if (decoder_ == nullptr) {
         bytes_of_.push_back(static_cast<std::int64_t>(token.size()));
       } else {
