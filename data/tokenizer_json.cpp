@@ -30,8 +30,12 @@ namespace {
 nlohmann::json parse_json(const std::filesystem::path& path) {
   try {
     return nlohmann::json::parse(read_text_file(path));
-  } catch (const nlohmann::json::exception& error) {
-    throw InputError(fmt::format("{}: not JSON ({}); fetch the file again", path.string(), error.what()));
+  } catch (const nlohmann::json::parse_error& error) {
+    throw InputError(
+        fmt::format("{}: not valid JSON at byte {}; mend the file or fetch it again", path.string(), error.byte));
+  } catch (const nlohmann::json::out_of_range&) {
+    throw InputError(
+        fmt::format("{}: holds a number that is out of range; mend the file or fetch it again", path.string()));
   }
 }
 

@@ -380,7 +380,11 @@ TEST_CASE("A damaged tokenizer.json says what is wrong") {
                  }),
                  "the regular expression \"(a\" does not compile, missing closing parenthesis"));
   put_file(folder.path() / "tokenizer.json", "{\"model\": ");
-  CHECK(contains(error_text<InputError>([&] { (void)open_tokenizer(folder.path()); }), "tokenizer.json: not JSON ("));
+  CHECK(contains(error_text<InputError>([&] { (void)open_tokenizer(folder.path()); }),
+                 "tokenizer.json: not valid JSON at byte 11; mend the file"));
+  put_file(folder.path() / "tokenizer.json", "{\"model\": 1e999}");
+  CHECK(contains(error_text<InputError>([&] { (void)open_tokenizer(folder.path()); }),
+                 "tokenizer.json: holds a number that is out of range"));
   put_file(folder.path() / "tokenizer.json", "[]");
   CHECK(contains(error_text<InputError>([&] { (void)open_tokenizer(folder.path()); }), "not a tokenizer.json"));
 }
