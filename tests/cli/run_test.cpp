@@ -393,6 +393,55 @@ TEST_CASE("a template needs its tokens in the vocabulary, which pretraining can 
   done(with({"export", "finetune.yaml", "--quiet"}));
 }
 
+TEST_CASE("a model whose directory holds a tokenizer.json is tuned with that vocabulary") {
+  const SmallProject project;
+  // Byte-level BPE of 600 tokens and two special ones.
+  const std::filesystem::path golden = "tests/unit/data/goldens/smollm2/tokenizer.json";
+  const std::string vocabulary = read_text_file(std::filesystem::path(HESTIA_SOURCE_DIR) / golden);
+  std::filesystem::create_directories(project.path() / "vocabulary");
+  project.write("vocabulary/tokenizer.json", vocabulary);
+  const std::vector<std::string> pretrain = {"pretrain.yaml", "tokenizer.path=vocabulary/tokenizer.json"};
+  CHECK(done(project.run({"validate", pretrain[0], pretrain[1]})) == "pretrain.yaml: OK\n");
+  done(project.run({"pretrain", pretrain[0], pretrain[1], "--quiet"}));
+  CHECK(project.read("runs/base/model/tokenizer.json") == vocabulary);
+  CHECK_FALSE(exists(project, "runs/base/model/tokenizer.model"));
+  CHECK_THAT(done(project.run({"inspect", "runs/base/model"})), Catch::Contains(" 602\n"));
+
+  const auto tune = [&](const std::string& name) {
+    const std::string run_dir = "run_dir=runs/" + name;
+    CHECK(done(project.run({"validate", "finetune.yaml", run_dir, "train.steps=2"})) == "finetune.yaml: OK\n");
+    done(project.run({"finetune", "finetune.yaml", run_dir, "train.steps=2", "control.enabled=false", "--quiet"}));
+    CHECK(exists(project, "runs/" + name + "/checkpoints/step_2/DONE"));
+    std::int64_t tokens = -1;
+    std::int64_t steps = 0;
+    read_json_lines(project.path() / "runs" / name / "metrics.jsonl", [&](std::int64_t, const Json& event) {
+      if (event.at("event") == "start") {
+        tokens = event.at("data").at("letters").at("tokens").get<std::int64_t>();
+      } else if (event.at("event") == "step") {
+        CHECK(event.at("nll").get<double>() > 0.0);
+        ++steps;
+      }
+    });
+    CHECK(steps == 2);
+    return tokens;
+  };
+  const std::int64_t plain = tune("plain");
+  CHECK(plain > 0);
+  // With a token for the end of text, every document of the training split has one more.
+  project.write("runs/base/model/tokenizer_config.json", R"({"eos_token": "<|end|>"})");
+  const std::int64_t ended = tune("ended");
+  CHECK(ended > plain);
+  CHECK(ended <= plain + 40);
+
+  project.write("runs/base/model/tokenizer.json", vocabulary.substr(0, vocabulary.size() / 2));
+  check_complaint(project.run({"finetune", "finetune.yaml", "run_dir=runs/none"}), 3,
+                  {"runs/base/model/tokenizer.json", "not valid JSON"});
+  std::filesystem::remove(project.path() / "runs/base/model/tokenizer.json");
+  check_complaint(project.run({"finetune", "finetune.yaml", "run_dir=runs/none"}), 3,
+                  {"runs/base/model", "tokenizer.json", "tokenizer.model"});
+  CHECK_FALSE(exists(project, "runs/none"));
+}
+
 TEST_CASE("a run killed before its first checkpoint is not a dead end") {
   const SmallProject project;
   project.pretrain();
