@@ -12,6 +12,7 @@
 #include "hestia/core/log.hpp"
 #include "hestia/core/progress.hpp"
 #include "hestia/data/gguf_tokenizer.hpp"
+#include "hestia/data/tokenizer.hpp"
 #include "hestia/model/router_inputs.hpp"
 
 namespace hestia {
@@ -48,15 +49,7 @@ void add_tokenizer(const DenseCheckpoint& dense, const std::filesystem::path& fo
     }
     return;
   }
-  bool found = false;
-  for (const char* name : {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-                           "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"}) {
-    if (std::filesystem::exists(dense.path() / name)) {
-      std::filesystem::copy_file(dense.path() / name, folder / name);
-      found = true;
-    }
-  }
-  if (!found) {
+  if (!copy_tokenizer(dense.path(), folder)) {
     log_warning(fmt::format("no tokenizer is written: {} holds none", dense.path().string()));
   }
 }

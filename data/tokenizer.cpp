@@ -188,6 +188,35 @@ std::unique_ptr<Tokenizer> open_tokenizer(const std::filesystem::path& path) {
   return std::make_unique<SentencePieceTokenizer>(file);
 }
 
+bool copy_tokenizer(const std::filesystem::path& path, const std::filesystem::path& folder) {
+  const auto copy = [&](const std::filesystem::path& from, const char* name) {
+    if (std::filesystem::exists(from)) {
+      write_text_atomically(folder / name, read_text_file(from));
+    }
+    return std::filesystem::exists(from);
+  };
+  bool found = false;
+  const bool is_folder = std::filesystem::is_directory(path);
+  if (!is_folder) {
+    const bool is_json = path.extension() == ".json";
+    found = copy(path, is_json ? "tokenizer.json" : "tokenizer.model");
+    if (!is_json) {
+      return found;
+    }
+  }
+  const std::filesystem::path source = is_folder ? path : path.parent_path();
+  if (is_folder) {
+    for (const char* name : {"tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"}) {
+      found = copy(source / name, name) || found;
+    }
+  }
+  for (const char* name :
+       {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"}) {
+    copy(source / name, name);
+  }
+  return found;
+}
+
 void train_tokenizer(const std::function<bool(std::string& sentence)>& next, const TokenizerTraining& options,
                      const std::filesystem::path& path) {
   std::unordered_map<std::string, std::string> arguments = {

@@ -544,21 +544,22 @@ void resolve_steps(TrainOptions& options, const PackedData& data, const std::vec
   }
   const PackedSampler sampler(data, options.rows_per_batch, sequence_length, data_order_seed(seed), mix);
   const std::int64_t batches = sampler.batches_for(options.epochs);
-  options.steps = (batches + options.accumulate - 1) / options.accumulate;
-  if (options.warmup_ratio > 0.0) {
-    options.warmup_steps = steps_of_share(options.warmup_ratio, options.steps);
-    options.warmup_ratio = 0.0;
-  }
+  const std::int64_t steps = (batches + options.accumulate - 1) / options.accumulate;
+  const std::int64_t warmup_steps =
+      options.warmup_ratio > 0.0 ? steps_of_share(options.warmup_ratio, steps) : options.warmup_steps;
   Problems problems;
-  for (const auto& [key, step] : {std::pair("train.warmup_steps", options.warmup_steps),
+  for (const auto& [key, step] : {std::pair("train.warmup_steps", warmup_steps),
                                   std::pair("train.top_k_annealing.step", options.top_k_annealing.step)}) {
-    if (step > options.steps) {
+    if (step > steps) {
       problems.add(fmt::format("{}: {} must be at most the {} steps that train.epochs ({}) come to, got {}",
-                               source.location(key), key, options.steps, options.epochs, step));
+                               source.location(key), key, steps, options.epochs, step));
     }
   }
   problems.throw_usage_if_any();
+  options.steps = steps;
+  options.warmup_steps = warmup_steps;
   options.epochs = 0.0;
+  options.warmup_ratio = 0.0;
 }
 
 void resolve_steps_from_run(TrainOptions& options, const std::filesystem::path& run_dir) {

@@ -603,8 +603,7 @@ void run_pretrain(const LoadedRecipe<PretrainRecipe>& loaded, const RunFlags& fl
   std::filesystem::create_directories(output);
   save_model(model, output, dtype_from_recipe(recipe.save.dtype),
              static_cast<std::size_t>(recipe.save.max_shard_bytes));
-  write_text_atomically(output / (tokenizer_path.extension() == ".json" ? "tokenizer.json" : "tokenizer.model"),
-                        read_text_file(tokenizer_path));
+  copy_tokenizer(tokenizer_path, output);
   Json report;
   report["format_version"] = 1;
   report["steps"] = recipe.train.steps;

@@ -400,10 +400,13 @@ TEST_CASE("a model whose directory holds a tokenizer.json is tuned with that voc
   const std::string vocabulary = read_text_file(std::filesystem::path(HESTIA_SOURCE_DIR) / golden);
   std::filesystem::create_directories(project.path() / "vocabulary");
   project.write("vocabulary/tokenizer.json", vocabulary);
+  const std::string special = R"({"pad_token": "<|user|>"})";
+  project.write("vocabulary/tokenizer_config.json", special);
   const std::vector<std::string> pretrain = {"pretrain.yaml", "tokenizer.path=vocabulary/tokenizer.json"};
   CHECK(done(project.run({"validate", pretrain[0], pretrain[1]})) == "pretrain.yaml: OK\n");
   done(project.run({"pretrain", pretrain[0], pretrain[1], "--quiet"}));
   CHECK(project.read("runs/base/model/tokenizer.json") == vocabulary);
+  CHECK(project.read("runs/base/model/tokenizer_config.json") == special);
   CHECK_FALSE(exists(project, "runs/base/model/tokenizer.model"));
   CHECK_THAT(done(project.run({"inspect", "runs/base/model"})), Catch::Contains(" 602\n"));
 

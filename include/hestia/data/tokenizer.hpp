@@ -44,6 +44,12 @@ class Tokenizer {
 /// InputError: missing (names what was looked for), damaged, or with a component that Hestia does not read (names it).
 [[nodiscard]] std::unique_ptr<Tokenizer> open_tokenizer(const std::filesystem::path& path);
 
+/// Copies what open_tokenizer reads from `path`, a directory or a file, into the existing directory `folder` under the
+/// names that a model directory has, each file whole or not at all and over one of that name: the vocabulary and, with
+/// a tokenizer.json or a directory, what stands beside it of special tokens and chat template. False: no vocabulary is
+/// there. Throws InputError on a file that cannot be read, RunError on one that cannot be written.
+bool copy_tokenizer(const std::filesystem::path& path, const std::filesystem::path& folder);
+
 /// Options of tokenizer training.
 struct TokenizerTraining {
   std::int64_t vocab_size = 4096;

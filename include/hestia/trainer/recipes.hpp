@@ -16,7 +16,7 @@ namespace hestia {
 
 /// Section `model`: the checkpoint and how to hold it.
 struct ModelOptions {
-  std::string path;               ///< Hugging Face directory (config.json, safetensors, tokenizer.model).
+  std::string path;               ///< Hugging Face directory: config.json, safetensors, a tokeniser.
   std::string dtype = "float32";  ///< Of everything but the routers, which are float32 always.
   std::string device = "auto";    ///< auto | cpu | cuda | cuda:N
   std::int64_t threads = 0;       ///< CPU threads; 0: all cores.

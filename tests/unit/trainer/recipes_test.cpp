@@ -231,6 +231,7 @@ TEST_CASE("epochs come to the fewest steps that see the data so often") {
   wrong.top_k_annealing = {.step = 999, .top_k = 1};
   CHECK_THROWS_WITH(resolve_steps(wrong, testing::tiny_data(1, 20, 32), {}, 32, 1, {}),
                     Catch::Contains("train.top_k_annealing.step must be at most the") && Catch::Contains("got 999"));
+  CHECK((wrong.steps == 0 && wrong.epochs == 1.0));
 }
 
 TEST_CASE("annealing needs both its keys, with steps as with epochs, and a K that the family has") {
