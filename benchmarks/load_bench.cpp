@@ -23,6 +23,7 @@
 #include <sys/resource.h>
 #include <torch/cuda.h>
 
+#include <fmt/format.h>
 #include <CLI/CLI.hpp>
 
 #include "hestia/core/error.hpp"
@@ -48,6 +49,7 @@ struct Options {
   std::string dtype = "bfloat16";
   int repeats = 5;
   int threads = 0;
+  std::vector<std::size_t> block_kib = {};
 };
 
 std::vector<std::filesystem::path> files_of(const std::filesystem::path& model) {
@@ -199,6 +201,7 @@ Json measure(const Options& options) {
   std::vector<double> opened;
   std::vector<double> allocated;
   std::vector<double> placed;
+  std::vector<std::vector<double>> by_block(options.block_kib.size());
   double stayed = 0.0;
   const auto load = [&] {
     if (device.is_cuda()) {
@@ -220,6 +223,11 @@ Json measure(const Options& options) {
       placements.push_back({checkpoint->tensor(name), tensor});
     }
     placed.push_back(milliseconds([&] { place_tensors(placements); }, device));
+    for (std::size_t i = 0; i < options.block_kib.size(); ++i) {
+      PlacementOptions blocks;
+      blocks.block_bytes = options.block_kib[i] << 10;
+      by_block[i].push_back(milliseconds([&] { place_tensors(placements, blocks); }, device));
+    }
   };
   for (int repeat = 0; repeat < options.repeats; ++repeat) {
     stayed = std::max(stayed, evict(files));
@@ -235,6 +243,10 @@ Json measure(const Options& options) {
   ::getrusage(RUSAGE_SELF, &usage);
   const double fastest_cold = link > 0.0 ? std::min(link, disk_middle) : disk_middle;
   const double fastest_warm = link > 0.0 ? link : median(cache);
+  Json place_by_block = Json::object();
+  for (std::size_t i = 0; i < by_block.size(); ++i) {
+    place_by_block[fmt::format("{}_kib", options.block_kib[i])] = median(by_block[i]) / 1e3;
+  }
   return {{"benchmark", "loading a checkpoint"},
           {"version", program_version()},
           {"commit", program_commit()},
@@ -252,6 +264,7 @@ Json measure(const Options& options) {
           {"warm", summary(warm, bytes, fastest_warm)},
           {"warm_parts_s",
            {{"open", median(opened) / 1e3}, {"allocate", median(allocated) / 1e3}, {"place", median(placed) / 1e3}}},
+          {"warm_place_by_block_s", place_by_block},
           {"highest_resident_bytes", static_cast<double>(usage.ru_maxrss) * 1024.0}};
 }
 
@@ -267,6 +280,7 @@ int main(int argc, char** argv) {
     app.add_option("--dtype", options.dtype, "dtype of the loaded model")->capture_default_str();
     app.add_option("--repeats", options.repeats, "rounds: disk, cold, warm, page cache")->capture_default_str();
     app.add_option("--threads", options.threads, "CPU threads; 0: as set by the environment")->capture_default_str();
+    app.add_option("--block-kib", options.block_kib, "also time placing with these block sizes")->delimiter(',');
     CLI11_PARSE(app, argc, argv);
     std::cout << measure(options).dump(2) << "\n";
     return 0;

@@ -38,6 +38,8 @@ class Descriptor {
     }
   }
   [[nodiscard]] int get() const { return value_; }
+  /// Gives the descriptor away, open.
+  [[nodiscard]] int release() { return std::exchange(value_, -1); }
 
  private:
   int value_;
@@ -64,7 +66,7 @@ void fsync_path(const std::filesystem::path& path, int flags, const std::filesys
 
 MappedFile::MappedFile(const std::filesystem::path& path) : path_(path) {
   // Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
-  const Descriptor descriptor(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+  Descriptor descriptor(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
   struct stat status {};
   if (descriptor.get() < 0 || ::fstat(descriptor.get(), &status) != 0) {
     throw InputError(fmt::format("{}: cannot be opened, {}; check the path", path.string(), reason()));
@@ -81,13 +83,18 @@ MappedFile::MappedFile(const std::filesystem::path& path) : path_(path) {
     throw InputError(fmt::format("{}: cannot be mapped, {}; check the file system", path.string(), reason()));
   }
   data_ = static_cast<const std::byte*>(address);
+  descriptor_ = descriptor.release();
 }
 
 MappedFile::MappedFile(MappedFile&& other) noexcept
-    : path_(std::move(other.path_)), data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+    : path_(std::move(other.path_)),
+      descriptor_(std::exchange(other.descriptor_, -1)),
+      data_(std::exchange(other.data_, nullptr)),
+      size_(std::exchange(other.size_, 0)) {}
 
 MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
   std::swap(path_, other.path_);
+  std::swap(descriptor_, other.descriptor_);
   std::swap(data_, other.data_);
   std::swap(size_, other.size_);
   return *this;
@@ -96,6 +103,24 @@ MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
 MappedFile::~MappedFile() {
   if (data_ != nullptr) {
     ::munmap(const_cast<std::byte*>(data_), size_);
+    ::close(descriptor_);
+  }
+}
+
+void MappedFile::read(std::size_t offset, std::span<std::byte> to) const {
+  while (!to.empty()) {
+    const ssize_t got = ::pread(descriptor_, to.data(), to.size(), static_cast<off_t>(offset));
+    if (got < 0 && errno == EINTR) {
+      continue;
+    }
+    if (got <= 0) {
+      throw InputError(
+          fmt::format("{}: {} bytes at {} cannot be read, {}; check the disk, and that nothing wrote to "
+                      "the file meanwhile",
+                      path_.string(), to.size(), offset, got < 0 ? reason() : std::string("the file ends there")));
+    }
+    to = to.subspan(static_cast<std::size_t>(got));
+    offset += static_cast<std::size_t>(got);
   }
 }
 

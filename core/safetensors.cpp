@@ -173,8 +173,16 @@ std::int64_t TensorView::num_elements() const {
   return static_cast<std::int64_t>(bytes.size() / dtype_size(dtype));
 }
 
-SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : file_(path) {
-  const std::span<const std::byte> bytes = file_.bytes();
+void TensorView::read(std::size_t offset, std::span<std::byte> to) const {
+  if (file != nullptr) {
+    file->read(static_cast<std::size_t>(bytes.data() - file->bytes().data()) + offset, to);
+  } else if (!to.empty()) {
+    std::memcpy(to.data(), bytes.data() + offset, to.size());
+  }
+}
+
+SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : file_(std::make_shared<MappedFile>(path)) {
+  const std::span<const std::byte> bytes = file_->bytes();
   const auto fail = [&](const std::string& what) {
     return InputError(fmt::format("{}: {}; fetch or write the file again", path.string(), what));
   };
@@ -259,6 +267,7 @@ SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : file_(path
                              shown(shape), *expected, end - begin));
     }
     view.bytes = data.subspan(begin, end - begin);
+    view.file = file_;
     const auto inserted = tensors_.emplace(name, std::move(view)).first;
     ranges.push_back({begin, end, &inserted->first});
   }
@@ -401,7 +410,7 @@ void SafetensorsWriter::add(std::string name, DType dtype, std::vector<std::int6
     throw std::invalid_argument(fmt::format("safetensors: tensor \"{}\" is added twice", name));
   }
   data_bytes_ += bytes.size();
-  tensors_.push_back({std::move(name), dtype, std::move(shape), bytes});
+  tensors_.push_back({std::move(name), dtype, std::move(shape), bytes, {}});
 }
 
 void SafetensorsWriter::set_metadata(std::string key, std::string value) {

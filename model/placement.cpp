@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cstring>
 #include <mutex>
 #include <stdexcept>
 
@@ -22,10 +21,16 @@ using torch::Tensor;
 
 /// Consecutive elements of one tensor.
 struct Block {
-  std::span<const std::byte> source;
+  const TensorView* tensor;
+  std::size_t offset;  ///< Bytes from the tensor's first.
+  std::size_t bytes;
   torch::Dtype dtype;
   Tensor destination;  ///< [elements]
 };
+
+void request(const Block& block) {
+  read_ahead(block.tensor->bytes.subspan(block.offset, block.bytes));
+}
 
 std::vector<Block> blocks_of(const std::vector<Placement>& placements, std::size_t block_bytes) {
   std::vector<Block> blocks;
@@ -41,9 +46,8 @@ std::vector<Block> blocks_of(const std::vector<Placement>& placements, std::size
     const auto step = static_cast<std::int64_t>(std::max<std::size_t>(1, block_bytes / width));
     for (std::int64_t begin = 0; begin < flat.numel(); begin += step) {
       const std::int64_t count = std::min(step, flat.numel() - begin);
-      blocks.push_back(
-          {source.bytes.subspan(static_cast<std::size_t>(begin) * width, static_cast<std::size_t>(count) * width),
-           dtype, flat.narrow(0, begin, count)});
+      blocks.push_back({&source, static_cast<std::size_t>(begin) * width, static_cast<std::size_t>(count) * width,
+                        dtype, flat.narrow(0, begin, count)});
     }
   }
   return blocks;
@@ -51,11 +55,11 @@ std::vector<Block> blocks_of(const std::vector<Placement>& placements, std::size
 
 // The first bytes of a buffer as the block's elements.
 Tensor elements(const Tensor& buffer, const Block& block) {
-  return buffer.narrow(0, 0, static_cast<std::int64_t>(block.source.size())).view(block.dtype);
+  return buffer.narrow(0, 0, static_cast<std::int64_t>(block.bytes)).view(block.dtype);
 }
 
-void copy_bytes(const Block& block, const Tensor& to) {
-  std::memcpy(to.data_ptr(), block.source.data(), block.source.size());
+void read_bytes(const Block& block, const Tensor& to) {
+  block.tensor->read(block.offset, {static_cast<std::byte*>(to.data_ptr()), block.bytes});
 }
 
 /// One thread's way to the CPU.
@@ -65,11 +69,11 @@ class HostLane {
 
   void place(const Block& block) {
     if (block.destination.scalar_type() == block.dtype) {
-      copy_bytes(block, block.destination);
+      read_bytes(block, block.destination);
       return;
     }
     const Tensor aligned = elements(scratch_, block);
-    copy_bytes(block, aligned);
+    read_bytes(block, aligned);
     block.destination.copy_(aligned);
   }
   void finish() {}
@@ -94,7 +98,7 @@ class DeviceLane {
     next_ = (next_ + 1) % slots_.size();
     slot.sent.synchronize();
     const Tensor staged = elements(slot.pinned, block);
-    copy_bytes(block, staged);
+    read_bytes(block, staged);
     if (block.destination.scalar_type() == block.dtype) {
       block.destination.copy_(staged, /*non_blocking=*/true);
     } else {
@@ -123,7 +127,7 @@ void place_blocks(const std::vector<Block>& blocks, torch::Device device, const 
   constexpr std::int64_t kAhead = 2;  // blocks that the disk is asked for before they are read
   std::size_t largest = 0;
   for (const Block& block : blocks) {
-    largest = std::max(largest, block.source.size());
+    largest = std::max(largest, block.bytes);
   }
   // Room for whole elements of every dtype.
   const auto block_bytes = static_cast<std::int64_t>((largest + 7) / 8 * 8);
@@ -132,17 +136,17 @@ void place_blocks(const std::vector<Block>& blocks, torch::Device device, const 
     const torch::NoGradGuard no_grad;
     Lane lane(device, block_bytes);
     for (std::int64_t i = begin; i < std::min(begin + kAhead, end); ++i) {
-      read_ahead(blocks[static_cast<std::size_t>(i)].source);
+      request(blocks[static_cast<std::size_t>(i)]);
     }
     for (std::int64_t i = begin; i < end; ++i) {
       if (i + kAhead < end) {
-        read_ahead(blocks[static_cast<std::size_t>(i + kAhead)].source);
+        request(blocks[static_cast<std::size_t>(i + kAhead)]);
       }
       const Block& block = blocks[static_cast<std::size_t>(i)];
       lane.place(block);
       if (options.advance) {
         const std::lock_guard lock(advancing);
-        options.advance(static_cast<std::int64_t>(block.source.size()));
+        options.advance(static_cast<std::int64_t>(block.bytes));
       }
     }
     lane.finish();
@@ -155,6 +159,7 @@ void place_tensors(const std::vector<Placement>& placements, const PlacementOpti
   if (placements.empty()) {
     return;
   }
+  const torch::NoGradGuard no_grad;
   const torch::Device device = placements.front().destination.device();
   const std::vector<Block> blocks = blocks_of(placements, options.block_bytes);
   if (device.is_cuda()) {

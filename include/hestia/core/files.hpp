@@ -10,7 +10,7 @@
 
 namespace hestia {
 
-/// A read-only memory mapping of a whole file, unmapped on destruction. Empty files map to an empty span.
+/// A read-only memory mapping of a whole file, unmapped and closed on destruction. Empty files map to an empty span.
 class MappedFile {
  public:
   MappedFile() = default;
@@ -23,9 +23,14 @@ class MappedFile {
   ~MappedFile();
   [[nodiscard]] std::span<const std::byte> bytes() const noexcept { return {data_, size_}; }
   [[nodiscard]] const std::filesystem::path& path() const noexcept { return path_; }
+  /// Reads the bytes that begin at `offset` of the file into all of `to`, around the mapping: nothing is added to what
+  /// the process holds of the file, and a disk that fails is an exception instead of a signal. Any number of threads
+  /// may read at once. Throws InputError naming the path, the place and the system's reason, or that the file ends.
+  void read(std::size_t offset, std::span<std::byte> to) const;
 
  private:
   std::filesystem::path path_;
+  int descriptor_ = -1;
   const std::byte* data_ = nullptr;
   std::size_t size_ = 0;
 };

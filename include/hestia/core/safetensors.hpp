@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <map>
+#include <memory>
 #include <optional>
 #include <set>
 #include <span>
@@ -32,7 +33,11 @@ struct TensorView {
   DType dtype = DType::kF32;
   std::vector<std::int64_t> shape;
   std::span<const std::byte> bytes;
+  std::shared_ptr<const MappedFile> file = {};  ///< What `bytes` is a part of; null: memory of the caller's.
   [[nodiscard]] std::int64_t num_elements() const;
+  /// Copies the bytes that begin at byte `offset` of the tensor into all of `to`: MappedFile::read where there is a
+  /// file. Throws as that does.
+  void read(std::size_t offset, std::span<std::byte> to) const;
 };
 
 /// A memory-mapped, fully validated `.safetensors` file.
@@ -51,10 +56,10 @@ class SafetensorsFile {
   [[nodiscard]] const TensorView& tensor(std::string_view name) const;
   /// The `__metadata__` strings.
   [[nodiscard]] const std::map<std::string, std::string>& metadata() const noexcept { return metadata_; }
-  [[nodiscard]] const std::filesystem::path& path() const noexcept { return file_.path(); }
+  [[nodiscard]] const std::filesystem::path& path() const noexcept { return file_->path(); }
 
  private:
-  MappedFile file_;
+  std::shared_ptr<const MappedFile> file_;
   std::vector<std::string> names_;
   std::map<std::string, TensorView, std::less<>> tensors_;
   std::map<std::string, std::string> metadata_;

@@ -11,7 +11,7 @@
 
 namespace hestia {
 
-/// A mapped tensor and where its values go: the same shape, contiguous, any float dtype.
+/// A stored tensor and where its values go: the same shape, contiguous, any float dtype.
 struct Placement {
   TensorView source;
   torch::Tensor destination;
@@ -24,12 +24,13 @@ struct PlacementOptions {
   std::function<void(std::int64_t bytes)> advance = {};
 };
 
-/// Copies mapped tensors into their destinations, all of them on one device, converting dtypes where they differ. The
+/// Copies stored tensors into their destinations, all of them on one device, converting dtypes where they differ. The
 /// list is read front to back by `at::get_num_threads()` threads, each with a contiguous part of it and the blocks
 /// ahead of it requested from the disk. On the CPU a block goes straight to its place; on a GPU it passes two
 /// page-locked blocks per thread (nothing else of the file is held a second time), is copied by the thread's own stream
 /// and converted there. Work queued on the current stream is waited for first; the values are in place on return.
-/// Throws std::invalid_argument for a destination of another shape, device or memory layout.
+/// Throws std::invalid_argument for a destination of another shape, device or memory layout, InputError for a
+/// file that cannot be read.
 void place_tensors(const std::vector<Placement>& placements, const PlacementOptions& options = {});
 
 }  // namespace hestia

@@ -67,6 +67,29 @@ TEST_CASE("A mapped file shows the file's bytes and moves") {
   CHECK(target.bytes().size() == text.size());
 }
 
+TEST_CASE("A mapped file is read around its mapping, or says where that failed") {
+  const TemporaryFolder folder;
+  SplitMix64 random(3);
+  const std::string text = random_text(random, 10'000);
+  const std::filesystem::path path = folder.path() / "a";
+  put_file(path, text);
+  MappedFile target(folder.path() / "a");
+  const MappedFile file = std::move(target);
+  for (int round = 0; round < 50; ++round) {
+    const std::size_t begin = random.below(10'001);
+    std::string read(random.below(10'001 - begin), '\0');
+    file.read(begin, std::as_writable_bytes(std::span(read)));
+    CHECK(read == text.substr(begin, read.size()));
+  }
+  // Through the mapping this would be a bus error.
+  std::filesystem::resize_file(path, 0);
+  std::string read(7, '\0');
+  CHECK(error_text<InputError>([&] { file.read(5, std::as_writable_bytes(std::span(read))); }) ==
+        path.string() +
+            ": 7 bytes at 5 cannot be read, the file ends there; check the disk, and that nothing wrote to "
+            "the file meanwhile");
+}
+
 TEST_CASE("Files that cannot be read are named with the reason") {
   const TemporaryFolder folder;
   const std::filesystem::path missing = folder.path() / "missing";

@@ -9,8 +9,11 @@
 #include <ATen/Parallel.h>
 #include <torch/cuda.h>
 
+#include "hestia/core/error.hpp"
+#include "hestia/core/safetensors.hpp"
 #include "hestia/model/placement.hpp"
 #include "hestia/model/tensors.hpp"
+#include "temporary_folder.hpp"
 
 using namespace hestia;
 using torch::Tensor;
@@ -105,8 +108,21 @@ TEST_CASE("every value is placed on the GPU", "[gpu]") {
 
 TEST_CASE("a placement that cannot be written straight through is refused") {
   const Tensor value = torch::randn({4, 3});
-  const TensorView view = {"w", DType::kF32, {4, 3}, {static_cast<const std::byte*>(value.const_data_ptr()), 48}};
+  const TensorView view = {"w", DType::kF32, {4, 3}, {static_cast<const std::byte*>(value.const_data_ptr()), 48}, {}};
   CHECK_THROWS_AS(place_tensors({{view, torch::zeros({3, 4})}}), std::invalid_argument);
   CHECK_THROWS_AS(place_tensors({{view, torch::zeros({3, 4}).t()}}), std::invalid_argument);
   CHECK_NOTHROW(place_tensors({}));
+}
+
+TEST_CASE("a file that shrinks while it is placed is an error, not a crash") {
+  const TemporaryFolder folder;
+  const Tensor value = torch::randn({300, 40});
+  SafetensorsWriter writer;
+  writer.add("w", DType::kF32, {300, 40}, {static_cast<const std::byte*>(value.const_data_ptr()), 48'000});
+  writer.write(folder.path() / "model.safetensors");
+  const SafetensorsFile file(folder.path() / "model.safetensors");
+  std::filesystem::resize_file(file.path(), 20'000);
+  const Tensor destination = torch::zeros({300, 40});
+  CHECK_THROWS_WITH(place_tensors({{file.tensor("w"), destination}}, {.block_bytes = 4096}),
+                    Catch::Contains("model.safetensors") && Catch::Contains("the file ends there"));
 }
