@@ -665,6 +665,13 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, con
       directory /= target.gguf.filename();
     }
   }
+  if (to != "bundle" && std::filesystem::exists(residency_path(recipe.run_dir))) {
+    const ResidencyRule rule = read_residency(residency_path(recipe.run_dir));
+    log_warning(
+        fmt::format("{}: the run trained under residency-aware routing (lambda {}, J {}, {} slots), which --to "
+                    "{} has no place for; only --to bundle hands it on",
+                    recipe.run_dir, rule.lambda, rule.always_keep, rule.slots, to));
+  }
   if (to == "gguf") {
     write_tuned_gguf(recipe.model.path, tuned_parts(latest->second, read_architecture(recipe.model.path)), target.gguf,
                      directory);

@@ -34,6 +34,10 @@ TEST_CASE("residency in the loop: finetune keeps the rule, export hands it on, e
   CHECK(read_json_file(project.path() / "runs/tuned/bundle/manifest.json").at("residency") == rule);
   CHECK_THAT(done(project.run({"inspect", "runs/tuned/bundle"})),
              Catch::Contains("3 slots, lru, residency lambda 0.3, J 1"));
+  const Outcome plain_export = project.run({"export", "loop.yaml", "--to", "hf", "--quiet"});
+  CHECK(done(plain_export) == "runs/tuned/hf\n");
+  CHECK_THAT(plain_export.err, Catch::Contains("warning") && Catch::Contains("lambda 0.3, J 1, 3 slots") &&
+                                   Catch::Contains("only --to bundle hands it on"));
 
   check_complaint(project.run({"evaluate", "loop.yaml", "evaluate.residency_prior.lambdas=[0.1]",
                                "evaluate.residency_prior.slots=12"}),
