@@ -253,7 +253,8 @@ void run_two_steps(const std::string& family, const std::string& name) {
   const std::filesystem::path model = folder.path() / "model";
   const std::string inspected = done(hestia({"inspect", model.string(), "--memory", "1MiB"}, {folder.path(), {}, {}}));
   for (const std::string& part :
-       {family, std::string("2 (2 with experts)"), router_name(read_architecture(model), 1), std::string("slots in")}) {
+       {family, fmt::format("2 ({} with experts)", read_architecture(model).moe_layers().size()),
+        router_name(read_architecture(model), 1), std::string("slots in")}) {
     CHECK_THAT(inspected, Catch::Contains(part));
   }
   (void)run({"finetune", "--quiet"});
