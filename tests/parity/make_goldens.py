@@ -456,14 +456,19 @@ def take_long_factors(rotary):
 
 
 def check(directory):
-    """Runs a model directory in transformers and compares with logits.safetensors beside it."""
+    """Runs a model directory in transformers and compares with logits.safetensors beside it; then generates."""
     expected = load_file(directory / "logits.safetensors")
-    logits, router_logits, _, _ = run(load(directory), expected["tokens"])
+    model = load(directory)
+    logits, router_logits, _, _ = run(model, expected["tokens"])
     for name, ours, theirs in (("logits", expected["logits"], logits),
                                ("router_logits", expected["router_logits"], router_logits)):
         error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
         print(f"{directory.name}, {name}: largest difference {error:.2e} of the largest value")
         assert error < 1e-4
+    prompt = expected["generated"][None, :5]
+    generated = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, eos_token_id=None,
+                               pad_token_id=0, max_length=expected["generated"].numel())[0]
+    assert torch.equal(generated, expected["generated"]), (generated, expected["generated"])
 
 
 def main():

@@ -110,12 +110,23 @@ const std::vector<std::string> kCases = {"hub_plain",
                                          "deepseek_v2_normalised",
                                          "deepseek_v2_one_scale"};
 
+// The first tokens and the most likely next one, `steps` times.
+Tensor generated(MoeModel& model, const Tensor& tokens_S, std::int64_t steps) {
+  Tensor tokens = tokens_S.narrow(0, 0, 5);
+  for (std::int64_t step = 0; step < steps; ++step) {
+    const Tensor logits_SV = model->head(model->forward(one_sequence(tokens)).hidden_BSD)[0];
+    tokens = torch::cat({tokens, logits_SV[-1].argmax(-1, /*keepdim=*/true)});
+  }
+  return tokens;
+}
+
 // What `make_goldens.py --check` reads: transformers must compute the same from the directory.
-void write_expectation(const std::filesystem::path& directory, const Tensor& tokens_S, const ModelOutput& output,
-                       const Tensor& logits_SV) {
-  write_tensors(
-      directory / "logits.safetensors",
-      {{"tokens", tokens_S}, {"logits", logits_SV}, {"router_logits", stacked(output, &RoutingRecord::logits_TE)}});
+void write_expectation(const std::filesystem::path& directory, MoeModel& model, const Tensor& tokens_S,
+                       const ModelOutput& output, const Tensor& logits_SV) {
+  write_tensors(directory / "logits.safetensors", {{"tokens", tokens_S},
+                                                   {"logits", logits_SV},
+                                                   {"router_logits", stacked(output, &RoutingRecord::logits_TE)},
+                                                   {"generated", generated(model, tokens_S, 7)}});
 }
 
 bool transformers_agrees(const std::vector<std::filesystem::path>& directories) {
@@ -259,7 +270,7 @@ TEST_CASE("prefill and decoding with a key-value cache equal one forward") {
   }
 }
 
-TEST_CASE("transformers computes from an exported tuned model what Hestia computes with routers and adapters apart") {
+TEST_CASE("transformers computes and generates from an exported tuned model what Hestia does with its parts apart") {
   const torch::NoGradGuard no_grad;
   const TemporaryFolder folder;
   std::vector<std::filesystem::path> directories;
@@ -298,13 +309,13 @@ TEST_CASE("transformers computes from an exported tuned model what Hestia comput
     const ModelOutput output = model->forward(one_sequence(golden.tokens_S));
     const Tensor logits_SV = model->head(output.hidden_BSD)[0];
     CHECK(relative_error(logits_SV, golden.logits_SV) > 1e-2);  // the tuned parts are not lost in the tolerance
-    write_expectation(directory, golden.tokens_S, output, logits_SV);
+    write_expectation(directory, model, golden.tokens_S, output, logits_SV);
     directories.push_back(directory);
   }
   CHECK(transformers_agrees(directories));
 }
 
-TEST_CASE("transformers computes from a created and saved model what Hestia computes") {
+TEST_CASE("transformers computes and generates from a created and saved model what Hestia does") {
   const torch::NoGradGuard no_grad;
   const TemporaryFolder folder;
   std::vector<std::filesystem::path> directories;
@@ -319,7 +330,7 @@ TEST_CASE("transformers computes from a created and saved model what Hestia comp
     directories.push_back(folder.path() / name);
     save_model(model, directories.back(), torch::kFloat32, 1 << 14);  // several shards
     const ModelOutput output = model->forward(one_sequence(golden.tokens_S));
-    write_expectation(directories.back(), golden.tokens_S, output, model->head(output.hidden_BSD)[0]);
+    write_expectation(directories.back(), model, golden.tokens_S, output, model->head(output.hidden_BSD)[0]);
     MoeModel again = load_model(directories.back(), torch::kFloat32, torch::kCPU);
     CHECK(torch::equal(again->forward(one_sequence(golden.tokens_S)).hidden_BSD, output.hidden_BSD));
   }
