@@ -16,7 +16,8 @@ class Tokenizer {
   virtual ~Tokenizer() = default;
   /// Token ids of `text`, none put around it. A tokenizer.json finds its special tokens in text that spells them, a
   /// sentencepiece model does not. Where `text` is not UTF-8, a tokenizer.json reads U+FFFD for each maximal ill-formed
-  /// part (Python's errors="replace"); a sentencepiece model reads U+FFFD for each byte.
+  /// part (Python's errors="replace"); a sentencepiece model reads U+FFFD for each byte of such a
+  /// part, as its library does (an ill-formed, overlong or truncated sequence of n bytes is n of them).
   [[nodiscard]] virtual std::vector<std::int32_t> encode(std::string_view text) const = 0;
   /// The same for text that goes on after other text, so that nothing is put in front of it: some vocabularies begin
   /// every text with a space.

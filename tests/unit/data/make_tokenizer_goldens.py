@@ -1,11 +1,11 @@
-"""Goldens of tokenizer_json_test.cpp and unicode_test.cpp, from the tokenizers library.
+"""Goldens of tokenizer_json_test.cpp and unicode_test.cpp, from the tokenizers and sentencepiece libraries.
 
     make_tokenizer_goldens.py                   writes goldens/NAME/hashes.txt of every vocabulary beside this file, and
                                                 goldens/unicode.txt
     make_tokenizer_goldens.py --train           makes the vocabularies anew first (training breaks ties by chance)
-    make_tokenizer_goldens.py --expect TOKENIZER_JSON --first N --count M
+    make_tokenizer_goldens.py --expect TOKENIZER --first N --count M
                                                 prints what the library makes of strings N to N + M, one JSON object a
-                                                line, for `check_tokenizer TOKENIZER_JSON`
+                                                line, for `check_tokenizer TOKENIZER`
 
 Every vocabulary is trained on strings of the generator below, which tests/support/tokenizer_fuzz.hpp holds too. A line
 of hashes.txt stands for 500 strings: SHA-256 (its first 16 digits) of their ids, and of the texts that these ids and
@@ -16,11 +16,13 @@ library makes of them (UNICODE names them).
 import argparse
 import collections
 import hashlib
+import io
 import json
 import struct
 import sys
 from pathlib import Path
 
+import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 FOLDER = Path(__file__).parent / "goldens"
@@ -237,6 +239,7 @@ def train():
     texts = [Fuzz(number).bytes.decode("utf-8", "replace") for number in TRAINING]
     characters = {character for character, _ in collections.Counter("".join(texts)).most_common(250)}
     frequent = ["".join(character for character in text if character in characters) for text in texts]
+    train_sentencepiece(frequent)
     for name, (tokenizer, trainer, added) in shapes().items():
         fallback = name in ("mixtral", "phi", "metaspace", "unigram_bytes")
         # A Unigram vocabulary holds every character that it is trained on.
@@ -249,23 +252,86 @@ def train():
         (FOLDER / name / "tokenizer.json").write_text(text + "\n")
 
 
-def results(tokenizer, first, count):
+# One as Mixtral's, one that drops extra spaces and knows no bytes. Both are BPE: splits that tie in a Unigram model are
+# settled differently by versions of the library. Normalisation rules would make the files large.
+SENTENCEPIECE = {
+    "sentencepiece_bpe": dict(model_type="bpe", vocab_size=700, byte_fallback=True, split_digits=True, remove_extra_whitespaces=False,
+                              allow_whitespace_only_pieces=True, pad_id=3, control_symbols=["<|end|>"]),
+    "sentencepiece_unknown": dict(model_type="bpe", vocab_size=500, user_defined_symbols=["<mask>"]),
+}
+
+
+def train_sentencepiece(texts):
+    for name, options in SENTENCEPIECE.items():
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, num_threads=1,
+                                                 character_coverage=1.0, normalization_rule_name="identity",
+                                                 minloglevel=2, **options)
+        (FOLDER / name).mkdir(parents=True, exist_ok=True)
+        (FOLDER / name / "tokenizer.model").write_bytes(model.getvalue())
+
+
+class TokenizersReference:
+    """A tokenizer.json in the tokenizers library, which takes text only: broken UTF-8 is replaced first."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, texts):
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(
+            [text.decode("utf-8", "replace") for text in texts], add_special_tokens=False)]
+
+    def decode(self, ids):
+        return self.tokenizer.decode_batch(ids, skip_special_tokens=True)
+
+
+class SentencePieceReference:
+    """A tokenizer.model in the sentencepiece library, which takes any bytes."""
+
+    def __init__(self, path):
+        self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        self.size = self.processor.get_piece_size()
+
+    def encode(self, texts):
+        return self.processor.encode(texts)
+
+    def decode(self, ids):
+        return self.processor.decode(ids)
+
+
+def reference(path):
+    path = Path(path)
+    return TokenizersReference(Tokenizer.from_file(str(path))) if path.suffix == ".json" else SentencePieceReference(path)
+
+
+def is_text(text):
+    try:
+        text.decode()
+        return True
+    except UnicodeDecodeError:
+        return False
+
+
+def results(reference, first, count):
     """For each string: ids, their text, random ids, their text."""
-    size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     for begin in range(first, first + count, BLOCK):
         strings = [Fuzz(number) for number in range(begin, min(begin + BLOCK, first + count))]
-        encodings = tokenizer.encode_batch([s.bytes.decode("utf-8", "replace") for s in strings],
-                                           add_special_tokens=False)
-        ids = [encoding.ids for encoding in encodings]
-        random_ids = [s.ids(size) for s in strings]
-        yield from zip(ids, tokenizer.decode_batch(ids, skip_special_tokens=True), random_ids,
-                       tokenizer.decode_batch(random_ids, skip_special_tokens=True))
+        ids = reference.encode([s.bytes for s in strings])
+        random_ids = [s.ids(reference.size) for s in strings]
+        yield from zip(ids, reference.decode(ids), random_ids, reference.decode(random_ids))
 
 
-def hash_lines(tokenizer):
+def expected_lines(reference, first, count):
+    """What check_tokenizer reads."""
+    for i, (ids, text, random_ids, random_text) in enumerate(results(reference, first, count), first):
+        yield json.dumps({"string": i, "ids": ids, "text": text, "random_ids": random_ids, "random_text": random_text})
+
+
+def hash_lines(reference):
     lines = []
     of_ids, of_texts = hashlib.sha256(), hashlib.sha256()
-    for number, (ids, text, _, random_text) in enumerate(results(tokenizer, 0, STRINGS), 1):
+    for number, (ids, text, _, random_text) in enumerate(results(reference, 0, STRINGS), 1):
         of_ids.update(struct.pack(f"<{len(ids) + 1}I", len(ids), *ids))
         for decoded in (text.encode(), random_text.encode()):
             of_texts.update(struct.pack("<I", len(decoded)) + decoded)
@@ -307,22 +373,19 @@ def unicode_lines():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", action="store_true")
-    parser.add_argument("--expect", metavar="TOKENIZER_JSON")
+    parser.add_argument("--expect", metavar="TOKENIZER")
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, default=STRINGS)
     arguments = parser.parse_args()
     if arguments.expect:
-        tokenizer = Tokenizer.from_file(arguments.expect)
-        for i, (ids, text, random_ids, random_text) in enumerate(
-                results(tokenizer, arguments.first, arguments.count), arguments.first):
-            print(json.dumps({"string": i, "ids": ids, "text": text, "random_ids": random_ids,
-                              "random_text": random_text}))
+        for line in expected_lines(reference(arguments.expect), arguments.first, arguments.count):
+            print(line)
         return
     if arguments.train:
         train()
     (FOLDER / "unicode.txt").write_text("".join(unicode_lines()))
     for folder in sorted(path for path in FOLDER.iterdir() if path.is_dir()):
-        (folder / "hashes.txt").write_text(hash_lines(Tokenizer.from_file(str(folder / "tokenizer.json"))))
+        (folder / "hashes.txt").write_text(hash_lines(reference(next(folder.glob("tokenizer.*")))))
         print(folder.name, file=sys.stderr)
 
 

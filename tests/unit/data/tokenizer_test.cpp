@@ -93,6 +93,29 @@ TEST_CASE("Characters that training did not meet become their bytes") {
   CHECK(tokenizer->encode(grin) == expected);
 }
 
+TEST_CASE("A sentencepiece model reads U+FFFD for each byte that is no UTF-8") {
+  const TemporaryFolder folder;
+  const auto tokenizer = small_tokenizer(folder.path());
+  const std::string sign = "\ufffd";
+  // A lone lead byte, a truncated character of two and of three bytes, an overlong one, a surrogate, one beyond
+  // U+10FFFF, lone continuations, and bytes that UTF-8 has not.
+  for (const std::string broken :
+       {"\xe2", "\xe2\x82", "\xf0\x9f\x98", "\xc0\x80", "\xed\xa0\x80", "\xf4\x90\x80\x80", "\x80\xbf", "\xff\xfe"}) {
+    std::string signs;
+    for (std::size_t i = 0; i < broken.size(); ++i) {
+      signs += sign;
+    }
+    for (const auto& [before, after] :
+         {std::pair("", ""), std::pair("kalo ", ""), std::pair("", " mi"), std::pair("\xc3\xa9", "x\n")}) {
+      const Ids ids = tokenizer->encode(before + broken + after);
+      REQUIRE(ids == tokenizer->encode(before + signs + after));
+      REQUIRE(tokenizer->encode_continuation(before + broken + after) ==
+              tokenizer->encode_continuation(before + signs + after));
+      REQUIRE(tokenizer->decode(ids) == before + signs + after);
+    }
+  }
+}
+
 TEST_CASE("Line breaks, tabs and digits are tokens of their own, however often they stand together") {
   const TemporaryFolder folder;
   SplitMix64 random(79);
