@@ -49,6 +49,11 @@ struct FlatTokens {
     completion.resize(size);
     text.resize(size);
   }
+  void erase_first() {
+    ids.erase(ids.begin());
+    completion.erase(completion.begin());
+    text.erase(text.begin());
+  }
   [[nodiscard]] std::size_t leading_prompt() const {
     return static_cast<std::size_t>(std::find(completion.begin(), completion.end(), 1) - completion.begin());
   }
@@ -154,10 +159,13 @@ Tokenized tokenize_example(const FlatTokens& flat, FlatTokens begin, const Token
 
 Tokenized tokenize(const Document& document, const Tokenizer& tokenizer, std::int64_t sequence_length,
                    std::int32_t domain, Overlong overlong) {
-  const FlatTokens flat = flatten(document, tokenizer);
+  FlatTokens flat = flatten(document, tokenizer);
   FlatTokens begin;
   if (document.begin_sequence && tokenizer.bos_id() >= 0) {
     begin.append({tokenizer.bos_id()}, true, false);
+    if (flat.size() > 0 && flat.ids.front() == tokenizer.bos_id()) {  // The text spells it.
+      flat.erase_first();
+    }
   }
   const auto length = static_cast<std::size_t>(sequence_length);
   return document.has_prompt() ? tokenize_example(flat, std::move(begin), tokenizer, length, domain, overlong)

@@ -32,6 +32,7 @@ struct Template {
   std::string_view context = "\n\n";  // Between a question and what it is about.
   bool begin_sequence = true;         // The family's chats start with <s>, where it has one.
   bool system_in_user = false;        // There is no system turn: the first user turn begins with it.
+  bool end_in_last_only = false;      // An answer that another turn follows has `between` in place of `end`.
 };
 
 const std::vector<Template>& templates() {
@@ -100,6 +101,17 @@ const std::vector<Template>& templates() {
        .lead = " ",
        .end = {kEnd},
        .between = {}},
+      // gpt-oss: answers in the final channel. What ends one is <|return|>, which a later turn turns into <|end|>.
+      {.name = "harmony",
+       .system = {{{"<|start|>", true}, {"developer"}, {"<|message|>", true}, {"# Instructions\n\n"}},
+                  {{"<|end|>", true}}},
+       .user = {{{"<|start|>", true}, {"user"}, {"<|message|>", true}}, {{"<|end|>", true}}},
+       .assistant = {{"<|start|>", true}, {"assistant"}, {"<|channel|>", true}, {"final"}, {"<|message|>", true}},
+       .lead = "",
+       .end = {{"<|return|>", true}},
+       .between = {{"<|end|>", true}},
+       .begin_sequence = false,
+       .end_in_last_only = true},
   };
   return all;
 }
@@ -168,7 +180,9 @@ void render_messages(const std::string& name, const std::vector<Message>& messag
       append(format.assistant, false, document);
       document.append_text(format.lead, true);
       document.append_text(message->content, true);
-      append(format.end, true, document);
+      if (message + 1 == end || !format.end_in_last_only) {
+        append(format.end, true, document);
+      }
       if (message + 1 != end) {
         append(format.between, false, document);
       }

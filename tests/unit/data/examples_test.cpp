@@ -88,6 +88,10 @@ TEST_CASE("Every template lays a conversation out as its family writes it, answe
        "[<|system|>]Be brief.[<|end|>][<|user|>]Red?[<|end|>][<|assistant|>]{No.[<|end|>]}[<|user|>]Blue?[<|end|>]"
        "[<|assistant|>]{Yes.[<|end|>]}"},
       {"deepseek", "[bos]Be brief.\n\nUser: Red?\n\nAssistant:{ No.[]}User: Blue?\n\nAssistant:{ Yes.[]}"},
+      {"harmony",
+       "[<|start|>]developer[<|message|>]# Instructions\n\nBe brief.[<|end|>][<|start|>]user[<|message|>]Red?[<|end|>]"
+       "[<|start|>]assistant[<|channel|>]final[<|message|>]{No.}[<|end|>][<|start|>]user[<|message|>]Blue?[<|end|>]"
+       "[<|start|>]assistant[<|channel|>]final[<|message|>]{Yes.[<|return|>]}"},
   };
   CHECK(expected.size() == template_names().size());
   for (const std::string& name : template_names()) {
@@ -222,7 +226,10 @@ std::unique_ptr<Tokenizer> chat_tokenizer(const std::filesystem::path& folder) {
   TokenizerTraining training{.vocab_size = 400};
   for (const std::string& name : template_names()) {
     for (const std::string& token : template_tokens(name)) {
-      training.special_tokens.push_back(token);
+      if (std::find(training.special_tokens.begin(), training.special_tokens.end(), token) ==
+          training.special_tokens.end()) {
+        training.special_tokens.push_back(token);
+      }
     }
   }
   SplitMix64 random(78);
@@ -302,9 +309,15 @@ TEST_CASE("Labels are the answers and what ends them, whatever the template, and
       for (std::size_t turn = 0; turn < runs.size(); ++turn) {
         const std::string answer = (lead ? " " : "") + answers[i][turn];
         std::vector<std::int32_t> expected = tokenizer->encode(answer);
-        const std::vector<std::string> ends = template_tokens(name);
-        expected.push_back(ends.empty() ? tokenizer->eos_id()
-                                        : tokenizer->token_id(name == "phi3" ? "<|end|>" : "<|im_end|>"));
+        if (name == "harmony") {  // Only the last answer ends as the model ends one.
+          if (turn + 1 == runs.size()) {
+            expected.push_back(tokenizer->token_id("<|return|>"));
+          }
+        } else {
+          expected.push_back(template_tokens(name).empty()
+                                 ? tokenizer->eos_id()
+                                 : tokenizer->token_id(name == "phi3" ? "<|end|>" : "<|im_end|>"));
+        }
         CHECK(runs[turn] == expected);
         bytes += static_cast<std::int64_t>(answer.size());
       }
@@ -324,6 +337,54 @@ TEST_CASE("Labels are the answers and what ends them, whatever the template, and
                        changed.sequences[0].tokens.begin()));
     }
   }
+}
+
+TEST_CASE("A sequence begins with bos once: where the vocabulary names it and the family writes it") {
+  const TemporaryFolder folder;
+  const std::filesystem::path goldens = std::filesystem::path(HESTIA_SOURCE_DIR) / "tests/unit/data/goldens";
+  std::filesystem::copy_file(goldens / "olmoe/tokenizer.json", folder.path() / "tokenizer.json");
+  const auto path = folder.path() / "a.jsonl";
+  const auto first_tokens = [&](const Json& line, const std::string& format, const std::string& layout) {
+    put_file(path, line.dump() + "\n");
+    CorpusOptions options = corpus_of(path, format, layout);
+    PackedData data;
+    tokenize_documents(read_in_order(options), *open_tokenizer(folder.path()), 16, 0, 1, data);
+    REQUIRE(!data.sequences.empty());
+    return data.sequences;
+  };
+  const Json chat = {{"messages", {{{"role", "user"}, {"content", "a"}}, {{"role", "assistant"}, {"content", "b"}}}}};
+  std::string letters;
+  for (int i = 0; i < 40; ++i) {
+    letters += "q x";
+  }
+  for (const bool named : {true, false}) {
+    // OLMoE-Instruct begins and ends with one token, <|endoftext|>; the base model names no bos.
+    put_file(folder.path() / "tokenizer_config.json",
+             Json({{"bos_token", named ? Json("<|user|>") : Json()}, {"eos_token", "<|user|>"}}).dump());
+    const std::int32_t token = open_tokenizer(folder.path())->token_id("<|user|>");
+    REQUIRE(token >= 0);
+    CHECK(open_tokenizer(folder.path())->bos_id() == (named ? token : -1));
+    const auto qa = first_tokens({{"question", "a"}, {"answer", "b"}}, "question_answer", "qa").at(0);
+    CHECK((qa.tokens.at(0) == token) == named);
+    CHECK(std::count(qa.tokens.begin(), qa.tokens.end(), token) == (named ? 2 : 1));
+    CHECK(qa.tokens.back() == token);
+    // A text that spells it has it once, too, and so has every part of it.
+    for (const std::string begin : {"", "<|user|>"}) {
+      const auto parts = first_tokens({{"text", begin + letters}}, "jsonl", "");
+      REQUIRE(parts.size() > 1);
+      for (std::size_t i = 0; i < parts.size(); ++i) {
+        INFO(named << begin << i);
+        CHECK((parts[i].tokens.at(0) == token) == (named || (i == 0 && !begin.empty())));
+        CHECK((parts[i].tokens.at(1) != token || i + 1 == parts.size()));  // The last may hold the end alone.
+      }
+    }
+  }
+  put_file(folder.path() / "tokenizer_config.json", R"({"bos_token": "<|end|>", "eos_token": "<|end|>"})");
+  const auto tokens = first_tokens(chat, "chat", "tulu").at(0).tokens;
+  const std::int32_t end = open_tokenizer(folder.path())->eos_id();
+  CHECK(tokens.front() == end);
+  CHECK(tokens.at(1) != end);
+  CHECK(std::count(tokens.begin(), tokens.end(), end) == 2);
 }
 
 TEST_CASE("A conversation that is too long loses its end, never a question without an answer after it") {
