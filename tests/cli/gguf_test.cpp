@@ -1,4 +1,7 @@
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include <fmt/format.h>
 #include <catch2/catch.hpp>
@@ -124,6 +127,31 @@ TEST_CASE("upcycle makes a model directory with the tokenizer out of a dense fil
     CHECK(SafetensorsFile(project.path() / to / "model.safetensors").names().size() == 2 + 6 + 1 + 12 * 3);
   }
   CHECK(project.read("moe-grouped/model.safetensors") != project.read("moe-signed/model.safetensors"));
+  CHECK_THAT(done(project.run({"inspect", "moe-grouped"})),
+             Catch::Contains("moe-grouped: model directory") && Catch::Contains("mixtral") &&
+                 Catch::Contains("12 per layer, 3 per token") && Catch::Contains("1 (1 with experts)") &&
+                 Catch::Contains("model.layers.0.block_sparse_moe.gate.weight"));
+  // Every grouped start is the dense function, however it is cut.
+  std::vector<std::vector<float>> logits;
+  for (const auto& [experts, top_k] : {std::pair("12", "3"), std::pair("4", "2"), std::pair("2", "1")}) {
+    const std::string to = std::string("cut-") + experts;
+    done(project.run(
+        {"upcycle", "dense.gguf", "--experts", experts, "--top-k", top_k, "--dtype", "float32", "--to", to}));
+    done(project.run({"logits", to, "--tokens", "0,2,1,1", "--output", to + ".safetensors"}));
+    const SafetensorsFile file(project.path() / (to + ".safetensors"));
+    CHECK(file.tensor("logits").shape == std::vector<std::int64_t>{4, 3});
+    CHECK(file.tensor("router_logits").shape == std::vector<std::int64_t>{1, 4, std::stoi(experts)});
+    CHECK(file.tensor("selected").shape == std::vector<std::int64_t>{1, 4, std::stoi(top_k)});
+    const TensorView view = file.tensor("logits");
+    logits.emplace_back(12);
+    REQUIRE(view.bytes.size() == 12 * sizeof(float));
+    std::memcpy(logits.back().data(), view.bytes.data(), view.bytes.size());
+  }
+  CHECK(std::any_of(logits[0].begin(), logits[0].end(), [](float value) { return std::abs(value) > 0.01F; }));
+  for (std::size_t i = 0; i < 12; ++i) {
+    CHECK(logits[1][i] == Approx(logits[0][i]).margin(1e-5));
+    CHECK(logits[2][i] == Approx(logits[0][i]).margin(1e-5));
+  }
   done(with({"--start", "signed", "--to", "again"}));
   CHECK(project.read("again/model.safetensors") == project.read("moe-signed/model.safetensors"));
   check_complaint(with({"--to", "again"}), 2, {"again: exists already", "--to"});
