@@ -1,5 +1,6 @@
 // Stands in for all .cu files in a build with HESTIA_CUDA=OFF.
 #include "hestia/core/error.hpp"
+#include "hestia/kernels/decode_experts.hpp"
 #include "hestia/kernels/residency_scan.hpp"
 #include "hestia/kernels/router_rows.hpp"
 #include "hestia/kernels/soft_cache.hpp"
@@ -60,6 +61,26 @@ std::size_t residency_scan_workspace(const ResidencyShape&) {
 
 void residency_scan_cuda(const ResidencyShape&, const float*, const std::uint8_t*, const std::int64_t*,
                          const std::int64_t*, std::int64_t, std::int64_t*, void*, void*) {
+  refuse();
+}
+
+void decode_gate_up_cuda(const DecodeExpertsShape&, const std::uint16_t*, const std::int32_t*, const void*,
+                         std::uint16_t*, void*) {
+  refuse();
+}
+
+void decode_down_cuda(const DecodeExpertsShape&, const std::uint16_t*, const std::int32_t*, const void*, float*,
+                      void*) {
+  refuse();
+}
+
+void decode_combine_cuda(const DecodeExpertsShape&, const float*, const float*, const std::uint16_t*, std::uint16_t*,
+                         void*) {
+  refuse();
+}
+
+void decode_down_combine_cuda(const DecodeExpertsShape&, const std::uint16_t*, const std::int32_t*, const void*,
+                              const float*, const float*, const std::uint16_t*, std::uint16_t*, void*) {
   refuse();
 }
 

@@ -1,0 +1,86 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace hestia {
+
+/// How the matrices of a routed expert lie in memory.
+enum class ExpertFormat : std::int32_t {
+  kBfloat16,
+};
+
+/// Most rows of a decode step.
+inline constexpr std::int64_t kDecodeMaxTokens = 32;
+/// Most experts per token.
+inline constexpr std::int64_t kDecodeMaxTopK = 32;
+
+/// Sizes of one layer's routed experts in a decode step.
+struct DecodeExpertsShape {
+  std::int64_t num_tokens = 0;          ///< T, 1 to kDecodeMaxTokens
+  std::int64_t top_k = 0;               ///< K, 1 to kDecodeMaxTopK
+  std::int64_t hidden_size = 0;         ///< H, a multiple of 8
+  std::int64_t expert_hidden_size = 0;  ///< F, a multiple of 8
+  ExpertFormat format = ExpertFormat::kBfloat16;
+};
+
+/// One expert's blob: where its three row-major matrices begin. gate and up [F, H], down [H, F], contiguous in the
+/// order of use.
+struct ExpertBlob {
+  std::size_t gate = 0;  ///< Byte offset of a matrix in the blob.
+  std::size_t up = 0;
+  std::size_t down = 0;
+  std::size_t bytes = 0;  ///< Of the whole blob, a multiple of 16: slot s begins at s * bytes.
+};
+
+/// The blob of a shape. Throws std::invalid_argument when a size is none that the kernels take, naming it.
+[[nodiscard]] ExpertBlob expert_blob(const DecodeExpertsShape& shape);
+
+// Products of a decode step with the experts that a slot table names. `slots`: int32 [T, K], the slot in `pool` that
+// holds the k-th expert of row t, negative: not served in this wave. `pool`: blobs one behind the other, aligned to 16.
+// bfloat16 values are their bits. A row's result depends on its own x, experts and weights alone, bit by bit: not on
+// slot numbers, on the wave that an expert is served in, on T or on the other rows. Sums are float32 in a fixed order
+// (the CPU's, one after the other, is another one than the GPU's).
+//
+// With waves: decode_gate_up and decode_down for each wave as its experts arrive (a slot may be overwritten as soon as
+// its wave's decode_down is through, so products are kept for each k), then decode_combine. The last wave, or the only
+// one, may take decode_down_combine in place of the last two.
+
+/// h[t, k] = silu(gate x_t) * (up x_t), silu(a) = a / (1 + exp(-a)), rounded to bfloat16 once, where slots[t, k] is not
+/// negative; other rows of h stay. x: bfloat16 [T, H]; h: bfloat16 [T, K, F]. CPU, synchronous, one thread. Throws
+/// std::invalid_argument as expert_blob does.
+void decode_gate_up_cpu(const DecodeExpertsShape& shape, const std::uint16_t* x, const std::int32_t* slots,
+                        const void* pool, std::uint16_t* h);
+/// y[t, k] = down h[t, k], where slots[t, k] is not negative; other rows of y stay. y: float32 [T, K, H].
+void decode_down_cpu(const DecodeExpertsShape& shape, const std::uint16_t* h, const std::int32_t* slots,
+                     const void* pool, float* y);
+/// out_t = residual_t + sum_k weights[t, k] y[t, k], the sum from k = 0 upwards in float32 with fused multiply-adds,
+/// rounded to bfloat16 once. weights: float32 [T, K]; residual: bfloat16 [T, H], null: 0; out: bfloat16 [T, H], may be
+/// residual itself.
+void decode_combine_cpu(const DecodeExpertsShape& shape, const float* y, const float* weights,
+                        const std::uint16_t* residual, std::uint16_t* out);
+/// decode_down and decode_combine at once: y[t, k] is read where slots[t, k] is negative and worked out elsewhere,
+/// without being written. y may be null: then experts without a slot add nothing.
+void decode_down_combine_cpu(const DecodeExpertsShape& shape, const std::uint16_t* h, const std::int32_t* slots,
+                             const void* pool, const float* weights, const float* y, const std::uint16_t* residual,
+                             std::uint16_t* out);
+
+// The same on the GPU: device pointers, asynchronous on `stream` (a cudaStream_t) of the current device, one kernel
+// each, no allocation, fit for capture in a graph. x, h, y, residual and out aligned to 16. They throw RunError with
+// the CUDA error when the launch fails, or when Hestia was built without its CUDA kernels.
+
+/// One warp per row of gate and up; for T > 1 rows with the same slot read its weights together, up to 8 at once.
+void decode_gate_up_cuda(const DecodeExpertsShape& shape, const std::uint16_t* x, const std::int32_t* slots,
+                         const void* pool, std::uint16_t* h, void* stream);
+/// One warp per two rows of down; shared among rows in the same way.
+void decode_down_cuda(const DecodeExpertsShape& shape, const std::uint16_t* h, const std::int32_t* slots,
+                      const void* pool, float* y, void* stream);
+/// One thread per element.
+void decode_combine_cuda(const DecodeExpertsShape& shape, const float* y, const float* weights,
+                         const std::uint16_t* residual, std::uint16_t* out, void* stream);
+/// One warp per expert and two rows of down; every row reads its experts for itself, so it is for T = 1 or few.
+void decode_down_combine_cuda(const DecodeExpertsShape& shape, const std::uint16_t* h, const std::int32_t* slots,
+                              const void* pool, const float* weights, const float* y, const std::uint16_t* residual,
+                              std::uint16_t* out, void* stream);
+
+}  // namespace hestia

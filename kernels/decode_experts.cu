@@ -1,0 +1,294 @@
+#include "hestia/kernels/decode_experts.hpp"
+
+#include "decode_dot.cuh"
+#include "launch.cuh"
+
+namespace hestia {
+namespace {
+
+constexpr int kWarps = 8;     // of a block
+constexpr int kDownRows = 2;  // of down per warp
+constexpr int kMaxPairs = static_cast<int>(kDecodeMaxTokens * kDecodeMaxTopK);
+
+struct Sizes {
+  int num_pairs;  // T * K
+  int top_k;
+  int hidden;         // H
+  int expert_hidden;  // F
+  ExpertBlob blob;
+};
+
+__device__ const std::uint16_t* matrix(const void* pool, const Sizes& sizes, int slot, std::size_t offset) {
+  return reinterpret_cast<const std::uint16_t*>(static_cast<const unsigned char*>(pool) +
+                                                static_cast<std::size_t>(slot) * sizes.blob.bytes + offset);
+}
+
+/// The (t, k) pairs that this block serves: none unless pair blockIdx.y is the first of its slot, then all of that
+/// slot. `pairs` and `count` are shared. Returns their number, the same to all threads. Without kGrouped, that pair
+/// alone.
+template <bool kGrouped>
+__device__ int pairs_of_block(const std::int32_t* slots, int num_pairs, int slot, int* pairs, int* count) {
+  const int own = static_cast<int>(blockIdx.y);
+  if (slot < 0) {
+    return 0;
+  }
+  if constexpr (!kGrouped) {
+    if (threadIdx.x == 0) {
+      pairs[0] = own;
+    }
+    __syncthreads();
+    return 1;
+  } else {
+    if (threadIdx.x < kDecodeWarp) {
+      const int lane = static_cast<int>(threadIdx.x);
+      int found = 0;
+      for (int base = 0; base < num_pairs; base += kDecodeWarp) {
+        const int pair = base + lane;
+        const unsigned same = __ballot_sync(0xffffffffU, pair < num_pairs && slots[pair] == slot);
+        if ((same >> lane & 1U) != 0) {
+          pairs[found + __popc(same & ((1U << lane) - 1U))] = pair;
+        }
+        found += __popc(same);
+      }
+      __syncwarp();
+      if (lane == 0) {
+        *count = pairs[0] == own ? found : 0;
+      }
+    }
+    __syncthreads();
+    return *count;
+  }
+}
+
+/// Calls body.operator()<R>(first) for runs of up to 8 pairs, R the smallest of 1, 2, 4, 8 that holds the run.
+template <bool kGrouped, class Body>
+__device__ void for_runs_of_pairs(int count, const Body& body) {
+  if constexpr (!kGrouped) {
+    if (count > 0) {
+      body.template operator()<1>(0);
+    }
+  } else {
+    for (int first = 0; first < count; first += 8) {
+      const int left = count - first;
+      if (left == 1) {
+        body.template operator()<1>(first);
+      } else if (left == 2) {
+        body.template operator()<2>(first);
+      } else if (left <= 4) {
+        body.template operator()<4>(first);
+      } else {
+        body.template operator()<8>(first);
+      }
+    }
+  }
+}
+
+/// One warp, row f of gate and up, R pairs beginning at `first`; those past `count` repeat the last and are not stored.
+template <int R>
+__device__ void gate_up_rows(const Sizes& sizes, const std::uint16_t* x, const std::uint16_t* gate,
+                             const std::uint16_t* up, const int* pairs, int first, int count, int f, std::uint16_t* h) {
+  const std::uint16_t* rows[R];
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    rows[r] = x + static_cast<std::size_t>(pairs[min(first + r, count - 1)] / sizes.top_k) * sizes.hidden;
+  }
+  const std::uint16_t* const weights[2] = {gate, up};
+  float sums[2][R];
+  warp_dots<2, R, 4>(weights, rows, sizes.hidden, sums);
+  if (threadIdx.x % kDecodeWarp == 0) {
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      if (first + r < count) {
+        const float silu = __fdiv_rn(sums[0][r], __fadd_rn(1.0F, expf(-sums[0][r])));
+        h[static_cast<std::size_t>(pairs[first + r]) * sizes.expert_hidden + f] =
+            bfloat16_bits(__fmul_rn(silu, sums[1][r]));
+      }
+    }
+  }
+}
+
+/// Grid: (tiles of kWarps rows, T * K).
+template <bool kGrouped>
+__global__ void __launch_bounds__(kWarps* kDecodeWarp)
+    gate_up_kernel(Sizes sizes, const std::uint16_t* x, const std::int32_t* slots, const void* pool, std::uint16_t* h) {
+  __shared__ int pairs[kGrouped ? kMaxPairs : 1];
+  __shared__ int shared_count;
+  const int slot = slots[blockIdx.y];
+  const int count = pairs_of_block<kGrouped>(slots, sizes.num_pairs, slot, pairs, &shared_count);
+  const int f = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kDecodeWarp;
+  if (f >= sizes.expert_hidden) {
+    return;
+  }
+  const std::size_t row = static_cast<std::size_t>(f) * sizes.hidden;
+  const std::uint16_t* const gate = matrix(pool, sizes, slot, sizes.blob.gate) + row;
+  const std::uint16_t* const up = matrix(pool, sizes, slot, sizes.blob.up) + row;
+  for_runs_of_pairs<kGrouped>(
+      count, [&]<int R>(int first) { gate_up_rows<R>(sizes, x, gate, up, pairs, first, count, f, h); });
+}
+
+/// Products of rows [i, i + kDownRows) of down with R vectors; a row past the last repeats it.
+template <int R>
+__device__ void down_dots(const Sizes& sizes, const std::uint16_t* down, int i, const std::uint16_t* const (&rows)[R],
+                          float (&sums)[kDownRows][R]) {
+  const std::uint16_t* weights[kDownRows];
+#pragma unroll
+  for (int m = 0; m < kDownRows; ++m) {
+    weights[m] = down + static_cast<std::size_t>(min(i + m, sizes.hidden - 1)) * sizes.expert_hidden;
+  }
+  warp_dots<kDownRows, R, 4>(weights, rows, sizes.expert_hidden, sums);
+}
+
+template <int R>
+__device__ void down_rows(const Sizes& sizes, const std::uint16_t* h, const std::uint16_t* down, const int* pairs,
+                          int first, int count, int i, float* y) {
+  const std::uint16_t* rows[R];
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    rows[r] = h + static_cast<std::size_t>(pairs[min(first + r, count - 1)]) * sizes.expert_hidden;
+  }
+  float sums[kDownRows][R];
+  down_dots<R>(sizes, down, i, rows, sums);
+  if (threadIdx.x % kDecodeWarp == 0) {
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+#pragma unroll
+      for (int m = 0; m < kDownRows; ++m) {
+        if (first + r < count && i + m < sizes.hidden) {
+          y[static_cast<std::size_t>(pairs[first + r]) * sizes.hidden + i + m] = sums[m][r];
+        }
+      }
+    }
+  }
+}
+
+/// Grid: (tiles of kWarps * kDownRows rows, T * K).
+template <bool kGrouped>
+__global__ void __launch_bounds__(kWarps* kDecodeWarp)
+    down_kernel(Sizes sizes, const std::uint16_t* h, const std::int32_t* slots, const void* pool, float* y) {
+  __shared__ int pairs[kGrouped ? kMaxPairs : 1];
+  __shared__ int shared_count;
+  const int slot = slots[blockIdx.y];
+  const int count = pairs_of_block<kGrouped>(slots, sizes.num_pairs, slot, pairs, &shared_count);
+  const int i = (static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kDecodeWarp) * kDownRows;
+  if (i >= sizes.hidden) {
+    return;
+  }
+  const std::uint16_t* const down = matrix(pool, sizes, slot, sizes.blob.down);
+  for_runs_of_pairs<kGrouped>(count,
+                              [&]<int R>(int first) { down_rows<R>(sizes, h, down, pairs, first, count, i, y); });
+}
+
+__device__ std::uint16_t with_residual(float sum, const std::uint16_t* residual, std::size_t at) {
+  return bfloat16_bits(residual == nullptr ? sum : __fadd_rn(bfloat16_value(residual[at]), sum));
+}
+
+// residual and out may be one, so neither is __restrict__.
+__global__ void combine_kernel(Sizes sizes, const float* y, const float* weights, const std::uint16_t* residual,
+                               std::uint16_t* out) {
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i >= sizes.hidden) {
+    return;
+  }
+  const std::size_t first = static_cast<std::size_t>(blockIdx.y) * sizes.top_k;
+  float sum = 0.0F;
+  for (int k = 0; k < sizes.top_k; ++k) {
+    sum = __fmaf_rn(weights[first + k], y[(first + k) * sizes.hidden + i], sum);
+  }
+  const std::size_t at = static_cast<std::size_t>(blockIdx.y) * sizes.hidden + i;
+  out[at] = with_residual(sum, residual, at);
+}
+
+/// Grid: (tiles of kDownRows rows, T); block: one warp per expert of the token.
+__global__ void __launch_bounds__(kDecodeMaxTopK* kDecodeWarp)
+    down_combine_kernel(Sizes sizes, const std::uint16_t* h, const std::int32_t* slots, const void* pool,
+                        const float* weights, const float* y, const std::uint16_t* residual, std::uint16_t* out) {
+  __shared__ float products[kDownRows][kDecodeMaxTopK];
+  const int k = static_cast<int>(threadIdx.x) / kDecodeWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kDecodeWarp;
+  const int i = static_cast<int>(blockIdx.x) * kDownRows;
+  const std::size_t first = static_cast<std::size_t>(blockIdx.y) * sizes.top_k;
+  const int slot = slots[first + k];
+  if (slot >= 0) {
+    const std::uint16_t* const rows[1] = {h + (first + k) * sizes.expert_hidden};
+    float sums[kDownRows][1];
+    down_dots<1>(sizes, matrix(pool, sizes, slot, sizes.blob.down), i, rows, sums);
+    if (lane == 0) {
+#pragma unroll
+      for (int m = 0; m < kDownRows; ++m) {
+        products[m][k] = sums[m][0];
+      }
+    }
+  } else if (lane < kDownRows && y != nullptr && i + lane < sizes.hidden) {
+    products[lane][k] = y[(first + k) * sizes.hidden + i + lane];
+  }
+  __syncthreads();
+  const int m = static_cast<int>(threadIdx.x);
+  if (m < kDownRows && i + m < sizes.hidden) {
+    float sum = 0.0F;
+    for (int j = 0; j < sizes.top_k; ++j) {
+      if (y != nullptr || slots[first + j] >= 0) {
+        sum = __fmaf_rn(weights[first + j], products[m][j], sum);
+      }
+    }
+    const std::size_t at = static_cast<std::size_t>(blockIdx.y) * sizes.hidden + i + m;
+    out[at] = with_residual(sum, residual, at);
+  }
+}
+
+Sizes sizes_of(const DecodeExpertsShape& shape) {
+  return {static_cast<int>(shape.num_tokens * shape.top_k), static_cast<int>(shape.top_k),
+          static_cast<int>(shape.hidden_size), static_cast<int>(shape.expert_hidden_size), expert_blob(shape)};
+}
+
+unsigned tiles(std::int64_t rows, std::int64_t rows_per_block) {
+  return static_cast<unsigned>((rows + rows_per_block - 1) / rows_per_block);
+}
+
+}  // namespace
+
+void decode_gate_up_cuda(const DecodeExpertsShape& shape, const std::uint16_t* x, const std::int32_t* slots,
+                         const void* pool, std::uint16_t* h, void* stream) {
+  const Sizes sizes = sizes_of(shape);
+  const dim3 grid(tiles(sizes.expert_hidden, kWarps), static_cast<unsigned>(sizes.num_pairs));
+  const auto on = static_cast<cudaStream_t>(stream);
+  if (shape.num_tokens == 1) {
+    gate_up_kernel<false><<<grid, kWarps * kDecodeWarp, 0, on>>>(sizes, x, slots, pool, h);
+  } else {
+    gate_up_kernel<true><<<grid, kWarps * kDecodeWarp, 0, on>>>(sizes, x, slots, pool, h);
+  }
+  check_launch("gate_up_kernel");
+}
+
+void decode_down_cuda(const DecodeExpertsShape& shape, const std::uint16_t* h, const std::int32_t* slots,
+                      const void* pool, float* y, void* stream) {
+  const Sizes sizes = sizes_of(shape);
+  const dim3 grid(tiles(sizes.hidden, kWarps * kDownRows), static_cast<unsigned>(sizes.num_pairs));
+  const auto on = static_cast<cudaStream_t>(stream);
+  if (shape.num_tokens == 1) {
+    down_kernel<false><<<grid, kWarps * kDecodeWarp, 0, on>>>(sizes, h, slots, pool, y);
+  } else {
+    down_kernel<true><<<grid, kWarps * kDecodeWarp, 0, on>>>(sizes, h, slots, pool, y);
+  }
+  check_launch("down_kernel");
+}
+
+void decode_combine_cuda(const DecodeExpertsShape& shape, const float* y, const float* weights,
+                         const std::uint16_t* residual, std::uint16_t* out, void* stream) {
+  const Sizes sizes = sizes_of(shape);
+  constexpr int kThreads = 256;
+  const dim3 grid(tiles(sizes.hidden, kThreads), static_cast<unsigned>(shape.num_tokens));
+  combine_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(sizes, y, weights, residual, out);
+  check_launch("combine_kernel");
+}
+
+void decode_down_combine_cuda(const DecodeExpertsShape& shape, const std::uint16_t* h, const std::int32_t* slots,
+                              const void* pool, const float* weights, const float* y, const std::uint16_t* residual,
+                              std::uint16_t* out, void* stream) {
+  const Sizes sizes = sizes_of(shape);
+  const dim3 grid(tiles(sizes.hidden, kDownRows), static_cast<unsigned>(shape.num_tokens));
+  down_combine_kernel<<<grid, static_cast<unsigned>(sizes.top_k * kDecodeWarp), 0, static_cast<cudaStream_t>(stream)>>>(
+      sizes, h, slots, pool, weights, y, residual, out);
+  check_launch("down_combine_kernel");
+}
+
+}  // namespace hestia

@@ -1,0 +1,118 @@
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include <cuda_runtime_api.h>
+#include <catch2/catch.hpp>
+
+#include "hestia/core/float_bits.hpp"
+#include "hestia/core/random.hpp"
+#include "hestia/kernels/soft_cache.hpp"
+
+namespace hestia::testing {
+
+using Bits = std::vector<std::uint16_t>;
+
+/// False, with a warning that ctest takes for "skipped", without a GPU or CUDA kernels.
+inline bool gpu_ready() {
+  int devices = 0;
+  if (!has_cuda_kernels() || cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+    WARN("SKIPPED: needs a GPU and a build with CUDA kernels");
+    return false;
+  }
+  return true;
+}
+
+inline void require_cuda(cudaError_t error) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+  }
+}
+
+/// Values between two guards, on the CPU or the GPU: a write outside them is found by guards_whole().
+template <class Value>
+class Guarded {
+ public:
+  static constexpr std::size_t kGuard = 256;  // bytes, keeps the alignment that cudaMalloc gives
+  static constexpr unsigned char kFill = 0xA5;
+
+  explicit Guarded(std::vector<Value> values, bool gpu = false) : size_(values.size()), gpu_(gpu) {
+    std::vector<unsigned char> all(size_ * sizeof(Value) + 2 * kGuard, kFill);
+    if (size_ > 0) {
+      std::memcpy(all.data() + kGuard, values.data(), size_ * sizeof(Value));
+    }
+    if (gpu_) {
+      require_cuda(cudaMalloc(&device_, all.size()));
+      require_cuda(cudaMemcpy(device_, all.data(), all.size(), cudaMemcpyHostToDevice));
+    } else {
+      host_ = std::move(all);
+    }
+  }
+  Guarded(const Guarded&) = delete;
+  Guarded& operator=(const Guarded&) = delete;
+  ~Guarded() { cudaFree(device_); }
+
+  Value* data() {
+    return reinterpret_cast<Value*>((gpu_ ? static_cast<unsigned char*>(device_) : host_.data()) + kGuard);
+  }
+  std::vector<Value> values() const {
+    const std::vector<unsigned char> all = bytes();
+    std::vector<Value> result(size_);
+    if (size_ > 0) {
+      std::memcpy(result.data(), all.data() + kGuard, size_ * sizeof(Value));
+    }
+    return result;
+  }
+  bool guards_whole() const {
+    const std::vector<unsigned char> all = bytes();
+    for (std::size_t i = 0; i < kGuard; ++i) {
+      if (all[i] != kFill || all[all.size() - 1 - i] != kFill) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+ private:
+  std::vector<unsigned char> bytes() const {
+    if (!gpu_) {
+      return host_;
+    }
+    std::vector<unsigned char> all(size_ * sizeof(Value) + 2 * kGuard);
+    require_cuda(cudaDeviceSynchronize());
+    require_cuda(cudaMemcpy(all.data(), device_, all.size(), cudaMemcpyDeviceToHost));
+    return all;
+  }
+
+  std::size_t size_;
+  bool gpu_;
+  std::vector<unsigned char> host_;
+  void* device_ = nullptr;
+};
+
+/// Uniform in (-size, size).
+inline std::vector<float> random_floats(SplitMix64& random, std::size_t count, double size) {
+  std::vector<float> values(count);
+  for (float& value : values) {
+    value = static_cast<float>((2.0 * random.uniform() - 1.0) * size);
+  }
+  return values;
+}
+
+inline Bits random_bits(SplitMix64& random, std::size_t count, double size) {
+  Bits bits(count);
+  for (std::uint16_t& value : bits) {
+    value = float_to_bfloat16_bits(static_cast<float>((2.0 * random.uniform() - 1.0) * size));
+  }
+  return bits;
+}
+
+inline double wide(std::uint16_t bits) {
+  return static_cast<double>(bfloat16_bits_to_float(bits));
+}
+
+}  // namespace hestia::testing
