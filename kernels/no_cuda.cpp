@@ -1,6 +1,7 @@
 // Stands in for all .cu files in a build with HESTIA_CUDA=OFF.
 #include "hestia/core/error.hpp"
 #include "hestia/kernels/decode_experts.hpp"
+#include "hestia/kernels/decode_router.hpp"
 #include "hestia/kernels/residency_scan.hpp"
 #include "hestia/kernels/router_rows.hpp"
 #include "hestia/kernels/soft_cache.hpp"
@@ -81,6 +82,14 @@ void decode_combine_cuda(const DecodeExpertsShape&, const float*, const float*, 
 
 void decode_down_combine_cuda(const DecodeExpertsShape&, const std::uint16_t*, const std::int32_t*, const void*,
                               const float*, const float*, const std::uint16_t*, std::uint16_t*, void*) {
+  refuse();
+}
+
+std::size_t decode_router_workspace(const DecodeRouterShape&) {
+  return 0;
+}
+
+void decode_router_cuda(const DecodeRouterShape&, const DecodeRouterInputs&, const DecodeRouterOutputs&, void*, void*) {
   refuse();
 }
 

@@ -1,0 +1,65 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace hestia {
+
+/// Where an RMSNorm rounds to bfloat16. inverse = 1 / sqrt(mean(x^2) + eps) and x * inverse are float32.
+enum class DecodeNorm : std::int32_t {
+  kRms,     ///< bfloat16(bfloat16(x * inverse) * weight)
+  kRmsWide  ///< bfloat16(x * inverse * weight)
+};
+
+/// Sizes and rule of one layer's router in a decode step.
+struct DecodeRouterShape {
+  std::int64_t num_tokens = 0;   ///< T, from 1
+  std::int64_t hidden_size = 0;  ///< H, a multiple of 8
+  std::int64_t num_experts = 0;  ///< E, 1 to 512
+  std::int64_t top_k = 0;        ///< K, 1 to min(E, 32)
+  DecodeNorm norm = DecodeNorm::kRms;
+  float norm_eps = 1e-5F;
+  bool normalise_top_k = false;  ///< Mixing weights are divided by their sum.
+  float routed_scale = 1.0F;     ///< Then multiplied by this.
+  /// Residency-aware routing (hestia/routing/residency.hpp): lambda * D_avg, added to the logit of a resident expert;
+  /// 0 is plain Top-K, bit by bit.
+  float bonus = 0.0F;
+  std::int64_t always_keep = 0;  ///< J: experts chosen by the logit alone before residency has a say.
+};
+
+/// What goes in. bfloat16 values are their bits.
+struct DecodeRouterInputs {
+  const std::uint16_t* hidden = nullptr;       ///< bfloat16 [T, H], before the norm
+  const std::uint16_t* norm_weight = nullptr;  ///< bfloat16 [H]
+  const float* router = nullptr;               ///< float32 [E, H]
+  const float* bias = nullptr;                 ///< float32 [E]; null: none
+  /// uint8 [E], 1 where the layer's slot cache holds the expert before this step; all tokens see the same. Null: none.
+  const std::uint8_t* resident = nullptr;
+};
+
+/// What comes out, each overwritten.
+struct DecodeRouterOutputs {
+  std::uint16_t* normal = nullptr;   ///< bfloat16 [T, H], the normalised hidden state
+  float* logits = nullptr;           ///< float32 [T, E]
+  float* probabilities = nullptr;    ///< float32 [T, E], softmax of the logits
+  std::int32_t* selected = nullptr;  ///< int32 [T, K], by falling logit, ties to the lower index, also under a prior
+  float* weights = nullptr;          ///< float32 [T, K], their mixing weights, from the probabilities
+};
+
+/// RMSNorm, router product, softmax and Top-K: normal = rmsnorm(hidden), logits = router normal + bias,
+/// weights = probabilities of the selected, normalised and scaled as the shape says. The first min(J, K) experts are
+/// the highest by logit; the others the best of the rest by chosen_before of hestia/routing/residency.hpp. CPU,
+/// synchronous, one thread. Throws std::invalid_argument when a size is none of the above.
+void decode_router_cpu(const DecodeRouterShape& shape, const DecodeRouterInputs& in, const DecodeRouterOutputs& out);
+
+/// Bytes of device memory that decode_router_cuda counts in: zero before the first call, and zero again after each.
+[[nodiscard]] std::size_t decode_router_workspace(const DecodeRouterShape& shape);
+
+/// The same on the GPU: device pointers (hidden, norm_weight, router and normal aligned to 16), asynchronous on
+/// `stream` (a cudaStream_t) of the current device, one kernel, no allocation, fit for capture in a graph. One warp per
+/// token and expert; the block of a token that ends last chooses. A token's results do not depend on T. Throws RunError
+/// with the CUDA error when the launch fails, or when Hestia was built without its CUDA kernels.
+void decode_router_cuda(const DecodeRouterShape& shape, const DecodeRouterInputs& in, const DecodeRouterOutputs& out,
+                        void* workspace, void* stream);
+
+}  // namespace hestia

@@ -1,0 +1,35 @@
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "hestia/kernels/decode_router.hpp"
+
+namespace hestia {
+
+/// Rows of a decode step at most, in kernels whose grids hold a row's number.
+inline constexpr std::int64_t kDecodeMaxRows = 32;
+
+/// Throws std::invalid_argument naming the kernel, the size and the value.
+inline void check_decode_range(const char* kernel, const char* name, std::int64_t value, std::int64_t most) {
+  if (value < 1 || value > most) {
+    throw std::invalid_argument(std::string(kernel) + ": " + name + " must be from 1 to " + std::to_string(most) +
+                                ", got " + std::to_string(value));
+  }
+}
+
+inline void check_decode_multiple(const char* kernel, const char* name, std::int64_t value, std::int64_t factor) {
+  if (value < 1 || value % factor != 0) {
+    throw std::invalid_argument(std::string(kernel) + ": " + name + " must be a multiple of " + std::to_string(factor) +
+                                ", got " + std::to_string(value));
+  }
+}
+
+void check_decode_router(const DecodeRouterShape& shape);
+
+/// RMSNorm of a row by the plain loop.
+void rms_norm_row(const std::uint16_t* x, const std::uint16_t* weight, std::int64_t size, float eps, DecodeNorm norm,
+                  std::uint16_t* out);
+
+}  // namespace hestia

@@ -1,0 +1,103 @@
+#include "hestia/kernels/decode_router.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "decode_checks.hpp"
+#include "hestia/core/float_bits.hpp"
+#include "hestia/routing/residency.hpp"
+
+namespace hestia {
+namespace {
+
+std::vector<std::int32_t> choose(const DecodeRouterShape& shape, const float* logits, const std::uint8_t* resident) {
+  std::vector<ResidencyCandidate> experts;
+  for (std::int32_t e = 0; e < shape.num_experts; ++e) {
+    const std::int32_t own = ordered_logit(logits[e]);
+    experts.push_back({own, own, e});
+  }
+  const auto top = experts.begin() + shape.top_k;
+  const auto rest = experts.begin() + std::min(shape.always_keep, shape.top_k);
+  std::sort(experts.begin(), experts.end(), chosen_before);
+  for (auto candidate = rest; candidate != experts.end(); ++candidate) {
+    if (resident != nullptr && resident[candidate->expert] != 0) {
+      candidate->adjusted = ordered_logit(logits[candidate->expert] + shape.bonus);
+    }
+  }
+  std::sort(rest, experts.end(), chosen_before);
+  std::for_each(experts.begin(), top, [](ResidencyCandidate& c) { c.adjusted = c.own; });
+  std::sort(experts.begin(), top, chosen_before);
+  std::vector<std::int32_t> selected;
+  std::transform(experts.begin(), top, std::back_inserter(selected), [](const auto& c) { return c.expert; });
+  return selected;
+}
+
+}  // namespace
+
+void check_decode_router(const DecodeRouterShape& shape) {
+  check_decode_range("decode router", "rows of a step", shape.num_tokens, kDecodeMaxRows);
+  check_decode_multiple("decode router", "the hidden size", shape.hidden_size, 8);
+  check_decode_range("decode router", "experts", shape.num_experts, 512);
+  check_decode_range("decode router", "experts per token", shape.top_k, std::min<std::int64_t>(32, shape.num_experts));
+  if (shape.always_keep < 0 || !(shape.bonus >= 0.0F && std::isfinite(shape.bonus))) {
+    throw std::invalid_argument("decode router: the prior needs always_keep and bonus of at least 0, got " +
+                                std::to_string(shape.always_keep) + " and " + std::to_string(shape.bonus));
+  }
+}
+
+void rms_norm_row(const std::uint16_t* x, const std::uint16_t* weight, std::int64_t size, float eps, DecodeNorm norm,
+                  std::uint16_t* out) {
+  float sum = 0.0F;
+  for (std::int64_t i = 0; i < size; ++i) {
+    const float value = bfloat16_bits_to_float(x[i]);
+    sum += value * value;
+  }
+  const float inverse = 1.0F / std::sqrt(sum / static_cast<float>(size) + eps);
+  for (std::int64_t i = 0; i < size; ++i) {
+    float normal = bfloat16_bits_to_float(x[i]) * inverse;
+    if (norm == DecodeNorm::kRms) {
+      normal = bfloat16_bits_to_float(float_to_bfloat16_bits(normal));
+    }
+    out[i] = float_to_bfloat16_bits(normal * bfloat16_bits_to_float(weight[i]));
+  }
+}
+
+void decode_router_cpu(const DecodeRouterShape& shape, const DecodeRouterInputs& in, const DecodeRouterOutputs& out) {
+  check_decode_router(shape);
+  for (std::int64_t t = 0; t < shape.num_tokens; ++t) {
+    std::uint16_t* const normal = out.normal + t * shape.hidden_size;
+    float* const logits = out.logits + t * shape.num_experts;
+    float* const probabilities = out.probabilities + t * shape.num_experts;
+    rms_norm_row(in.hidden + t * shape.hidden_size, in.norm_weight, shape.hidden_size, shape.norm_eps, shape.norm,
+                 normal);
+    for (std::int64_t e = 0; e < shape.num_experts; ++e) {
+      float sum = 0.0F;
+      for (std::int64_t i = 0; i < shape.hidden_size; ++i) {
+        sum += in.router[e * shape.hidden_size + i] * bfloat16_bits_to_float(normal[i]);
+      }
+      logits[e] = in.bias == nullptr ? sum : sum + in.bias[e];
+    }
+    const float largest = *std::max_element(logits, logits + shape.num_experts);
+    float total = 0.0F;
+    for (std::int64_t e = 0; e < shape.num_experts; ++e) {
+      probabilities[e] = std::exp(logits[e] - largest);
+      total += probabilities[e];
+    }
+    std::for_each(probabilities, probabilities + shape.num_experts, [&](float& p) { p /= total; });
+    const std::vector<std::int32_t> selected = choose(shape, logits, in.resident);
+    float chosen = 0.0F;
+    for (const std::int32_t e : selected) {
+      chosen += probabilities[e];
+    }
+    for (std::int64_t k = 0; k < shape.top_k; ++k) {
+      out.selected[t * shape.top_k + k] = selected[k];
+      const float weight = probabilities[selected[k]];
+      out.weights[t * shape.top_k + k] = (shape.normalise_top_k ? weight / chosen : weight) * shape.routed_scale;
+    }
+  }
+}
+
+}  // namespace hestia

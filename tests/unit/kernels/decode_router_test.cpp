@@ -1,0 +1,253 @@
+#include "hestia/kernels/decode_router.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "decode_support.hpp"
+
+using namespace hestia;
+using namespace hestia::testing;
+
+namespace {
+
+struct Case {
+  DecodeRouterShape shape;
+  Bits hidden;
+  Bits norm_weight;
+  std::vector<float> router;
+  std::vector<float> bias;
+  std::vector<std::uint8_t> resident;
+};
+
+Case random_case(SplitMix64& random, std::int64_t tokens, std::int64_t hidden, std::int64_t experts,
+                 std::int64_t top_k) {
+  Case c;
+  c.shape = {.num_tokens = tokens, .hidden_size = hidden, .num_experts = experts, .top_k = top_k};
+  const auto size = static_cast<std::size_t>(hidden);
+  c.hidden = random_bits(random, static_cast<std::size_t>(tokens) * size, 3.0);
+  c.norm_weight = random_bits(random, size, 1.5);
+  c.router =
+      random_floats(random, static_cast<std::size_t>(experts) * size, 3.0 / std::sqrt(static_cast<double>(hidden)));
+  c.bias = random_floats(random, static_cast<std::size_t>(experts), 0.5);
+  for (std::int64_t e = 0; e < experts; ++e) {
+    c.resident.push_back(random.below(3) == 0 ? 1 : 0);
+  }
+  if (experts > 3) {
+    // Experts 1 and 3 always tie.
+    std::copy_n(c.router.begin() + hidden, size, c.router.begin() + 3 * hidden);
+    c.bias[3] = c.bias[1];
+  }
+  return c;
+}
+
+struct Result {
+  Bits normal;
+  std::vector<float> logits;
+  std::vector<float> probabilities;
+  std::vector<std::int32_t> selected;
+  std::vector<float> weights;
+  bool guards_whole = true;
+  bool operator==(const Result&) const = default;
+};
+
+Result run(const Case& c, bool with_bias, bool with_resident, bool gpu) {
+  const auto tokens = static_cast<std::size_t>(c.shape.num_tokens);
+  const std::size_t scores = tokens * static_cast<std::size_t>(c.shape.num_experts);
+  const std::size_t choices = tokens * static_cast<std::size_t>(c.shape.top_k);
+  Guarded<std::uint16_t> hidden(c.hidden, gpu);
+  Guarded<std::uint16_t> norm_weight(c.norm_weight, gpu);
+  Guarded<float> router(c.router, gpu);
+  Guarded<float> bias(c.bias, gpu);
+  Guarded<std::uint8_t> resident(c.resident, gpu);
+  Guarded<std::uint16_t> normal(Bits(c.hidden.size(), 0), gpu);
+  Guarded<float> logits(std::vector<float>(scores), gpu);
+  Guarded<float> probabilities(std::vector<float>(scores), gpu);
+  Guarded<std::int32_t> selected(std::vector<std::int32_t>(choices, -1), gpu);
+  Guarded<float> weights(std::vector<float>(choices), gpu);
+  const DecodeRouterInputs in{hidden.data(), norm_weight.data(), router.data(), with_bias ? bias.data() : nullptr,
+                              with_resident ? resident.data() : nullptr};
+  const DecodeRouterOutputs out{normal.data(), logits.data(), probabilities.data(), selected.data(), weights.data()};
+  bool counters_zero = true;
+  if (gpu) {
+    Guarded<std::uint8_t> workspace(std::vector<std::uint8_t>(decode_router_workspace(c.shape), 0), true);
+    for (int repeat = 0; repeat < 2; ++repeat) {
+      decode_router_cuda(c.shape, in, out, workspace.data(), nullptr);
+    }
+    const std::vector<std::uint8_t> after = workspace.values();
+    counters_zero = workspace.guards_whole() && std::all_of(after.begin(), after.end(), [](auto b) { return b == 0; });
+  } else {
+    decode_router_cpu(c.shape, in, out);
+  }
+  Result result{normal.values(), logits.values(), probabilities.values(), selected.values(), weights.values()};
+  result.guards_whole = counters_zero && normal.guards_whole() && logits.guards_whole() &&
+                        probabilities.guards_whole() && selected.guards_whole() && weights.guards_whole();
+  return result;
+}
+
+/// The rule in other words, on the logits of one token.
+std::vector<std::int32_t> choice(const Case& c, const float* z, bool with_resident) {
+  std::vector<std::int32_t> order(static_cast<std::size_t>(c.shape.num_experts));
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return z[a] > z[b]; });
+  const std::int64_t kept = std::min(c.shape.always_keep, c.shape.top_k);
+  // Stable on the order by z: ties in z' go to the higher z, then the lower index.
+  const auto adjusted = [&](std::int32_t e) {
+    return with_resident && c.resident[static_cast<std::size_t>(e)] != 0 ? z[e] + c.shape.bonus : z[e];
+  };
+  std::stable_sort(order.begin() + kept, order.end(), [&](auto a, auto b) { return adjusted(a) > adjusted(b); });
+  order.resize(static_cast<std::size_t>(c.shape.top_k));
+  std::sort(order.begin(), order.end(), [&](auto a, auto b) { return z[a] != z[b] ? z[a] > z[b] : a < b; });
+  return order;
+}
+
+/// Norm, logits and weights in double precision; choices by `choice` on the result's own logits.
+void check(const Case& c, const Result& result, bool with_bias, bool with_resident) {
+  const auto hidden = static_cast<std::size_t>(c.shape.hidden_size);
+  const auto experts = static_cast<std::size_t>(c.shape.num_experts);
+  const auto top_k = static_cast<std::size_t>(c.shape.top_k);
+  double norm_error = 0.0;
+  double logit_error = 0.0;
+  double probability_error = 0.0;
+  double weight_error = 0.0;
+  for (std::size_t t = 0; t < static_cast<std::size_t>(c.shape.num_tokens); ++t) {
+    double squares = 0.0;
+    for (std::size_t i = 0; i < hidden; ++i) {
+      squares += wide(c.hidden[t * hidden + i]) * wide(c.hidden[t * hidden + i]);
+    }
+    const double inverse =
+        1.0 / std::sqrt(squares / static_cast<double>(hidden) + static_cast<double>(c.shape.norm_eps));
+    for (std::size_t i = 0; i < hidden; ++i) {
+      const double expected = wide(c.hidden[t * hidden + i]) * inverse * wide(c.norm_weight[i]);
+      norm_error = std::max(
+          norm_error, std::abs(wide(result.normal[t * hidden + i]) - expected) / std::max(std::abs(expected), 1e-6));
+    }
+    const float* const z = result.logits.data() + t * experts;
+    double total = 0.0;
+    for (std::size_t e = 0; e < experts; ++e) {
+      double sum = with_bias ? static_cast<double>(c.bias[e]) : 0.0;
+      for (std::size_t i = 0; i < hidden; ++i) {
+        sum += static_cast<double>(c.router[e * hidden + i]) * wide(result.normal[t * hidden + i]);
+      }
+      logit_error = std::max(logit_error, std::abs(sum - static_cast<double>(z[e])));
+      total += std::exp(static_cast<double>(z[e]));
+    }
+    const std::vector<std::int32_t> selected(result.selected.begin() + static_cast<std::ptrdiff_t>(t * top_k),
+                                             result.selected.begin() + static_cast<std::ptrdiff_t>((t + 1) * top_k));
+    REQUIRE(selected == choice(c, z, with_resident));
+    double chosen = 0.0;
+    for (const std::int32_t e : selected) {
+      chosen += std::exp(static_cast<double>(z[e])) / total;
+    }
+    for (std::size_t e = 0; e < experts; ++e) {
+      probability_error =
+          std::max(probability_error, std::abs(static_cast<double>(result.probabilities[t * experts + e]) -
+                                               std::exp(static_cast<double>(z[e])) / total));
+    }
+    for (std::size_t k = 0; k < top_k; ++k) {
+      const double p = std::exp(static_cast<double>(z[selected[k]])) / total;
+      const double expected = (c.shape.normalise_top_k ? p / chosen : p) * static_cast<double>(c.shape.routed_scale);
+      weight_error = std::max(weight_error, std::abs(static_cast<double>(result.weights[t * top_k + k]) - expected));
+    }
+  }
+  CHECK(norm_error < 2.0 / 256.0);  // two roundings to bfloat16
+  CHECK(logit_error < 5e-5);
+  CHECK(probability_error < 2e-6);
+  CHECK(weight_error < 1e-5);
+  CHECK(result.guards_whole);
+}
+
+struct Size {
+  std::int64_t tokens, hidden, experts, top_k;
+};
+const std::vector<Size> kSizes = {{1, 8, 1, 1},    {1, 2048, 64, 8}, {3, 264, 7, 7},
+                                  {32, 40, 60, 4}, {2, 72, 512, 32}, {5, 1032, 129, 6}};
+
+void check_all(SplitMix64& random, bool gpu) {
+  for (const Size& s : kSizes) {
+    for (const int variant : {0, 1, 2, 3}) {
+      CAPTURE(s.tokens, s.hidden, s.experts, s.top_k, variant);
+      Case c = random_case(random, s.tokens, s.hidden, s.experts, s.top_k);
+      c.shape.norm = variant == 1 ? DecodeNorm::kRmsWide : DecodeNorm::kRms;
+      c.shape.normalise_top_k = variant >= 2;
+      c.shape.routed_scale = variant == 3 ? 2.5F : 1.0F;
+      c.shape.bonus = variant % 2 == 1 ? 1.5F : 0.0F;
+      c.shape.always_keep = variant;
+      const bool with_bias = variant >= 2;
+      check(c, run(c, with_bias, variant % 2 == 1, gpu), with_bias, variant % 2 == 1);
+    }
+  }
+}
+
+void check_prior_off(SplitMix64& random, bool gpu) {
+  Case c = random_case(random, 8, 64, 64, 8);
+  const Result plain = run(c, false, false, gpu);
+  c.shape.always_keep = 2;
+  CHECK(run(c, false, true, gpu) == plain);  // no bonus
+  c.shape.bonus = 2.0F;
+  const Result moved = run(c, false, true, gpu);
+  CHECK(moved.selected != plain.selected);
+  CHECK(moved.logits == plain.logits);
+  CHECK(moved.probabilities == plain.probabilities);
+  c.shape.always_keep = 8;  // J = K changes nothing
+  CHECK(run(c, false, true, gpu) == plain);
+}
+
+}  // namespace
+
+TEST_CASE("decode router: the plain loop equals the definition in double precision") {
+  SplitMix64 random(21);
+  check_all(random, false);
+}
+
+TEST_CASE("decode router: a prior of nothing leaves every bit as it is") {
+  SplitMix64 random(22);
+  check_prior_off(random, false);
+}
+
+TEST_CASE("decode router: sizes that the kernel does not take are refused by name") {
+  SplitMix64 random(23);
+  const auto refused = [&](auto change, const std::string& text) {
+    Case c = random_case(random, 1, 8, 4, 2);
+    change(c.shape);
+    CHECK_THROWS_WITH(decode_router_cpu(c.shape, {}, {}), Catch::Contains(text));
+  };
+  refused([](DecodeRouterShape& s) { s.num_tokens = 0; }, "rows of a step must be from 1 to 32, got 0");
+  refused([](DecodeRouterShape& s) { s.hidden_size = 9; }, "the hidden size must be a multiple of 8, got 9");
+  refused([](DecodeRouterShape& s) { s.num_experts = 513; }, "experts must be from 1 to 512, got 513");
+  refused([](DecodeRouterShape& s) { s.top_k = 5; }, "experts per token must be from 1 to 4, got 5");
+  refused([](DecodeRouterShape& s) { s.bonus = -1.0F; }, "the prior needs always_keep and bonus of at least 0");
+}
+
+TEST_CASE("decode router: CUDA equals the definition, and chooses by the CPU's rule on its logits", "[gpu]") {
+  if (!gpu_ready()) {
+    return;
+  }
+  SplitMix64 random(24);
+  check_all(random, true);
+  check_prior_off(random, true);
+}
+
+TEST_CASE("decode router: other rows do not change a bit on CUDA", "[gpu]") {
+  if (!gpu_ready()) {
+    return;
+  }
+  SplitMix64 random(25);
+  const Case c = random_case(random, 32, 2048, 64, 8);
+  const Result together = run(c, false, false, true);
+  for (std::size_t t = 0; t < 32; ++t) {
+    Case alone = c;
+    alone.shape.num_tokens = 1;
+    alone.hidden = {c.hidden.begin() + static_cast<std::ptrdiff_t>(t * 2048),
+                    c.hidden.begin() + static_cast<std::ptrdiff_t>((t + 1) * 2048)};
+    const Result one = run(alone, false, false, true);
+    CHECK(std::equal(one.normal.begin(), one.normal.end(),
+                     together.normal.begin() + static_cast<std::ptrdiff_t>(t * 2048)));
+    CHECK(std::equal(one.logits.begin(), one.logits.end(),
+                     together.logits.begin() + static_cast<std::ptrdiff_t>(t * 64)));
+    CHECK(std::equal(one.weights.begin(), one.weights.end(),
+                     together.weights.begin() + static_cast<std::ptrdiff_t>(t * 8)));
+    CHECK(std::equal(one.selected.begin(), one.selected.end(),
+                     together.selected.begin() + static_cast<std::ptrdiff_t>(t * 8)));
+  }
+}
