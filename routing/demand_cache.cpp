@@ -16,6 +16,17 @@ DemandCache::DemandCache(const SimulationOptions& options, std::int64_t num_expe
       in_step_(static_cast<std::size_t>(num_experts), 0),
       seen_(static_cast<std::size_t>(num_experts), 0) {}
 
+void DemandCache::preload(std::span<const std::uint16_t> experts) {
+  for (std::size_t i = experts.size(); i-- > 0;) {
+    ExpertState& state = states_[experts[i]];
+    state.last_touch = serial_;
+    state.loaded_at = serial_;
+    resident_[experts[i]] = 1;
+    residents_.push_back(experts[i]);
+    ++serial_;
+  }
+}
+
 void DemandCache::serve(std::span<const std::uint16_t> experts, const std::int64_t* next_uses,
                         SimulationCounts& counts) {
   counts.steps += 1;

@@ -21,6 +21,10 @@ class DemandCache {
   void set_uses(std::uint16_t expert, std::int64_t uses) { states_[expert].use_count = static_cast<double>(uses); }
   [[nodiscard]] bool is_resident(std::size_t expert) const { return resident_[expert] != 0; }
 
+  /// Puts `experts` (best first, at most the slots) into the empty cache: loaded and touched from the last to the
+  /// first, neither used nor requested.
+  void preload(std::span<const std::uint16_t> experts);
+
   /// Serves one step and adds to `counts`: `experts` by falling weight, `next_uses` beside them (read under Belady
   /// only).
   void serve(std::span<const std::uint16_t> experts, const std::int64_t* next_uses, SimulationCounts& counts);

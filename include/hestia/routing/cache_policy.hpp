@@ -5,11 +5,8 @@
 #include <string_view>
 #include <vector>
 
-#if defined(__CUDACC__)
-#define HESTIA_HOST_DEVICE __host__ __device__
-#else
-#define HESTIA_HOST_DEVICE
-#endif
+#include "hestia/core/host_device.hpp"
+#include "hestia/core/random.hpp"
 
 namespace hestia {
 
@@ -40,6 +37,15 @@ struct ExpertState {
 #else
   return use_count * gamma;
 #endif
+}
+
+/// Seed of the victims that `random` draws in one layer and sequence: mix(mix(mix(seed) + layer) + sequence), mix(x)
+/// being the first output of SplitMix64(x). One seed per layer and sequence, so that the draws do not depend on the
+/// order in which layers are served.
+[[nodiscard]] HESTIA_HOST_DEVICE inline std::uint64_t victim_seed(std::uint64_t seed, std::int64_t layer,
+                                                                  std::int64_t sequence) {
+  const std::uint64_t of_layer = SplitMix64(SplitMix64(seed).next() + static_cast<std::uint64_t>(layer)).next();
+  return SplitMix64(of_layer + static_cast<std::uint64_t>(sequence)).next();
 }
 
 /// True when `a` is evicted before `b` under `kind`. A strict order: all ties end at the lower expert index.

@@ -8,6 +8,9 @@
 
 namespace hestia {
 
+/// What a cache holds when its first counted step comes. The exact rules stand in docs/routing.md.
+enum class CacheStart : std::int32_t { kCold, kPrefill, kPreload };
+
 /// Options of one cache simulation.
 struct SimulationOptions {
   CachePolicyKind policy = CachePolicyKind::kLru;
@@ -16,6 +19,10 @@ struct SimulationOptions {
   std::uint64_t seed = 1;        ///< Of SplitMix64, for `random`.
   bool include_prefill = false;  ///< Serve and count prefill steps too.
   bool reset_per_sequence = true;
+  CacheStart start = CacheStart::kCold;
+  /// kPreload: experts per layer, in the order of the trace's layers, best first; the first C are put in place at every
+  /// reset. Empty otherwise.
+  std::vector<std::vector<std::uint16_t>> preload;
   std::int64_t num_threads = 1;
 };
 
@@ -37,8 +44,9 @@ struct SimulationCounts {
 /// Serves `trace` through one slot cache per layer by the exact rules of docs/routing.md and counts.
 /// Steps are served whole: hits are counted before anything moves; experts of the step are never victims while C >= K;
 /// with C < K the cache keeps, after the step, the C experts that the policy ranks best. The counts do not depend on
-/// num_threads. Throws UsageError for slots or num_threads < 1 or gamma outside [0, 1], std::invalid_argument for a
-/// trace that names experts or layers it does not have.
+/// num_threads. Throws UsageError for slots or num_threads < 1, gamma outside [0, 1], include_prefill with a start
+/// other than cold, or a preload that does not fit the trace or the start; std::invalid_argument for a trace that names
+/// experts or layers it does not have.
 [[nodiscard]] SimulationCounts simulate(const RoutingTrace& trace, const SimulationOptions& options);
 
 /// The same per layer, in the order of `trace.layers`.
@@ -50,7 +58,7 @@ struct SimulationCounts {
 /// sequence, the step being served left out, and evicts the least used. Ties go to the least recently touched, so a
 /// segment of 0 steps is LRU; a segment that reaches the end counts what is left. The rules of a step are those of
 /// `simulate`, and the cache is reset at every sequence: `options.policy`, `gamma`, `seed` and `reset_per_sequence` are
-/// not read. Throws UsageError for segment_length < 0 and what `simulate` throws.
+/// not read; only a cold start is allowed. Throws UsageError for segment_length < 0 and what `simulate` throws.
 [[nodiscard]] SimulationCounts simulate_segment_cache(const RoutingTrace& trace, std::int64_t segment_length,
                                                       const SimulationOptions& options);
 

@@ -647,6 +647,115 @@ TEST_CASE("prefill steps count only when asked for") {
   CHECK(simulate(trace, options).hits == 2);
 }
 
+TEST_CASE("from a prefill start the prompt's steps are served and not counted") {
+  SplitMix64 random(41);
+  for (int round = 0; round < 30; ++round) {
+    TraceShape shape;
+    shape.skip = 0.1;
+    shape.prefill = random.uniform();
+    const RoutingTrace trace = random_trace(random, shape);
+    RoutingTrace prompts = trace;
+    std::erase_if(prompts.entries, [](const TraceEntry& entry) { return entry.phase == Phase::kDecode; });
+    for (const Kind policy : {Kind::kLru, Kind::kLfu, Kind::kGamma, Kind::kLifo, Kind::kFifo, Kind::kRandom}) {
+      SimulationOptions options;
+      options.policy = policy;
+      options.slots = 1 + static_cast<std::int64_t>(random.below(8));
+      options.start = CacheStart::kPrefill;
+      SimulationCounts counts = simulate(trace, options);
+      options.start = CacheStart::kCold;
+      options.include_prefill = true;
+      counts += simulate(prompts, options);
+      CAPTURE(policy_name(policy), options.slots);
+      CHECK(same(counts, simulate(trace, options)));
+    }
+  }
+}
+
+TEST_CASE("a preload is a step before the first that counts nothing and uses nothing") {
+  SplitMix64 random(42);
+  for (int round = 0; round < 30; ++round) {
+    TraceShape shape;
+    shape.prefill = 0.0;
+    shape.num_sequences = 1;
+    shape.num_layers = 1;
+    const RoutingTrace trace = random_trace(random, shape);
+    SimulationOptions options;
+    options.slots = 3 + static_cast<std::int64_t>(random.below(8));
+    options.start = CacheStart::kPreload;
+    options.preload = {random_experts(random, shape.num_experts, 1 + static_cast<std::int64_t>(random.below(12)))};
+    RoutingTrace longer = trace;
+    const auto first =
+        static_cast<std::uint32_t>(std::min(options.preload[0].size(), static_cast<std::size_t>(options.slots)));
+    longer.entries.insert(longer.entries.begin(), {10, -1, 1, Phase::kDecode, first, longer.experts.size()});
+    longer.experts.insert(longer.experts.end(), options.preload[0].begin(), options.preload[0].begin() + first);
+    // Uses are what sets the two apart; these policies do not look at them.
+    for (const Kind policy : {Kind::kLru, Kind::kLifo, Kind::kFifo, Kind::kRandom}) {
+      options.policy = policy;
+      const SimulationCounts counts = simulate(trace, options);
+      SimulationOptions cold = options;
+      cold.start = CacheStart::kCold;
+      cold.preload.clear();
+      const SimulationCounts with_step = simulate(longer, cold);
+      CAPTURE(policy_name(policy), options.slots);
+      CHECK(counts.hits == with_step.hits);
+      CHECK(counts.loads == with_step.loads - first);
+      CHECK(counts.evictions == with_step.evictions);
+      CHECK(counts.steps == with_step.steps - 1);
+      CHECK(counts.cold == simulate(trace, cold).cold);
+    }
+  }
+  // LFU: what was put in place has no use, so 3, touched in the start last of all, goes before 0 used once; of 3 and 4,
+  // the one touched earlier.
+  SimulationOptions options;
+  options.policy = Kind::kLfu;
+  options.slots = 3;
+  options.start = CacheStart::kPreload;
+  options.preload = {{3, 4}};
+  const SimulationCounts counts = simulate(trace_of(6, {{0}, {1}, {3}, {0}}), options);
+  CHECK(counts.hits == 2);
+  CHECK(counts.cold == 3);
+  CHECK(counts.evictions == 1);
+}
+
+TEST_CASE("static keeps what it is given, or what the prompt used most") {
+  RoutingTrace trace = trace_of(6, {{0, 1}, {0, 2}, {5, 2}, {1, 2}, {5, 1}});
+  trace.entries[0].phase = Phase::kPrefill;
+  trace.entries[1].phase = Phase::kPrefill;
+  SimulationOptions options;
+  options.policy = Kind::kStatic;
+  options.slots = 2;
+  CHECK(simulate(trace, options).hits == 4);  // 1 and 2, of 1 2 5 used twice each
+  options.start = CacheStart::kPrefill;       // 0 used twice, then 1 of 1 and 2
+  CHECK(simulate(trace, options).hits == 2);
+  CHECK(simulate(trace, options).cold == 1);
+  options.start = CacheStart::kPreload;
+  options.preload = {{5, 3, 2}};
+  CHECK(simulate(trace, options).hits == 2);
+  CHECK(simulate(trace, options).evictions == 0);
+}
+
+TEST_CASE("starts that do not fit are usage errors") {
+  const RoutingTrace trace = trace_of(4, {{0}, {1}});
+  const auto refused = [&](const SimulationOptions& options, const char* what) {
+    CHECK_THROWS_AS(simulate(trace, options), UsageError);
+    CHECK_THROWS_WITH(simulate(trace, options), Catch::Contains(what));
+  };
+  SimulationOptions options;
+  options.start = CacheStart::kPreload;
+  refused(options, "got 0 lists");
+  options.preload = {{4}};
+  refused(options, "got 4");
+  options.preload = {{1, 1}};
+  refused(options, "got 1");
+  options.start = CacheStart::kCold;
+  refused(options, "goes with the start preload only");
+  options.preload.clear();
+  options.start = CacheStart::kPrefill;
+  CHECK_THROWS_AS(simulate_segment_cache(trace, 3, options), UsageError);
+  options.include_prefill = true;
+  refused(options, "include_prefill");
+}
+
 TEST_CASE("an empty trace counts nothing") {
   RoutingTrace trace = trace_of(4, {});
   trace.top_k = 2;
