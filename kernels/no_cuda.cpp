@@ -4,6 +4,7 @@
 #include "hestia/kernels/decode_router.hpp"
 #include "hestia/kernels/residency_scan.hpp"
 #include "hestia/kernels/router_rows.hpp"
+#include "hestia/kernels/slot_cache.hpp"
 #include "hestia/kernels/soft_cache.hpp"
 #include "row_terms.hpp"
 
@@ -93,6 +94,27 @@ void decode_router_cuda(const DecodeRouterShape&, const DecodeRouterInputs&, con
   refuse();
 }
 
+void slot_cache_reset_cuda(const SlotCacheShape&, const SlotCacheState&, const std::int32_t*, std::int64_t,
+                           const std::uint64_t*, void*) {
+  refuse();
+}
+
+template <class Index>
+void slot_cache_serve_cuda(const SlotCacheShape&, const SlotCacheState&, std::int64_t, const Index*, std::int64_t,
+                           std::int64_t, const SlotCacheAnswer&, void*) {
+  refuse();
+}
+
+template <class Index>
+void slot_cache_touch_cuda(const SlotCacheShape&, const SlotCacheState&, std::int64_t, const Index*, std::int64_t,
+                           std::int64_t, std::int64_t, void*) {
+  refuse();
+}
+
+void slot_cache_mask_cuda(const SlotCacheShape&, const SlotCacheState&, std::int64_t, std::uint8_t*, void*) {
+  refuse();
+}
+
 bool has_cuda_kernels() {
   return false;
 }
@@ -120,6 +142,15 @@ HESTIA_FOR_EACH_ROW_TERM(HESTIA_INSTANTIATE)
   template void soft_cache_upstream_cuda<Real>(const RowLayout&, const std::int64_t*, std::int64_t, bool, Real*, void*);
 HESTIA_INSTANTIATE(float)
 HESTIA_INSTANTIATE(double)
+#undef HESTIA_INSTANTIATE
+
+#define HESTIA_INSTANTIATE(Index)                                                                                      \
+  template void slot_cache_serve_cuda<Index>(const SlotCacheShape&, const SlotCacheState&, std::int64_t, const Index*, \
+                                             std::int64_t, std::int64_t, const SlotCacheAnswer&, void*);               \
+  template void slot_cache_touch_cuda<Index>(const SlotCacheShape&, const SlotCacheState&, std::int64_t, const Index*, \
+                                             std::int64_t, std::int64_t, std::int64_t, void*);
+HESTIA_INSTANTIATE(std::int32_t)
+HESTIA_INSTANTIATE(std::int64_t)
 #undef HESTIA_INSTANTIATE
 // NOLINTEND(bugprone-macro-parentheses)
 

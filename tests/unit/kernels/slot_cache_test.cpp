@@ -6,10 +6,12 @@
 #include <string>
 #include <vector>
 
+#include <cuda_runtime_api.h>
 #include <catch2/catch.hpp>
 
 #include "hestia/core/error.hpp"
 #include "hestia/core/random.hpp"
+#include "hestia/kernels/soft_cache.hpp"
 #include "hestia/routing/simulator.hpp"
 #include "tests/unit/routing/routing_fixtures.hpp"
 
@@ -566,4 +568,195 @@ TEST_CASE("what the slot cache cannot serve is refused") {
   CHECK_NOTHROW(slot_cache_serve_cpu(no_scratch, cache.state, 0, ids.data(), 1, 4, answer.view()));
   CHECK_THROWS_AS(slot_cache_serve_cpu(no_scratch, cache.state, 0, ids.data(), 1, 5, answer.view()),
                   std::invalid_argument);
+}
+
+namespace {
+
+bool gpu_ready() {
+  int devices = 0;
+  if (!has_cuda_kernels() || cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+    WARN("SKIPPED: needs a GPU and a build with CUDA kernels");
+    return false;
+  }
+  return true;
+}
+
+void require_success(cudaError_t error) {
+  INFO(cudaGetErrorString(error));
+  REQUIRE(error == cudaSuccess);
+}
+
+/// Device memory of `count` values.
+template <class T>
+class DeviceArray {
+ public:
+  explicit DeviceArray(std::size_t count) : count_(count) {
+    require_success(cudaMalloc(&data_, std::max<std::size_t>(count, 1) * sizeof(T)));
+  }
+  explicit DeviceArray(const std::vector<T>& values) : DeviceArray(values.size()) { set(values); }
+  DeviceArray(const DeviceArray&) = delete;
+  DeviceArray& operator=(const DeviceArray&) = delete;
+  ~DeviceArray() { cudaFree(data_); }
+  void set(const std::vector<T>& values) {
+    REQUIRE(values.size() == count_);
+    require_success(cudaMemcpy(data_, values.data(), count_ * sizeof(T), cudaMemcpyHostToDevice));
+  }
+  [[nodiscard]] std::vector<T> get() const {
+    std::vector<T> values(count_);
+    require_success(cudaMemcpy(values.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost));
+    return values;
+  }
+  [[nodiscard]] T* data() const { return static_cast<T*>(data_); }
+
+ private:
+  std::size_t count_;
+  void* data_ = nullptr;
+};
+
+struct DeviceAnswer {
+  DeviceAnswer(const SlotCacheShape& shape, std::int64_t num_selected)
+      : clean(shape, num_selected),
+        step(std::vector{clean.step}),
+        loads(clean.loads),
+        slots(clean.slots),
+        waves(clean.waves) {}
+  [[nodiscard]] SlotCacheAnswer view() const { return {step.data(), loads.data(), slots.data(), waves.data()}; }
+  void check_against(const Answer& expected) const {
+    const SlotCacheStep found = step.get().front();
+    REQUIRE(std::memcmp(&found, &expected.step, sizeof found) == 0);
+    REQUIRE(slots.get() == expected.slots);
+    REQUIRE(waves.get() == expected.waves);
+    const std::vector<SlotCacheLoad> found_loads = loads.get();
+    REQUIRE(std::memcmp(found_loads.data(), expected.loads.data(), found_loads.size() * sizeof(SlotCacheLoad)) == 0);
+  }
+  Answer clean;
+  DeviceArray<SlotCacheStep> step;
+  DeviceArray<SlotCacheLoad> loads;
+  DeviceArray<std::int32_t> slots;
+  DeviceArray<std::int32_t> waves;
+};
+
+/// The cache on the device holds the bits of the one on the host.
+void check_state(const SlotCacheShape& shape, const SlotCacheState& host, const DeviceArray<std::max_align_t>& device) {
+  std::vector<std::max_align_t> memory = device.get();
+  const SlotCacheState found = slot_cache_state(shape, memory.data());
+  const auto same = [](const auto* a, const auto* b, std::int64_t count) {
+    return std::memcmp(a, b, static_cast<std::size_t>(count) * sizeof *a) == 0;
+  };
+  const std::int64_t experts = shape.num_layers * shape.num_experts;
+  const std::int64_t groups = shape.num_layers / shape.layers_per_group;
+  REQUIRE(same(found.experts, host.experts, experts));
+  REQUIRE(same(found.counts, host.counts, shape.num_layers));
+  REQUIRE(same(found.groups, host.groups, groups));
+  REQUIRE(same(found.slot_of, host.slot_of, experts));
+  REQUIRE(same(found.key_of, host.key_of, groups * shape.slots));
+  REQUIRE(same(found.requested, host.requested, experts));
+}
+
+template <class Index>
+void compare_on_gpu(const Case& c) {
+  Cache cache(c.shape);
+  const DeviceArray<std::max_align_t> memory(cache.memory.size());
+  const SlotCacheState state = slot_cache_state(c.shape, memory.data());
+  const DeviceArray<std::int32_t> preload(c.preload);
+  const DeviceArray<std::uint64_t> seeds(c.seeds);
+  start(cache, c);
+  slot_cache_reset_cuda(c.shape, state, c.preload.empty() ? nullptr : preload.data(), c.preload_count, seeds.data(),
+                        nullptr);
+  for (std::int64_t layer = 0; c.start == CacheStart::kPrefill && layer < c.shape.num_layers; ++layer) {
+    std::vector<Index> prompt;
+    for (std::int64_t step = 0; step < c.steps.prefill; ++step) {
+      const auto& ids = c.steps.selected[static_cast<std::size_t>(layer)][static_cast<std::size_t>(step)];
+      prompt.insert(prompt.end(), ids.begin(), ids.end());
+    }
+    const DeviceArray<Index> selected(prompt);
+    slot_cache_touch_cuda(c.shape, state, layer, selected.data(), c.steps.prefill, c.steps.rows, c.steps.top_k,
+                          nullptr);
+    require_success(cudaDeviceSynchronize());
+  }
+  check_state(c.shape, cache.state, memory);
+  const DeviceArray<std::uint8_t> mask(static_cast<std::size_t>(c.shape.num_experts));
+  for (auto step = static_cast<std::size_t>(c.steps.prefill); step < c.steps.selected[0].size(); ++step) {
+    for (std::int64_t layer = 0; layer < c.shape.num_layers; ++layer) {
+      const auto& ids = c.steps.selected[static_cast<std::size_t>(layer)][step];
+      const auto count = static_cast<std::int64_t>(ids.size());
+      Answer expected(c.shape, count);
+      slot_cache_serve_cpu(c.shape, cache.state, layer, ids.data(), c.steps.rows, c.steps.top_k, expected.view());
+      const DeviceAnswer found(c.shape, count);
+      const DeviceArray<Index> selected(std::vector<Index>(ids.begin(), ids.end()));
+      slot_cache_serve_cuda(c.shape, state, layer, selected.data(), c.steps.rows, c.steps.top_k, found.view(), nullptr);
+      found.check_against(expected);
+      check_state(c.shape, cache.state, memory);
+      std::vector<std::uint8_t> residents(static_cast<std::size_t>(c.shape.num_experts));
+      slot_cache_mask_cpu(c.shape, cache.state, layer, residents.data());
+      slot_cache_mask_cuda(c.shape, state, layer, mask.data(), nullptr);
+      REQUIRE(mask.get() == residents);
+    }
+  }
+}
+
+}  // namespace
+
+TEST_CASE("the slot cache on the GPU holds and answers the CPU's bits", "[gpu]") {
+  if (!gpu_ready()) {
+    return;
+  }
+  SplitMix64 random(4711);
+  for (int i = 0; i < 160; ++i) {
+    Case c = random_case(random, i % 4 == 0);
+    c.shape.stress = i % 5 == 0 && c.shape.policy != Kind::kStatic;
+    INFO("case " << i << ": " << c.text());
+    if (i % 2 == 0) {
+      compare_on_gpu<std::int32_t>(c);
+    } else {
+      compare_on_gpu<std::int64_t>(c);
+    }
+  }
+}
+
+TEST_CASE("a captured step of the slot cache is served again with every launch of its graph", "[gpu]") {
+  if (!gpu_ready()) {
+    return;
+  }
+  SplitMix64 random(12);
+  const SlotCacheShape shape{.num_layers = 2, .num_experts = 64, .slots = 16, .policy = Kind::kGamma};
+  Cache cache(shape);
+  const DeviceArray<std::max_align_t> memory(cache.memory.size());
+  const SlotCacheState state = slot_cache_state(shape, memory.data());
+  slot_cache_reset_cpu(shape, cache.state, nullptr, 0, nullptr);
+  slot_cache_reset_cuda(shape, state, nullptr, 0, nullptr, nullptr);
+  require_success(cudaDeviceSynchronize());
+  DeviceArray<std::int64_t> selected(16);
+  const DeviceAnswer first(shape, 8);
+  const DeviceAnswer second(shape, 8);
+  cudaStream_t stream = nullptr;
+  require_success(cudaStreamCreate(&stream));
+  require_success(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  slot_cache_serve_cuda(shape, state, 0, selected.data(), 1, 8, first.view(), stream);
+  slot_cache_serve_cuda(shape, state, 1, selected.data() + 8, 1, 8, second.view(), stream);
+  cudaGraph_t graph = nullptr;
+  require_success(cudaStreamEndCapture(stream, &graph));
+  cudaGraphExec_t executable = nullptr;
+  require_success(cudaGraphInstantiate(&executable, graph, 0));
+  const Steps steps = random_steps(random, 2, 64, 50, 1, 8);
+  for (std::size_t step = 0; step < 50; ++step) {
+    std::vector<std::int64_t> ids = steps.selected[0][step];
+    ids.insert(ids.end(), steps.selected[1][step].begin(), steps.selected[1][step].end());
+    selected.set(ids);
+    require_success(cudaGraphLaunch(executable, stream));
+    require_success(cudaStreamSynchronize(stream));
+    for (std::int64_t layer = 0; layer < 2; ++layer) {
+      Answer expected(shape, 8);
+      slot_cache_serve_cpu(shape, cache.state, layer, ids.data() + 8 * layer, 1, 8, expected.view());
+      // Loads of an earlier launch lie behind the list.
+      const std::vector<SlotCacheLoad> loads = (layer == 0 ? first : second).loads.get();
+      REQUIRE(std::memcmp(loads.data(), expected.loads.data(),
+                          static_cast<std::size_t>(expected.step.loads) * sizeof(SlotCacheLoad)) == 0);
+      REQUIRE((layer == 0 ? first : second).slots.get() == expected.slots);
+    }
+    check_state(shape, cache.state, memory);
+  }
+  require_success(cudaGraphExecDestroy(executable));
+  require_success(cudaGraphDestroy(graph));
+  require_success(cudaStreamDestroy(stream));
 }

@@ -1,0 +1,594 @@
+#include <algorithm>
+#include <cstdint>
+
+#include "hestia/kernels/slot_cache.hpp"
+#include "launch.cuh"
+#include "slot_cache_rules.hpp"
+
+namespace hestia {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+constexpr int kWarps = kThreads / kWarp;
+constexpr unsigned kAllLanes = 0xffffffffU;
+constexpr int kNowhere = 1 << 30;
+constexpr int kMaxExperts = static_cast<int>(kSlotCacheMaxExperts);
+
+/// Something that may leave: a resident (place: its slot in the group) or a miss (place: its number in the order of the
+/// step, behind all slots). key -1: nothing.
+struct Candidate {
+  ExpertState state;
+  int key = -1;
+  int place = -1;
+};
+
+__device__ bool leaves_before(CachePolicyKind policy, const Candidate& a, const Candidate& b) {
+  return a.key >= 0 && (b.key < 0 || evicts_before(policy, a.state, a.key, b.state, b.key));
+}
+
+__device__ void offer(CachePolicyKind policy, Candidate& best, const Candidate& other) {
+  if (leaves_before(policy, other, best)) {
+    best = other;
+  }
+}
+
+/// More uses first, ties to the lower key.
+__device__ bool used_before(double uses_a, int key_a, double uses_b, int key_b) {
+  return uses_a != uses_b ? uses_a > uses_b : key_a < key_b;
+}
+
+struct Shared {
+  int first[kMaxExperts];   // place of the expert in the selection, rank by rank; kNowhere: not in the step
+  int order[kMaxExperts];   // distinct experts by falling weight
+  int slot[kMaxExperts];    // where the expert is served
+  int wave[kMaxExperts];    // -1: a miss not placed yet
+  int target[kMaxExperts];  // slots that the kept misses take, in the group
+  int victim[kMaxExperts];
+  unsigned char passes[kMaxExperts];
+  int in_warp[kWarps];
+  Candidate best[kWarps];
+  double uses[kWarps];
+  int keys[kWarps];
+  int hits;
+  int cold;
+  int waits;
+  int dropped;
+  int chosen_key;
+  int chosen_place;
+};
+
+/// The number of threads before this one whose flag is set, plus `running`, which grows by all of them.
+__device__ int count_before(bool flag, int& running, Shared& shared) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const unsigned set = __ballot_sync(kAllLanes, flag);
+  if (lane == 0) {
+    shared.in_warp[warp] = __popc(set);
+  }
+  __syncthreads();
+  int before = running + __popc(set & ((1U << lane) - 1U));
+  int all = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    before += w < warp ? shared.in_warp[w] : 0;
+    all += shared.in_warp[w];
+  }
+  running += all;
+  __syncthreads();
+  return before;
+}
+
+/// The one that leaves first of all threads' candidates: in every thread.
+__device__ void first_of_block(CachePolicyKind policy, Candidate best, Shared& shared) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const auto reduce = [&](int width) {
+    for (int step = width / 2; step > 0; step /= 2) {
+      Candidate other;
+      other.state.use_count = __shfl_xor_sync(kAllLanes, best.state.use_count, step);
+      other.state.last_touch = __shfl_xor_sync(kAllLanes, best.state.last_touch, step);
+      other.state.loaded_at = __shfl_xor_sync(kAllLanes, best.state.loaded_at, step);
+      other.key = __shfl_xor_sync(kAllLanes, best.key, step);
+      other.place = __shfl_xor_sync(kAllLanes, best.place, step);
+      offer(policy, best, other);
+    }
+  };
+  reduce(kWarp);
+  if (lane == 0) {
+    shared.best[warp] = best;
+  }
+  __syncthreads();
+  if (warp == 0) {
+    best = lane < kWarps ? shared.best[lane] : Candidate();
+    reduce(kWarps);
+    if (lane == 0) {
+      shared.chosen_key = best.key;
+      shared.chosen_place = best.place;
+    }
+  }
+  __syncthreads();
+}
+
+/// One layer of a cache, as the threads of its block see it.
+struct Layer {
+  __device__ Layer(const SlotCacheShape& shape, const SlotCacheState& state, int layer)
+      : policy(shape.policy),
+        gamma(shape.gamma),
+        stress(shape.stress),
+        num_experts(static_cast<int>(shape.num_experts)),
+        num_keys(static_cast<int>(shape.layers_per_group * shape.num_experts)),
+        slots(static_cast<int>(shape.slots)),
+        scratch(static_cast<int>(shape.scratch_slots)) {
+    const int of_group = static_cast<int>(shape.layers_per_group);
+    const int number = layer / of_group;
+    first_key = layer % of_group * num_experts;
+    first_slot = number * slots;
+    first_scratch = static_cast<int>(shape.num_layers) / of_group * slots;
+    states = state.experts + static_cast<std::int64_t>(number) * num_keys;
+    slot_of = state.slot_of + static_cast<std::int64_t>(number) * num_keys;
+    key_of = state.key_of + first_slot;
+    requested = state.requested + static_cast<std::int64_t>(layer) * num_experts;
+    group = state.groups + number;
+    counts = state.counts + layer;
+  }
+
+  /// True when the key is of this layer and its expert is in the step.
+  __device__ bool in_step(int key, const Shared& shared) const {
+    const int expert = key - first_key;
+    return expert >= 0 && expert < num_experts && shared.first[expert] != kNowhere;
+  }
+
+  CachePolicyKind policy;
+  double gamma;
+  bool stress;
+  int num_experts;
+  int num_keys;
+  int slots;
+  int scratch;
+  int first_key;
+  int first_slot;
+  int first_scratch;
+  ExpertState* states;
+  std::int32_t* slot_of;
+  std::int32_t* key_of;  // while a step is served, -2 - key: the key that leaves the slot
+  std::uint8_t* requested;
+  SlotCacheGroup* group;
+  SlotCacheCounts* counts;
+};
+
+/// Takes the key out of the table; its slot remembers it until the step is placed.
+__device__ void take_out(const Layer& layer, int key, int slot) {
+  layer.slot_of[key] = -1;
+  layer.key_of[slot] = -2 - key;
+}
+
+/// Chooses `over` of the candidates by the order of the policy.
+__device__ void leave_by_order(const Layer& layer, int over, int distinct, bool step_too_large, Shared& shared) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const auto own_best = [&] {
+    Candidate best;
+    for (int slot = thread; slot < layer.slots; slot += kThreads) {
+      const int key = layer.key_of[slot];
+      if (key >= 0 && (step_too_large || !layer.in_step(key, shared))) {
+        offer(layer.policy, best, {layer.states[key], key, slot});
+      }
+    }
+    for (int i = thread; step_too_large && i < distinct; i += kThreads) {
+      const int expert = shared.order[i];
+      if (shared.wave[expert] < 0 && shared.passes[expert] == 0) {
+        const int key = layer.first_key + expert;
+        offer(layer.policy, best, {layer.states[key], key, layer.slots + i});
+      }
+    }
+    return best;
+  };
+  Candidate best = own_best();
+  for (int i = 0; i < over; ++i) {
+    first_of_block(layer.policy, best, shared);
+    if (best.key >= 0 && best.key == shared.chosen_key) {
+      if (best.place < layer.slots) {
+        take_out(layer, best.key, best.place);
+      } else {
+        shared.passes[best.key - layer.first_key] = 1;
+      }
+      best = own_best();
+    }
+  }
+  __syncthreads();
+}
+
+/// Draws `over` of the candidates: one bit per key of the group that may leave.
+__device__ void leave_by_chance(const Layer& layer, int over, bool step_too_large, unsigned* bits, Shared& shared) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int words = (layer.num_keys + kWarp - 1) / kWarp;
+  for (int word = thread / kWarp; word < words; word += kWarps) {
+    const int key = word * kWarp + thread % kWarp;
+    const bool in_step = key < layer.num_keys && layer.in_step(key, shared);
+    const bool resident = key < layer.num_keys && layer.slot_of[key] >= 0;
+    const unsigned set = __ballot_sync(kAllLanes, in_step ? step_too_large : resident);
+    if (thread % kWarp == 0) {
+      bits[word] = set;
+    }
+  }
+  __syncthreads();
+  if (thread == 0) {
+    int candidates = 0;
+    for (int word = 0; word < words; ++word) {
+      candidates += __popc(bits[word]);
+    }
+    SplitMix64 random(layer.group->random);
+    for (int i = 0; i < over; ++i, --candidates) {
+      int left = static_cast<int>(random.below(static_cast<std::uint64_t>(candidates)));
+      int word = 0;
+      for (; left >= __popc(bits[word]); ++word) {
+        left -= __popc(bits[word]);
+      }
+      unsigned rest = bits[word];
+      for (; left > 0; --left) {
+        rest &= rest - 1U;
+      }
+      bits[word] &= ~(rest & (0U - rest));
+      const int key = word * kWarp + __ffs(static_cast<int>(rest)) - 1;
+      const int slot = layer.slot_of[key];
+      if (slot >= 0) {
+        take_out(layer, key, slot - layer.first_slot);
+      } else {
+        shared.passes[key - layer.first_key] = 1;
+      }
+    }
+    layer.group->random = random.state();
+  }
+  __syncthreads();
+}
+
+/// Serves one step; all threads of the block come in together and leave together.
+template <class Index>
+__device__ void serve(const Layer& layer, const Index* selected, int rows, int top_k, bool counted,
+                      const SlotCacheAnswer* answer, unsigned* bits, Shared& shared) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int num_selected = rows * top_k;
+  const auto expert_at = [&](int place) {  // place: rank by rank, and row by row in a rank
+    const Index id = selected[static_cast<std::int64_t>(place % rows) * top_k + place / rows];
+    return id >= 0 && id < layer.num_experts ? static_cast<int>(id) : -1;
+  };
+  for (int expert = thread; expert < layer.num_experts; expert += kThreads) {
+    shared.first[expert] = kNowhere;
+    shared.passes[expert] = 0;
+    if (layer.policy == CachePolicyKind::kGamma) {
+      ExpertState& state = layer.states[layer.first_key + expert];
+      state.use_count = discounted_use(state.use_count, layer.gamma);
+    }
+  }
+  if (thread == 0) {
+    shared.hits = 0;
+    shared.cold = 0;
+    shared.waits = 0;
+    shared.dropped = 0;
+  }
+  __syncthreads();
+  for (int place = thread; place < num_selected; place += kThreads) {
+    const int expert = expert_at(place);
+    if (expert >= 0) {
+      atomicMin(&shared.first[expert], place);
+    }
+  }
+  __syncthreads();
+  int distinct = 0;
+  for (int begin = 0; begin < num_selected; begin += kThreads) {
+    const int expert = begin + thread < num_selected ? expert_at(begin + thread) : -1;
+    const bool is_first = expert >= 0 && shared.first[expert] == begin + thread;
+    const int number = count_before(is_first, distinct, shared);
+    if (is_first) {
+      shared.order[number] = expert;
+    }
+  }
+  __syncthreads();
+  const std::int64_t serial = layer.group->serial;
+  const int residents = static_cast<int>(layer.group->num_residents);
+  for (int i = thread; i < distinct; i += kThreads) {
+    const int expert = shared.order[i];
+    ExpertState& state = layer.states[layer.first_key + expert];
+    const int slot = layer.slot_of[layer.first_key + expert];
+    const std::int64_t touch = serial + distinct - 1 - i;
+    state.use_count = state.use_count + 1.0;
+    state.last_touch = touch;
+    shared.slot[expert] = slot;
+    shared.wave[expert] = slot >= 0 ? 0 : -1;
+    if (slot >= 0) {
+      atomicAdd(&shared.hits, 1);
+    } else {
+      state.loaded_at = touch;
+    }
+    if (layer.requested[expert] == 0) {
+      layer.requested[expert] = 1;
+      atomicAdd(&shared.cold, 1);
+    }
+  }
+  __syncthreads();
+  const int misses = distinct - shared.hits;
+  const bool is_static = layer.policy == CachePolicyKind::kStatic;
+  int evictions = 0;
+  if (layer.stress) {
+    for (int slot = thread; slot < layer.slots; slot += kThreads) {
+      const int key = layer.key_of[slot];
+      if (key >= 0 && !layer.in_step(key, shared)) {
+        take_out(layer, key, slot);
+        atomicAdd(&shared.dropped, 1);
+      }
+    }
+    __syncthreads();
+    evictions = shared.dropped;
+  }
+  const int over = is_static ? 0 : residents - evictions + misses - layer.slots;
+  if (over > 0) {
+    const bool step_too_large = distinct > layer.slots;
+    if (layer.policy == CachePolicyKind::kRandom) {
+      leave_by_chance(layer, over, step_too_large, bits, shared);
+    } else {
+      leave_by_order(layer, over, distinct, step_too_large, shared);
+    }
+    evictions += over;
+  }
+  int kept = 0;
+  int passing = 0;
+  if (misses > 0 || evictions > 0) {
+    for (int begin = 0; begin < distinct; begin += kThreads) {
+      const int expert = begin + thread < distinct ? shared.order[begin + thread] : -1;
+      const bool passes = expert >= 0 && shared.wave[expert] < 0 && (is_static || shared.passes[expert] != 0);
+      passing += __syncthreads_count(passes ? 1 : 0);
+    }
+    kept = misses - passing;
+    int found = 0;
+    for (int begin = 0; begin < layer.slots; begin += kThreads) {
+      const int slot = begin + thread;
+      const int key = slot < layer.slots ? layer.key_of[slot] : 0;
+      const int number = count_before(key < 0, found, shared);
+      if (key < 0) {
+        layer.key_of[slot] = -1;
+        if (number < kept) {
+          const int leaving = key == -1 ? -1 : -2 - key;
+          shared.target[number] = slot;
+          shared.victim[number] = leaving;
+          if (leaving >= 0 && layer.in_step(leaving, shared)) {
+            shared.waits = 1;
+          }
+        }
+      }
+    }
+    __syncthreads();
+    int passed = 0;
+    int stayed = 0;
+    for (int begin = 0; begin < distinct; begin += kThreads) {
+      const int expert = begin + thread < distinct ? shared.order[begin + thread] : -1;
+      const bool miss = expert >= 0 && shared.slot[expert] < 0;
+      const bool passes = miss && (is_static || shared.passes[expert] != 0);
+      const int as_passing = count_before(passes, passed, shared);
+      const int as_kept = count_before(miss && !passes, stayed, shared);
+      if (miss) {
+        const int index = passes ? as_passing : passing + as_kept;
+        const SlotPlace at = slot_place(index, passing, kept, layer.scratch);
+        const bool is_target = at.place < kept;
+        const int slot = is_target ? layer.first_slot + shared.target[at.place] : layer.first_scratch + at.place - kept;
+        shared.slot[expert] = slot;
+        shared.wave[expert] = at.wave;
+        if (answer != nullptr) {
+          answer->loads[index] = {expert, slot, is_target && at.wave == 1 ? shared.victim[at.place] : -1};
+        }
+        if (!passes) {
+          layer.slot_of[layer.first_key + expert] = slot;
+          layer.key_of[slot - layer.first_slot] = layer.first_key + expert;
+        }
+      }
+    }
+    __syncthreads();
+  }
+  if (answer != nullptr) {
+    for (int i = thread; i < num_selected; i += kThreads) {
+      const Index id = selected[i];
+      const bool valid = id >= 0 && id < layer.num_experts;
+      answer->slots[i] = valid ? shared.slot[id] : -1;
+      answer->waves[i] = valid ? shared.wave[id] : -1;
+    }
+  }
+  if (thread == 0) {
+    const int size = kept + layer.scratch;
+    layer.group->serial = serial + distinct;
+    layer.group->num_residents = is_static ? residents : residents + misses - evictions;
+    if (counted) {
+      layer.counts->steps += 1;
+      layer.counts->requests += distinct;
+      layer.counts->hits += shared.hits;
+      layer.counts->cold += shared.cold;
+      layer.counts->loads += misses;
+      layer.counts->evictions += evictions;
+    }
+    if (answer != nullptr) {
+      *answer->step = {distinct, misses, misses == 0 ? 1 : 1 + (misses + size - 1) / size, size, shared.waits};
+    }
+  }
+  __syncthreads();
+}
+
+/// The C keys used most fill the slots: one after the other, each the first in the order of uses behind the last.
+__device__ void keep_most_used(const Layer& layer, Shared& shared) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % kWarp;
+  const int warp = thread / kWarp;
+  for (int key = thread; key < layer.num_keys; key += kThreads) {
+    layer.slot_of[key] = -1;
+  }
+  for (int slot = thread; slot < layer.slots; slot += kThreads) {
+    layer.key_of[slot] = -1;
+  }
+  __syncthreads();
+  int filled = 0;
+  for (; filled < layer.slots; ++filled) {
+    double most = 0.0;
+    int best = kNowhere;
+    for (int key = thread; key < layer.num_keys; key += kThreads) {
+      const double uses = layer.states[key].use_count;
+      if (layer.slot_of[key] < 0 && uses > 0.0 && used_before(uses, key, most, best)) {
+        most = uses;
+        best = key;
+      }
+    }
+    for (int step = kWarp / 2; step > 0; step /= 2) {
+      const double uses = __shfl_xor_sync(kAllLanes, most, step);
+      const int key = __shfl_xor_sync(kAllLanes, best, step);
+      if (used_before(uses, key, most, best)) {
+        most = uses;
+        best = key;
+      }
+    }
+    if (lane == 0) {
+      shared.uses[warp] = most;
+      shared.keys[warp] = best;
+    }
+    __syncthreads();
+    if (thread == 0) {
+      for (int w = 1; w < kWarps; ++w) {
+        if (used_before(shared.uses[w], shared.keys[w], shared.uses[0], shared.keys[0])) {
+          shared.uses[0] = shared.uses[w];
+          shared.keys[0] = shared.keys[w];
+        }
+      }
+      shared.chosen_key = shared.keys[0];
+      if (shared.keys[0] != kNowhere) {
+        layer.slot_of[shared.keys[0]] = layer.first_slot + filled;
+        layer.key_of[filled] = shared.keys[0];
+      }
+    }
+    __syncthreads();
+    if (shared.chosen_key == kNowhere) {
+      break;
+    }
+  }
+  if (thread == 0) {
+    layer.group->num_residents = filled;
+  }
+}
+
+template <class Index>
+__global__ void __launch_bounds__(kThreads)
+    slot_cache_serve_kernel(SlotCacheShape shape, SlotCacheState state, int layer, const Index* selected, int rows,
+                            int top_k, SlotCacheAnswer answer) {
+  __shared__ Shared shared;
+  extern __shared__ unsigned bits[];
+  serve(Layer(shape, state, layer), selected, rows, top_k, true, &answer, bits, shared);
+}
+
+template <class Index>
+__global__ void __launch_bounds__(kThreads)
+    slot_cache_touch_kernel(SlotCacheShape shape, SlotCacheState state, int layer, const Index* selected,
+                            std::int64_t steps, int rows, int top_k) {
+  __shared__ Shared shared;
+  extern __shared__ unsigned bits[];
+  const Layer of(shape, state, layer);
+  for (std::int64_t step = 0; step < steps; ++step) {
+    serve(of, selected + step * rows * top_k, rows, top_k, false, nullptr, bits, shared);
+  }
+  if (of.policy == CachePolicyKind::kStatic) {
+    keep_most_used(of, shared);
+  }
+}
+
+/// One block per group.
+__global__ void __launch_bounds__(kThreads)
+    slot_cache_reset_kernel(SlotCacheShape shape, SlotCacheState state, const std::int32_t* preload,
+                            std::int64_t preload_count, const std::uint64_t* victim_seeds) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const auto group = static_cast<std::int64_t>(blockIdx.x);
+  const std::int64_t num_keys = shape.layers_per_group * shape.num_experts;
+  for (std::int64_t key = group * num_keys + thread; key < (group + 1) * num_keys; key += kThreads) {
+    state.experts[key] = ExpertState();
+    state.slot_of[key] = -1;
+    state.requested[key] = 0;
+  }
+  for (std::int64_t slot = group * shape.slots + thread; slot < (group + 1) * shape.slots; slot += kThreads) {
+    state.key_of[slot] = -1;
+  }
+  for (std::int64_t layer = thread; layer < shape.layers_per_group; layer += kThreads) {
+    state.counts[group * shape.layers_per_group + layer] = SlotCacheCounts();
+  }
+  const std::int32_t* const keys = preload == nullptr ? nullptr : preload + group * preload_count;
+  const std::int64_t most = keys == nullptr ? 0 : (preload_count < shape.slots ? preload_count : shape.slots);
+  __shared__ int count;
+  if (thread == 0) {
+    count = 0;
+    while (count < most && keys[count] >= 0) {
+      ++count;
+    }
+    state.groups[group] = {count, victim_seeds == nullptr ? 0 : victim_seeds[group], count};
+  }
+  __syncthreads();
+  for (std::int64_t i = thread; i < count; i += kThreads) {
+    ExpertState& expert = state.experts[group * num_keys + keys[i]];
+    expert.last_touch = count - 1 - i;
+    expert.loaded_at = count - 1 - i;
+    state.slot_of[group * num_keys + keys[i]] = static_cast<std::int32_t>(group * shape.slots + i);
+    state.key_of[group * shape.slots + i] = keys[i];
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    slot_cache_mask_kernel(const std::int32_t* slot_of, int num_experts, std::uint8_t* mask) {
+  for (int expert = static_cast<int>(threadIdx.x); expert < num_experts; expert += kThreads) {
+    mask[expert] = slot_of[expert] >= 0 ? 1 : 0;
+  }
+}
+
+/// Bytes of the bits that `random` draws from.
+std::size_t bytes_of_bits(const SlotCacheShape& shape) {
+  const std::int64_t keys = shape.layers_per_group * shape.num_experts;
+  return shape.policy == CachePolicyKind::kRandom ? static_cast<std::size_t>((keys + kWarp - 1) / kWarp) * 4 : 0;
+}
+
+}  // namespace
+
+void slot_cache_reset_cuda(const SlotCacheShape& shape, const SlotCacheState& state, const std::int32_t* preload,
+                           std::int64_t preload_count, const std::uint64_t* victim_seeds, void* stream) {
+  check_slot_cache(shape);
+  const auto groups = static_cast<unsigned>(shape.num_layers / shape.layers_per_group);
+  slot_cache_reset_kernel<<<groups, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(shape, state, preload,
+                                                                                      preload_count, victim_seeds);
+  check_launch("slot_cache_reset_kernel");
+}
+
+template <class Index>
+void slot_cache_serve_cuda(const SlotCacheShape& shape, const SlotCacheState& state, std::int64_t layer,
+                           const Index* selected, std::int64_t rows, std::int64_t top_k, const SlotCacheAnswer& answer,
+                           void* stream) {
+  check_slot_cache_step(shape, layer, rows, top_k);
+  slot_cache_serve_kernel<<<1, kThreads, bytes_of_bits(shape), static_cast<cudaStream_t>(stream)>>>(
+      shape, state, static_cast<int>(layer), selected, static_cast<int>(rows), static_cast<int>(top_k), answer);
+  check_launch("slot_cache_serve_kernel");
+}
+
+template <class Index>
+void slot_cache_touch_cuda(const SlotCacheShape& shape, const SlotCacheState& state, std::int64_t layer,
+                           const Index* selected, std::int64_t steps, std::int64_t rows, std::int64_t top_k,
+                           void* stream) {
+  check_slot_cache_step(shape, layer, rows, top_k);
+  slot_cache_touch_kernel<<<1, kThreads, bytes_of_bits(shape), static_cast<cudaStream_t>(stream)>>>(
+      shape, state, static_cast<int>(layer), selected, steps, static_cast<int>(rows), static_cast<int>(top_k));
+  check_launch("slot_cache_touch_kernel");
+}
+
+void slot_cache_mask_cuda(const SlotCacheShape& shape, const SlotCacheState& state, std::int64_t layer,
+                          std::uint8_t* mask, void* stream) {
+  slot_cache_mask_kernel<<<1, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      state.slot_of + layer * shape.num_experts, static_cast<int>(shape.num_experts), mask);
+  check_launch("slot_cache_mask_kernel");
+}
+
+#define HESTIA_INSTANTIATE(Index)                                                                                      \
+  template void slot_cache_serve_cuda<Index>(const SlotCacheShape&, const SlotCacheState&, std::int64_t, const Index*, \
+                                             std::int64_t, std::int64_t, const SlotCacheAnswer&, void*);               \
+  template void slot_cache_touch_cuda<Index>(const SlotCacheShape&, const SlotCacheState&, std::int64_t, const Index*, \
+                                             std::int64_t, std::int64_t, std::int64_t, void*);
+HESTIA_INSTANTIATE(std::int32_t)
+HESTIA_INSTANTIATE(std::int64_t)
+#undef HESTIA_INSTANTIATE
+
+}  // namespace hestia
