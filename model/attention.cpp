@@ -82,10 +82,11 @@ void check_continues(const Architecture& architecture, const TokenBatch& batch, 
   }
 }
 
-RotaryTables rotations(const Architecture& architecture, const TokenBatch& batch, torch::Dtype dtype) {
-  // Latent attention rotates in float32.
-  const bool wide = architecture.key_value_rank > 0 && dtype == torch::kBFloat16;
-  return rotary_tables(architecture, batch.positions_BS, batch.sequence_ids_BS, wide ? torch::kFloat32 : dtype);
+// New keys and values behind those of the cache, and all that the tokens see.
+std::pair<Tensor, Tensor> cached(const AttentionInputs& inputs, std::int64_t layer, const Tensor& key,
+                                 const Tensor& value) {
+  return inputs.position_1.defined() ? inputs.cache->put(layer, key, value, inputs.position_1, inputs.visible)
+                                     : inputs.cache->extend(layer, key, value);
 }
 
 // Without a mask, causal or not at all.
@@ -146,7 +147,7 @@ Tensor latent_attention(const Architecture& a, const LayerWeights& weights, std:
       torch::cat({key_value.narrow(3, 0, a.plain_head_dim), shared_key.expand({-1, a.num_attention_heads, -1, -1})}, 3);
   Tensor value = key_value.narrow(3, a.plain_head_dim, a.value_head_dim);
   if (inputs.cache != nullptr) {
-    std::tie(key, value) = inputs.cache->extend(layer, key, value);
+    std::tie(key, value) = cached(inputs, layer, key, value);
   }
   // A longer context flattens scores; yarn of this family sharpens them by the square of its scale.
   const double sharpening = a.rope.type == "yarn" ? a.rope.yarn_scale(a.rope.mscale_all_dim.value_or(0.0)) : 1.0;
@@ -157,9 +158,46 @@ Tensor latent_attention(const Architecture& a, const LayerWeights& weights, std:
 
 }  // namespace
 
+RotaryTables rotations_of(const Architecture& architecture, const Tensor& positions_BS, const Tensor& sequence_ids_BS,
+                          torch::Dtype dtype) {
+  // Latent attention rotates in float32.
+  const bool wide = architecture.key_value_rank > 0 && dtype == torch::kBFloat16;
+  return rotary_tables(architecture, positions_BS, sequence_ids_BS, wide ? torch::kFloat32 : dtype);
+}
+
+AttentionInputs attention_inputs(const Architecture& architecture, const StepPlace& place, torch::Dtype dtype,
+                                 KeyValueCache& cache) {
+  if (cache.length() < 1 || place.visible <= cache.length() || place.visible > cache.capacity() ||
+      place.visible > place.rotations.cosine.size(0)) {
+    throw std::invalid_argument(
+        fmt::format("model: a step behind {} tokens in a cache of {} needs a number of visible keys between, got {}",
+                    cache.length(), cache.capacity(), place.visible));
+  }
+  AttentionInputs inputs;
+  inputs.rotary = {place.rotations.cosine.index_select(0, place.position_1),
+                   place.rotations.sine.index_select(0, place.position_1)};
+  inputs.all_visible = true;
+  const Tensor key = torch::arange(place.visible, place.position_1.options());
+  for (std::int64_t layer = 0; layer < architecture.num_layers; ++layer) {
+    const std::int64_t window = architecture.window_of(layer);
+    if (inputs.masks.contains(window)) {
+      continue;
+    }
+    Tensor allowed = key.le(place.position_1);
+    if (window > 0) {
+      allowed = allowed.logical_and(key.gt(place.position_1 - window));
+    }
+    inputs.masks[window] = additive(allowed.view({1, 1, -1}), dtype);
+  }
+  inputs.cache = &cache;
+  inputs.position_1 = place.position_1;
+  inputs.visible = place.visible;
+  return inputs;
+}
+
 AttentionInputs attention_inputs(const Architecture& architecture, const TokenBatch& batch, torch::Dtype dtype) {
   AttentionInputs inputs;
-  inputs.rotary = rotations(architecture, batch, dtype);
+  inputs.rotary = rotations_of(architecture, batch.positions_BS, batch.sequence_ids_BS, dtype);
   for (std::int64_t layer = 0; layer < architecture.num_layers; ++layer) {
     const std::int64_t window = architecture.window_of(layer);
     if (!inputs.masks.contains(window)) {
@@ -177,7 +215,7 @@ AttentionInputs attention_inputs(const Architecture& architecture, const TokenBa
   if (past == 0) {
     inputs = attention_inputs(architecture, batch, dtype);
   } else {
-    inputs.rotary = rotations(architecture, batch, dtype);
+    inputs.rotary = rotations_of(architecture, batch.positions_BS, batch.sequence_ids_BS, dtype);
     inputs.all_visible = true;
     for (std::int64_t layer = 0; layer < architecture.num_layers; ++layer) {
       const std::int64_t window = architecture.window_of(layer);
@@ -226,7 +264,7 @@ Tensor attend(const Architecture& a, const LayerWeights& weights, std::int64_t l
   query = rotary(query, inputs.rotary);
   key = rotary(key, inputs.rotary);
   if (inputs.cache != nullptr) {
-    std::tie(key, value) = inputs.cache->extend(layer, key, value);
+    std::tie(key, value) = cached(inputs, layer, key, value);
   }
   const std::int64_t group = a.num_attention_heads / a.num_key_value_heads;
   if (group > 1) {

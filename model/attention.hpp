@@ -20,6 +20,8 @@ struct AttentionInputs {
   std::map<std::int64_t, torch::Tensor> masks;
   bool all_visible = false;
   KeyValueCache* cache = nullptr;  ///< Holds the keys of earlier tokens; null: there are none.
+  torch::Tensor position_1;        ///< Of a step (StepPlace), with
+  std::int64_t visible = 0;        ///< the keys that it looks at.
 };
 
 /// Rotations and masks of a batch: a token sees itself and earlier tokens of its sequence, no farther back than the
@@ -30,6 +32,12 @@ struct AttentionInputs {
 /// MoeModelImpl::forward with a cache does.
 [[nodiscard]] AttentionInputs attention_inputs(const Architecture& architecture, const TokenBatch& batch,
                                                torch::Dtype dtype, KeyValueCache& cache);
+/// The same for one token more for each row, without a word to the host. Throws as MoeModelImpl::step does.
+[[nodiscard]] AttentionInputs attention_inputs(const Architecture& architecture, const StepPlace& place,
+                                               torch::Dtype dtype, KeyValueCache& cache);
+/// Rotations of tokens, in the dtype in which attention rotates.
+[[nodiscard]] RotaryTables rotations_of(const Architecture& architecture, const torch::Tensor& positions_BS,
+                                        const torch::Tensor& sequence_ids_BS, torch::Dtype dtype);
 
 /// Multi-head attention with grouped keys and values, or latent attention, of normalised hidden states [B, S, D],
 /// output projection included.

@@ -8,6 +8,7 @@
 #include <fmt/ranges.h>
 
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Parallel.h>
 
 #include "check_tensor.hpp"
 #include "hestia/core/error.hpp"
@@ -173,7 +174,8 @@ void check_routers(const SafetensorsFile& file, const Architecture& architecture
   check_nothing_else(file, "a router", wanted, problems);
 }
 
-MoeModel load_model(const std::filesystem::path& directory, torch::Dtype dtype, torch::Device device, bool quiet) {
+MoeModel load_model(const std::filesystem::path& directory, torch::Dtype dtype, torch::Device device, bool quiet,
+                    const torch::Tensor& expert_blobs_NB) {
   const Architecture architecture = read_architecture(directory);
   const SafetensorsCheckpoint checkpoint(directory);
   const std::vector<TensorSpec> specs = tensor_specs(architecture);
@@ -204,9 +206,10 @@ MoeModel load_model(const std::filesystem::path& directory, torch::Dtype dtype, 
     }
   }
   problems.throw_input_if_any();
-  MoeModel model(architecture, dtype, device);
+  MoeModel model(architecture, dtype, device, expert_blobs_NB);
   const auto tensors = model->named_tensors();
   std::vector<Placement> placements;
+  std::vector<Placement> in_blobs;  // where the experts lie elsewhere
   std::vector<std::size_t> others;  // quantised, or stored transposed
   std::int64_t bytes = 0;
   for (std::size_t i = 0; i < specs.size(); ++i) {
@@ -214,16 +217,21 @@ MoeModel load_model(const std::filesystem::path& directory, torch::Dtype dtype, 
     const TensorView& values = checkpoint.tensor(stored[0].name);
     bytes += static_cast<std::int64_t>(values.bytes.size());
     if (stored.size() == 1 && tensors[i].second.is_contiguous()) {
-      placements.push_back({values, tensors[i].second});
+      const bool here = tensors[i].second.device() == model->device();
+      (here ? placements : in_blobs).push_back({values, tensors[i].second});
     } else {
       others.push_back(i);
     }
   }
   // In the order of the files: a disk reads on faster than it jumps.
-  std::ranges::stable_sort(placements, {}, [](const Placement& placement) { return placement.source.bytes.data(); });
+  const auto place_in_file = [](const Placement& placement) { return placement.source.bytes.data(); };
+  std::ranges::stable_sort(placements, {}, place_in_file);
+  std::ranges::stable_sort(in_blobs, {}, place_in_file);
   constexpr std::int64_t kWorthShowing = std::int64_t{1} << 28;
   Progress progress("load", bytes, "B", quiet || bytes < kWorthShowing);
-  place_tensors(placements, {.advance = [&](std::int64_t done) { progress.advance(done); }});
+  for (const std::vector<Placement>& list : {placements, in_blobs}) {
+    place_tensors(list, {.advance = [&](std::int64_t done) { progress.advance(done); }});
+  }
   for (const std::size_t i : others) {
     const std::vector<StoredTensor> stored = stored_tensors(architecture, specs[i], checkpoint);
     const TensorView& values = checkpoint.tensor(stored[0].name);
@@ -241,24 +249,28 @@ MoeModel load_model(const std::filesystem::path& directory, torch::Dtype dtype, 
   return model;
 }
 
-MoeModel create_model(const Architecture& architecture, torch::Dtype dtype, torch::Device device, std::uint64_t seed) {
+MoeModel create_model(const Architecture& architecture, torch::Dtype dtype, torch::Device device, std::uint64_t seed,
+                      const torch::Tensor& expert_blobs_NB) {
   const torch::NoGradGuard no_grad;
-  MoeModel model(architecture, dtype, device);
+  MoeModel model(architecture, dtype, device, expert_blobs_NB);
   const std::vector<TensorSpec> specs = tensor_specs(architecture);
   auto tensors = model->named_tensors();
-  for (std::size_t i = 0; i < specs.size(); ++i) {
-    torch::Tensor& tensor = tensors[i].second;
-    if (specs[i].name.ends_with("bias")) {
-      tensor.zero_();
-    } else if (specs[i].role == TensorRole::kNorm) {
-      tensor.fill_(1.0);
-    } else {
-      // One generator per tensor: a model with one layer more shares the weights of the others.
-      auto generator = at::make_generator<at::CPUGeneratorImpl>(derive_seed(seed, specs[i].name));
-      tensor.copy_(
-          torch::empty(specs[i].shape, torch::kFloat32).normal_(0.0, architecture.initializer_range, generator));
+  at::parallel_for(0, static_cast<std::int64_t>(specs.size()), 1, [&](std::int64_t begin, std::int64_t end) {
+    const torch::NoGradGuard no_grad_here;
+    for (auto i = static_cast<std::size_t>(begin); i < static_cast<std::size_t>(end); ++i) {
+      torch::Tensor& tensor = tensors[i].second;
+      if (specs[i].name.ends_with("bias")) {
+        tensor.zero_();
+      } else if (specs[i].role == TensorRole::kNorm) {
+        tensor.fill_(1.0);
+      } else {
+        // One generator per tensor: a model with one layer more shares the weights of the others.
+        auto generator = at::make_generator<at::CPUGeneratorImpl>(derive_seed(seed, specs[i].name));
+        tensor.copy_(
+            torch::empty(specs[i].shape, torch::kFloat32).normal_(0.0, architecture.initializer_range, generator));
+      }
     }
-  }
+  });
   return model;
 }
 

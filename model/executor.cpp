@@ -326,19 +326,6 @@ void check_shapes(const ExpertWeights& experts, const Tensor& x_TD, const Tensor
   }
 }
 
-// silu(gate) * up, or the clamped form.
-Tensor gated(const ExpertWeights& experts, const Tensor& gate, const Tensor& up) {
-  if (!experts.swiglu_limit) {
-    return at::silu(gate) * up;
-  }
-  const double limit = *experts.swiglu_limit;
-  // In float32: bf16 would round five times.
-  const auto wide = gate.scalar_type() == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;
-  const Tensor low = gate.to(wide).clamp_max(limit);
-  const Tensor product = (up.to(wide).clamp(-limit, limit) + 1) * low * at::sigmoid(low * experts.swiglu_alpha);
-  return product.to(gate.scalar_type());
-}
-
 // The executor of experts with biases: the same products as nodes of their own.
 Tensor run_biased(const ExpertWeights& experts, const Tensor& x_TD, const Tensor& selected_TK,
                   const Tensor& weights_TK) {
@@ -363,8 +350,8 @@ Tensor run_biased(const ExpertWeights& experts, const Tensor& x_TD, const Tensor
     return torch::cat(pieces);
   };
   const Tensor x_ND = x_TD.index_select(0, dispatch.token_N);
-  const Tensor hidden_NF = gated(experts, product(x_ND, experts.gate_EFD, experts.gate_bias_EF),
-                                 product(x_ND, experts.up_EFD, experts.up_bias_EF));
+  const Tensor hidden_NF = gated_activation(experts, product(x_ND, experts.gate_EFD, experts.gate_bias_EF),
+                                            product(x_ND, experts.up_EFD, experts.up_bias_EF));
   const Tensor weight_N1 = weights_TK.reshape({-1}).index_select(0, dispatch.order_N).unsqueeze(1);
   const Tensor y_ND = (product(hidden_NF, experts.down_EDF, experts.down_bias_ED) * weight_N1).to(x_TD.scalar_type());
   return y_ND.index_select(0, dispatch.inverse_N).view({x_TD.size(0), -1, x_TD.size(1)}).sum(1);
@@ -392,6 +379,18 @@ std::vector<Tensor> adapter_arguments(const ExpertWeights& experts) {
 }
 
 }  // namespace
+
+torch::Tensor gated_activation(const ExpertWeights& experts, const torch::Tensor& gate, const torch::Tensor& up) {
+  if (!experts.swiglu_limit) {
+    return at::silu(gate) * up;
+  }
+  const double limit = *experts.swiglu_limit;
+  // In float32: bf16 would round five times.
+  const auto wide = gate.scalar_type() == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;
+  const Tensor low = gate.to(wide).clamp_max(limit);
+  const Tensor product = (up.to(wide).clamp(-limit, limit) + 1) * low * at::sigmoid(low * experts.swiglu_alpha);
+  return product.to(gate.scalar_type());
+}
 
 torch::Tensor GroupedExecutor::run(const ExpertWeights& experts, const torch::Tensor& x_TD,
                                    const torch::Tensor& selected_TK, const torch::Tensor& weights_TK,
@@ -423,8 +422,9 @@ torch::Tensor DenseExecutor::run(const ExpertWeights& experts, const torch::Tens
   for (std::int64_t e = 0; e < experts.gate_EFD.size(0); ++e) {
     const Tensor weight_T1 = (weights_TK * selected_TK.eq(e)).sum(1, /*keepdim=*/true);
     const auto bias = [&](const Tensor& all) { return all.defined() ? all[e] : Tensor(); };
-    const Tensor hidden_TF = gated(experts, at::linear(x_TD, experts.gate_EFD[e], bias(experts.gate_bias_EF)),
-                                   at::linear(x_TD, up_EFD[e], bias(experts.up_bias_EF)));
+    const Tensor hidden_TF =
+        gated_activation(experts, at::linear(x_TD, experts.gate_EFD[e], bias(experts.gate_bias_EF)),
+                         at::linear(x_TD, up_EFD[e], bias(experts.up_bias_EF)));
     out_TD =
         out_TD + (weight_T1 * at::linear(hidden_TF, down_EDF[e], bias(experts.down_bias_ED))).to(x_TD.scalar_type());
   }

@@ -9,6 +9,7 @@
 
 #include "hestia/core/error.hpp"
 #include "hestia/model/adapters.hpp"
+#include "hestia/model/expert_blobs.hpp"
 #include "layer.hpp"
 #include "norm.hpp"
 
@@ -62,10 +63,17 @@ struct MoeModelImpl::Impl {
   // All of the forward between embedding and head. `run` holds what is the same in every layer.
   ModelOutput forward(const TokenBatch& batch, LayerRun run, bool reference, KeyValueCache* cache = nullptr) {
     check_batch(batch);
-    run.shared = std::make_shared<SharedInputs>(SharedInputs{cache == nullptr
-                                                                 ? attention_inputs(architecture, batch, dtype)
-                                                                 : attention_inputs(architecture, batch, dtype, *cache),
-                                                             batch});
+    ModelOutput output = forward(batch, std::move(run), reference,
+                                 cache == nullptr ? attention_inputs(architecture, batch, dtype)
+                                                  : attention_inputs(architecture, batch, dtype, *cache));
+    if (cache != nullptr) {
+      cache->advance(batch.tokens_BS.size(1));
+    }
+    return output;
+  }
+
+  ModelOutput forward(const TokenBatch& batch, LayerRun run, bool reference, AttentionInputs attention) {
+    run.shared = std::make_shared<SharedInputs>(SharedInputs{std::move(attention), batch});
     ModelOutput output;
     Tensor hidden = at::embedding(std::as_const(outside)[P::kTokenEmbedding], batch.tokens_BS);
     for (std::size_t i = 0; i < layers.size(); ++i) {
@@ -83,16 +91,14 @@ struct MoeModelImpl::Impl {
         output.routing.push_back(std::move(result.routing));
       }
     }
-    if (cache != nullptr) {
-      cache->advance(batch.tokens_BS.size(1));
-    }
     const LayerWeights& last = outside;
     output.hidden_BSD = normalise(architecture, hidden, last[P::kFinalNorm], last[P::kFinalNormBias]);
     return output;
   }
 };
 
-MoeModelImpl::MoeModelImpl(Architecture architecture, torch::Dtype dtype, torch::Device device)
+MoeModelImpl::MoeModelImpl(Architecture architecture, torch::Dtype dtype, torch::Device device,
+                           const torch::Tensor& expert_blobs_NB)
     : impl_(std::make_unique<Impl>()) {
   impl_->architecture = std::move(architecture);
   impl_->dtype = dtype;
@@ -103,6 +109,30 @@ MoeModelImpl::MoeModelImpl(Architecture architecture, torch::Dtype dtype, torch:
       impl_->moe_layers.push_back(impl_->layers.back());
     }
   }
+  std::vector<Tensor> blobs_by_layer;
+  std::optional<ExpertBlobLayout> blob_layout;
+  if (expert_blobs_NB.defined()) {
+    blob_layout = expert_blob_layout(impl_->architecture, dtype);
+    const std::int64_t num_experts = impl_->architecture.num_experts;
+    const auto num_layers = static_cast<std::int64_t>(impl_->moe_layers.size());
+    if (expert_blobs_NB.dim() != 2 || expert_blobs_NB.size(0) != num_layers * num_experts) {
+      throw std::invalid_argument(fmt::format("model: {} expert blobs are needed, one for each MoE layer and expert",
+                                              num_layers * num_experts));
+    }
+    blobs_by_layer.resize(impl_->layers.size());
+    for (std::int64_t i = 0; i < num_layers; ++i) {
+      blobs_by_layer.at(static_cast<std::size_t>(impl_->architecture.moe_layers().at(static_cast<std::size_t>(i)))) =
+          expert_blobs_NB.narrow(0, i * num_experts, num_experts);
+    }
+  }
+  const auto in_blobs = [&](const TensorSpec& spec) {
+    for (std::size_t i = 0; i < blob_layout->parts.size(); ++i) {
+      if (blob_layout->parts[i].part == spec.part) {
+        return blob_part(*blob_layout, i, blobs_by_layer.at(static_cast<std::size_t>(spec.layer)));
+      }
+    }
+    throw std::logic_error("model: an expert's tensor is not in its blob");
+  };
   for (const TensorSpec& spec : tensor_specs(impl_->architecture)) {
     if (spec.expert > 0) {
       continue;  // its slice is allocated with expert 0
@@ -123,7 +153,9 @@ MoeModelImpl::MoeModelImpl(Architecture architecture, torch::Dtype dtype, torch:
     // Routers stay at least float32: their gradients are small and bf16 would swallow the steps.
     const bool wide = spec.role == TensorRole::kRouter && dtype != torch::kFloat64;
     const Tensor storage =
-        torch::empty(shape, torch::TensorOptions().dtype(wide ? torch::kFloat32 : dtype).device(device));
+        blob_layout && spec.role == TensorRole::kExpert
+            ? in_blobs(spec)
+            : torch::empty(shape, torch::TensorOptions().dtype(wide ? torch::kFloat32 : dtype).device(device));
     impl_->slot(spec) = register_parameter(name, storage);
   }
 }
@@ -137,6 +169,26 @@ ModelOutput MoeModelImpl::forward(const TokenBatch& batch) {
 ModelOutput MoeModelImpl::forward(const TokenBatch& batch, KeyValueCache& cache) {
   const torch::NoGradGuard no_grad;
   return impl_->forward(batch, impl_->present(), /*reference=*/false, &cache);
+}
+
+ModelOutput MoeModelImpl::step(const torch::Tensor& tokens_B1, const StepPlace& place, KeyValueCache& cache) {
+  const torch::NoGradGuard no_grad;
+  TokenBatch batch;
+  batch.tokens_BS = tokens_B1;
+  batch.positions_BS = place.position_1.view({1, 1}).expand_as(tokens_B1);
+  batch.sequence_ids_BS = torch::zeros_like(tokens_B1);
+  check_batch(batch);
+  return impl_->forward(batch, impl_->present(), /*reference=*/false,
+                        attention_inputs(impl_->architecture, place, impl_->dtype, cache));
+}
+
+Rotations MoeModelImpl::rotations(std::int64_t capacity) const {
+  const torch::NoGradGuard no_grad;
+  const Tensor positions_BS =
+      torch::arange(capacity, torch::TensorOptions().dtype(torch::kInt64).device(impl_->device)).unsqueeze(1);
+  const RotaryTables tables =
+      rotations_of(impl_->architecture, positions_BS, torch::zeros_like(positions_BS), impl_->dtype);
+  return {tables.cosine, tables.sine};
 }
 
 ModelOutput MoeModelImpl::forward_reference(const TokenBatch& batch) {

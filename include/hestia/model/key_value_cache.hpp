@@ -26,6 +26,12 @@ class KeyValueCache {
   /// Throws std::invalid_argument when they do not fit: capacity, or shape, dtype and device of earlier ones.
   [[nodiscard]] std::pair<torch::Tensor, torch::Tensor> extend(std::int64_t layer, const torch::Tensor& key_BHSd,
                                                                const torch::Tensor& value_BHSd);
+  /// One token for each row, [B, H, 1, d] and [B, H, 1, dv], at a position that stands on the device (int64 [1], below
+  /// the capacity), and views of the first `visible` keys and values; what lies behind the position is of no meaning,
+  /// but finite. Nothing is read back. Throws std::invalid_argument as `extend` does, or for a layer without tokens.
+  [[nodiscard]] std::pair<torch::Tensor, torch::Tensor> put(std::int64_t layer, const torch::Tensor& key_BH1d,
+                                                            const torch::Tensor& value_BH1d,
+                                                            const torch::Tensor& position_1, std::int64_t visible);
   /// Counts `tokens` more, once every layer has them.
   void advance(std::int64_t tokens);
 
@@ -33,6 +39,8 @@ class KeyValueCache {
   struct Layer {
     torch::Tensor key, value;
   };
+  static void check(std::int64_t layer, const torch::Tensor& all, const torch::Tensor& more);
+
   std::int64_t capacity_;
   std::int64_t length_ = 0;
   std::vector<Layer> layers_;

@@ -41,6 +41,22 @@ struct TokenBatch {
   torch::Tensor counted_BS = {};
 };
 
+/// Cosine and sine of rotary position embedding by position, [capacity, 1, 1, half of what is rotated], on the model's
+/// device; undefined where nothing is rotated.
+struct Rotations {
+  torch::Tensor cosine;
+  torch::Tensor sine;
+};
+
+/// Where a decode step puts its tokens.
+struct StepPlace {
+  torch::Tensor position_1;  ///< int64 [1] on the device: the tokens that each row has before this step.
+  Rotations rotations;       ///< Of at least `visible` positions.
+  /// Keys of the cache that attention looks at, those behind the step's masked: at least the position + 1, at most the
+  /// cache's capacity.
+  std::int64_t visible = 0;
+};
+
 /// Result of a forward.
 struct ModelOutput {
   torch::Tensor hidden_BSD;            ///< After the final norm, in the model's dtype.
@@ -99,6 +115,11 @@ struct ExpertWeights {
   double swiglu_alpha = 1.0;
 };
 
+/// silu(gate) * up, or the clamped form that `experts` asks for (Architecture::swiglu_limit), which is worked out in
+/// float32 or wider; gate and up [..., F] in the model's dtype, the result too.
+[[nodiscard]] torch::Tensor gated_activation(const ExpertWeights& experts, const torch::Tensor& gate,
+                                             const torch::Tensor& up);
+
 /// Runs the selected experts and mixes their outputs. Replaceable: grouped products, or the slot cache of offloaded
 /// decoding.
 class Executor {
@@ -136,8 +157,11 @@ class DenseExecutor : public Executor {
 /// has the model dtype.
 class MoeModelImpl : public torch::nn::Module {
  public:
-  /// Parameters are allocated uninitialised on `device`.
-  MoeModelImpl(Architecture architecture, torch::Dtype dtype, torch::Device device);
+  /// Parameters are allocated uninitialised on `device`, but for the routed experts when `expert_blobs_NB` is given:
+  /// these are then views of it, uint8 [MoE layers * E, bytes of a blob] (expert_blobs.hpp), in whatever memory it
+  /// lies. Throws std::invalid_argument when it has another shape.
+  MoeModelImpl(Architecture architecture, torch::Dtype dtype, torch::Device device,
+               const torch::Tensor& expert_blobs_NB = {});
   ~MoeModelImpl() override;
 
   /// Forward up to the final norm, with one routing record per MoE layer.
@@ -148,6 +172,14 @@ class MoeModelImpl : public torch::nn::Module {
   /// only. No gradient. Throws std::invalid_argument for another batch or one that does not fit the cache, RunError
   /// when a sequence grows over the length at which LongRoPE changes its factors: its cached keys would be wrong.
   [[nodiscard]] ModelOutput forward(const TokenBatch& batch, KeyValueCache& cache);
+  /// One token more for each row, at a place that stands in device memory: nothing is read back, so that the step can
+  /// be captured in a CUDA graph and replayed at later places. cache.length() stays: the caller counts the token with
+  /// `advance`. tokens_B1: int64 [B, 1]. The cache must have tokens; the caller sees to it that the place is the one
+  /// behind them and, under LongRoPE, that the sequence does not grow over the length at which its factors change.
+  /// No gradient. Throws std::invalid_argument for a batch that does not fit the cache.
+  [[nodiscard]] ModelOutput step(const torch::Tensor& tokens_B1, const StepPlace& place, KeyValueCache& cache);
+  /// Rotations of every position below `capacity`, for `step`.
+  [[nodiscard]] Rotations rotations(std::int64_t capacity) const;
   /// The same with the kept reference routers and their K in place of the present ones, plain Top-K in place of the
   /// selector, and without adapters: the base model's forward, as long as only routers and adapters train. No gradient.
   /// Throws std::logic_error before
@@ -209,15 +241,15 @@ TORCH_MODULE(MoeModel);
 
 /// Loads a Hugging Face directory: config.json and safetensors (f32, bf16, f16; FP8 with block scales and MXFP4,
 /// widened to float32 and rounded to `dtype` once), sharded or not, straight into parameters of `dtype` on `device`
-/// (see `place_tensors`). A large one shows its progress unless `quiet`. Throws InputError listing every missing, extra
-/// or misshapen tensor.
+/// (see `place_tensors`). A large one shows its progress unless `quiet`. With `expert_blobs_NB`, routed experts go
+/// there (see the constructor). Throws InputError listing every missing, extra or misshapen tensor.
 [[nodiscard]] MoeModel load_model(const std::filesystem::path& directory, torch::Dtype dtype, torch::Device device,
-                                  bool quiet = false);
+                                  bool quiet = false, const torch::Tensor& expert_blobs_NB = {});
 
 /// A model with random weights: normal(0, initializer_range), norms 1. The same seed gives the same weights on every
-/// device.
+/// device. With `expert_blobs_NB`, routed experts go there (see the constructor).
 [[nodiscard]] MoeModel create_model(const Architecture& architecture, torch::Dtype dtype, torch::Device device,
-                                    std::uint64_t seed);
+                                    std::uint64_t seed, const torch::Tensor& expert_blobs_NB = {});
 
 /// Writes config.json and the weights as `dtype` (routers too: the base layout) in shards of at most `max_shard_bytes`.
 void save_model(MoeModel& model, const std::filesystem::path& directory, torch::Dtype dtype,

@@ -6,6 +6,8 @@
 #include <catch2/catch.hpp>
 
 #include "hestia/core/error.hpp"
+#include "hestia/model/expert_blobs.hpp"
+#include "hestia/model/key_value_cache.hpp"
 #include "model_fixtures.hpp"
 
 namespace {
@@ -147,6 +149,98 @@ TEST_CASE("a key-value cache refuses what does not continue it and stays as it w
     const Tensor whole = model->forward(piece(0, 5)).hidden_BSD;
     CHECK(relative_error(model->forward(piece(3, 2), cache).hidden_BSD, whole.narrow(1, 3, 2)) < 1e-12);
   }
+}
+
+TEST_CASE("a step at a place on the device is the forward of the next token") {
+  const torch::NoGradGuard no_grad;
+  Architecture phi = phi_architecture();
+  phi.rope.original_positions = 3;
+  const Architecture a =
+      GENERATE_COPY(small_architecture(), mixed_architecture(), phi, deepseek_architecture(), gpt_oss_architecture());
+  CAPTURE(a.family);
+  MoeModel model = make_model(a);
+  constexpr std::int64_t kPrompt = 4;
+  constexpr std::int64_t kLength = 9;
+  const Tensor tokens_BS = random_integers(a.vocab_size, {2, kLength}, 43);
+  const auto batch_of = [&](std::int64_t length) {
+    const Tensor positions = torch::arange(length, torch::kInt64).unsqueeze(0).expand({2, length});
+    return TokenBatch{tokens_BS.narrow(1, 0, length), positions, torch::zeros({2, length}, torch::kInt64)};
+  };
+  const ModelOutput whole = model->forward(batch_of(kLength));
+  KeyValueCache cache(kLength + 2);
+  (void)model->forward(batch_of(kPrompt), cache);
+  const Rotations rotations = model->rotations(cache.capacity());
+  const Tensor position_1 = torch::tensor({kPrompt}, torch::kInt64);
+  for (std::int64_t t = kPrompt; t < kLength; ++t) {
+    // Keys behind the step's own are masked, however many are looked at.
+    const std::int64_t visible = t % 2 == 0 ? t + 1 : cache.capacity();
+    const ModelOutput step = model->step(tokens_BS.narrow(1, t, 1), {position_1, rotations, visible}, cache);
+    CHECK(relative_error(step.hidden_BSD, whole.hidden_BSD.narrow(1, t, 1)) < 1e-12);
+    REQUIRE(step.routing.size() == whole.routing.size());
+    for (std::size_t layer = 0; layer < whole.routing.size(); ++layer) {
+      const Tensor expected = whole.routing[layer].selected_TK.view({2, kLength, a.top_k}).select(1, t);
+      CHECK(step.routing[layer].selected_TK.equal(expected));
+    }
+    CHECK(cache.length() == t);
+    cache.advance(1);
+    position_1.add_(1);
+  }
+}
+
+TEST_CASE("a step refuses a cache that it does not continue") {
+  const Architecture a = small_architecture();
+  MoeModel model = make_model(a);
+  const Tensor tokens_B1 = random_integers(a.vocab_size, {1, 1}, 44);
+  const Tensor position_1 = torch::zeros({1}, torch::kInt64);
+  KeyValueCache cache(4);
+  const Rotations rotations = model->rotations(4);
+  CHECK_THROWS_AS(model->step(tokens_B1, {position_1, rotations, 1}, cache), std::invalid_argument);  // empty
+  (void)model->forward(single(random_integers(a.vocab_size, {2}, 45)), cache);
+  position_1.fill_(2);
+  CHECK_THROWS_AS(model->step(tokens_B1, {position_1, rotations, 2}, cache), std::invalid_argument);  // not its own key
+  CHECK_THROWS_AS(model->step(tokens_B1, {position_1, rotations, 5}, cache), std::invalid_argument);  // no such key
+  CHECK_THROWS_AS(model->step(tokens_B1, {position_1, model->rotations(3), 4}, cache), std::invalid_argument);
+  CHECK_THROWS_AS(model->step(tokens_B1.expand({2, 1}), {position_1, rotations, 3}, cache), std::invalid_argument);
+  CHECK_NOTHROW(model->step(tokens_B1, {position_1, rotations, 3}, cache));
+}
+
+TEST_CASE("routed experts in blobs are the same model") {
+  const torch::NoGradGuard no_grad;
+  const Architecture a =
+      GENERATE(small_architecture(), mixed_architecture(), deepseek_architecture(), gpt_oss_architecture());
+  const torch::Dtype dtype = GENERATE(torch::kFloat32, torch::kBFloat16);
+  CAPTURE(a.family, dtype);
+  const ExpertBlobLayout layout = expert_blob_layout(a, dtype);
+  CHECK(layout.bytes % 64 == 0);
+  CHECK(layout.bytes >= static_cast<std::size_t>(a.expert_parameters()) * c10::elementSize(dtype));
+  const auto moe_layers = static_cast<std::int64_t>(a.moe_layers().size());
+  const Tensor blobs_NB =
+      torch::full({moe_layers * a.num_experts, static_cast<std::int64_t>(layout.bytes)}, 0xff, torch::kUInt8);
+  MoeModel plain = create_model(a, dtype, torch::kCPU, 3);
+  MoeModel in_blobs = create_model(a, dtype, torch::kCPU, 3, blobs_NB);
+  const auto expected = plain->named_tensors();
+  const auto tensors = in_blobs->named_tensors();
+  REQUIRE(tensors.size() == expected.size());
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    CHECK(tensors[i].first == expected[i].first);
+    CHECK(tensors[i].second.equal(expected[i].second));
+  }
+  const TokenBatch batch = single(random_integers(a.vocab_size, {7}, 46));
+  CHECK(in_blobs->forward(batch).hidden_BSD.equal(plain->forward(batch).hidden_BSD));
+
+  // Each expert alone out of its blob.
+  const ExpertWeights experts = experts_in_blobs(a, layout, blobs_NB.narrow(0, a.num_experts + 1, 2));
+  const std::string other = a.family == "gpt_oss" ? "model.layers.1.mlp.experts.down_proj" : "";
+  for (const auto& [name, tensor] : expected) {
+    if (name == fmt::format("model.layers.{}.mlp.experts.1.down_proj.weight", a.moe_layers()[1])) {
+      CHECK(experts.down_EDF[0].equal(tensor));
+    } else if (name == other) {
+      CHECK(experts.down_EDF[1].equal(tensor[2].t()));  // stored transposed
+    }
+  }
+  CHECK_THROWS_AS(create_model(a, dtype, torch::kCPU, 3, blobs_NB.narrow(0, 0, a.num_experts)), std::invalid_argument);
+  CHECK_THROWS_AS(create_model(a, dtype, torch::kCPU, 3, blobs_NB.narrow(1, 0, 64)), std::invalid_argument);
+  CHECK_THROWS_AS(expert_blob_layout(a, torch::kInt32), std::invalid_argument);
 }
 
 TEST_CASE("routers of lower layers learn through frozen layers above") {
