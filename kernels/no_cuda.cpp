@@ -2,6 +2,7 @@
 #include "hestia/core/error.hpp"
 #include "hestia/kernels/decode_experts.hpp"
 #include "hestia/kernels/decode_router.hpp"
+#include "hestia/kernels/expert_fetch.hpp"
 #include "hestia/kernels/residency_scan.hpp"
 #include "hestia/kernels/router_rows.hpp"
 #include "hestia/kernels/slot_cache.hpp"
@@ -112,6 +113,11 @@ void slot_cache_touch_cuda(const SlotCacheShape&, const SlotCacheState&, std::in
 }
 
 void slot_cache_mask_cuda(const SlotCacheShape&, const SlotCacheState&, std::int64_t, std::uint8_t*, void*) {
+  refuse();
+}
+
+void expert_fetch_cuda(const ExpertFetchShape&, const SlotCacheAnswer&, std::int64_t, std::int32_t, const std::uint8_t*,
+                       std::uint8_t*, void*, std::int32_t) {
   refuse();
 }
 

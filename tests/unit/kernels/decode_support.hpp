@@ -41,10 +41,10 @@ class Guarded {
   static constexpr unsigned char kFill = 0xA5;
 
   explicit Guarded(std::vector<Value> values, bool gpu = false) : size_(values.size()), gpu_(gpu) {
-    std::vector<unsigned char> all(size_ * sizeof(Value) + 2 * kGuard, kFill);
-    if (size_ > 0) {
-      std::memcpy(all.data() + kGuard, values.data(), size_ * sizeof(Value));
-    }
+    const auto* const bytes_in = reinterpret_cast<const unsigned char*>(values.data());
+    std::vector<unsigned char> all(kGuard, kFill);
+    all.insert(all.end(), bytes_in, bytes_in + size_ * sizeof(Value));
+    all.insert(all.end(), kGuard, kFill);
     if (gpu_) {
       require_cuda(cudaMalloc(&device_, all.size()));
       require_cuda(cudaMemcpy(device_, all.data(), all.size(), cudaMemcpyHostToDevice));

@@ -1,0 +1,100 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include <torch/types.h>
+
+#include "hestia/routing/layout.hpp"
+#include "hestia/routing/residency.hpp"
+#include "hestia/runtime/expert_store.hpp"
+#include "hestia/runtime/slot_executor.hpp"
+
+namespace hestia {
+
+/// How the next token follows from the logits z.
+struct DecodeSampling {
+  /// 0: the highest z, ties to the lower id. Else p = softmax(z / temperature), and a token is drawn from the nucleus.
+  double temperature = 0.0;
+  /// The nucleus: the tokens by falling p (ties to the lower id) whose predecessors together have less than this.
+  double top_p = 1.0;
+  std::uint64_t seed = 1;  ///< Of the draws: one number per row and token, whatever the device.
+};
+
+/// Options of a decoder.
+struct DecoderOptions {
+  std::int64_t rows = 1;                  ///< B, sequences decoded together, of one prompt length.
+  std::int64_t capacity = 0;              ///< Most tokens of a row, prompt included.
+  std::optional<SlotCacheOptions> cache;  ///< nullopt: all experts are resident.
+  CacheStart start = CacheStart::kCold;
+  /// kPreload: experts per MoE layer, best first; empty otherwise.
+  std::vector<std::vector<std::uint16_t>> preload;
+  std::optional<ResidencyRule> residency;  ///< Decode steps route by the slots' state too; nullopt: plain routing.
+  DecodeSampling sampling;
+  /// On a GPU: steps are captured in CUDA graphs, one for each range of key counts. Off: every launch by itself.
+  bool graph = true;
+  bool record = false;         ///< Keep the routing of prompt and steps.
+  bool record_logits = false;  ///< And the router logits.
+};
+
+/// Expert choices to serve in place of the router's.
+struct DecodeReplay {
+  torch::Tensor steps_LSBK;               ///< int64 [MoE layers, steps, B, K]
+  std::vector<torch::Tensor> prompt_SBK;  ///< Of each MoE layer, for a start from the prompt; empty: the prompt's own.
+};
+
+/// What decoding took.
+struct DecodeTimes {
+  double prompt_seconds = 0.0;  ///< From `begin` to the first token, starting the cache included.
+  double step_seconds = 0.0;
+  std::int64_t steps = 0;
+};
+
+/// Decodes token by token with the routed experts in host memory: the one model with a slot executor in place of the
+/// grouped one. On a GPU a step runs without a word to the host. Not thread-safe; one decoder per model at a time.
+class Decoder {
+ public:
+  /// Takes the model over: its selector and executor are set here. Throws UsageError as SlotExecutor does and for a
+  /// preload that does not fit, RunError for memory that is not there, std::invalid_argument for a model with adapters
+  /// (see merge_adapters) or sizes below 1.
+  Decoder(OffloadedModel offloaded, DecoderOptions options);
+  ~Decoder();
+
+  /// Serves these choices from the next `begin` on; nullopt: the router's again. Throws std::invalid_argument for
+  /// shapes that are not the model's.
+  void replay(std::optional<DecodeReplay> replay);
+  /// Runs the prompts, int64 [B, S] on any device, starts the cache and chooses each row's first token. `sequence`
+  /// seeds the policy `random` as a sequence of that id does in a simulation. Throws std::invalid_argument for a prompt
+  /// that does not fit.
+  void begin(const torch::Tensor& prompt_BS, std::int64_t sequence = 0);
+  /// `count` steps, each feeding the last token and choosing the next. Throws std::invalid_argument before `begin` or
+  /// beyond capacity or replay, RunError where LongRoPE would change its factors.
+  void decode(std::int64_t count);
+  /// All tokens chosen since `begin`, int64 [B, steps + 1], on the CPU. Synchronises.
+  [[nodiscard]] torch::Tensor tokens_BS() const;
+  /// Logits of the last position, float32 [B, V], on the model's device.
+  [[nodiscard]] const torch::Tensor& logits_BV() const noexcept;
+
+  /// Counts of each MoE layer since `begin`; empty when all are resident.
+  [[nodiscard]] std::vector<SlotCacheCounts> counts() const;
+  [[nodiscard]] const DecodeTimes& times() const noexcept;
+  /// Routing of a row since `begin`, prompt included; weights too. Throws std::logic_error unless recording.
+  [[nodiscard]] SequenceRouting recorded(std::int64_t row = 0) const;
+  /// Router logits of the steps since `begin`, float32 [MoE layers, steps, B, E], on the CPU. Throws std::logic_error
+  /// unless they are recorded.
+  [[nodiscard]] torch::Tensor recorded_logits() const;
+  [[nodiscard]] const SlotExecutor& slots() const noexcept;
+  [[nodiscard]] MoeModel& model() noexcept;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+/// Adds adapters into the experts in the store, W + scale * B A in float32, rounded once, and takes them off the model.
+/// Nothing without adapters.
+void merge_adapters(OffloadedModel& offloaded);
+
+}  // namespace hestia

@@ -1,0 +1,91 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include <torch/types.h>
+
+#include "hestia/kernels/slot_cache.hpp"
+#include "hestia/model/moe_model.hpp"
+#include "hestia/routing/simulator.hpp"
+#include "hestia/runtime/expert_store.hpp"
+
+namespace hestia {
+
+/// How many experts the device holds.
+struct ExpertSlots {
+  std::int64_t per_layer = 0;  ///< C slots for each MoE layer; 0: one pool,
+  std::int64_t pool = 0;       ///< of this many, that all layers share.
+};
+
+/// Reads "16" (slots per layer), "total:256" (one pool of all layers) or "memory:6GiB" (as many per layer as fit, the
+/// scratch slots that a step of `num_selected` ids may need left out; one pool when that is less than one per layer).
+/// GiB, MiB, GB, MB and bytes are known. Throws UsageError with what is wrong and the forms there are.
+[[nodiscard]] ExpertSlots parse_expert_slots(std::string_view text, const Architecture& architecture,
+                                             std::int64_t blob_bytes, std::int64_t num_selected);
+
+/// Slots for experts that pass by the cache, where steps of `num_selected` ids need any: as many as one token may miss.
+[[nodiscard]] std::int64_t scratch_slots(const Architecture& architecture, std::int64_t num_selected);
+
+/// Options of a slot cache.
+struct SlotCacheOptions {
+  ExpertSlots slots;
+  CachePolicyKind policy = CachePolicyKind::kLru;
+  double gamma = SimulationOptions{}.gamma;       ///< Discount of `gamma`.
+  std::uint64_t seed = SimulationOptions{}.seed;  ///< Of `random`.
+  bool stress = false;                            ///< See SlotCacheShape::stress.
+};
+
+/// Runs the experts of decode steps out of slots on the device: the slot cache says which experts of a step are there
+/// (hits) and which slot each of the others goes to; hits compute, misses are copied from the store, wave by wave. Or,
+/// without a cache, with every expert on the device. Nothing is read back: on a GPU a step can be captured in a CUDA
+/// graph, and stays correct whatever its routing is. A token's result depends on its own input and experts alone, bit
+/// by bit, and not on slots, policy, waves or the other tokens of the step. No gradient. Not thread-safe.
+///
+/// Products: bfloat16 experts without biases or clamp, of sizes that are multiples of 8, run in the decode kernels
+/// (decode_experts.hpp); all others one row at a time through LibTorch, which on a GPU copies every weight once more.
+class SlotExecutor : public Executor {
+ public:
+  /// For steps of up to `rows` tokens with `top_k` experts each. `cache` nullopt: all experts are resident. The slots
+  /// are allocated here. Throws UsageError as check_slot_cache does, RunError when the device has no memory for the
+  /// slots or the store is not pinned and `device` is a GPU.
+  SlotExecutor(const Architecture& architecture, ExpertStore store, torch::Device device, std::int64_t rows,
+               std::int64_t top_k, const std::optional<SlotCacheOptions>& cache);
+  ~SlotExecutor() override;
+
+  /// One step of a layer. `experts` is looked at for what it says beside the weights (clamp) and must have no adapters.
+  /// Throws std::invalid_argument for other sizes than the constructor's.
+  [[nodiscard]] torch::Tensor run(const ExpertWeights& experts, const torch::Tensor& x_TD,
+                                  const torch::Tensor& selected_TK, const torch::Tensor& weights_TK,
+                                  std::int64_t moe_layer) override;
+
+  /// Empties the cache, counts included, as before the first step of `sequence` (which seeds `random`), and loads the
+  /// first slots of `preload` when it is not empty: experts per MoE layer, best first. In one pool the best of each
+  /// layer come before the second of each. Synchronises with the device.
+  void reset(std::int64_t sequence, const std::vector<std::vector<std::uint16_t>>& preload = {});
+  /// Puts the cache into the state that serving a prompt leaves, uncounted, and loads what it then holds. selected:
+  /// int64 [S, rows, K] of each MoE layer. Synchronises with the device.
+  void touch(const std::vector<torch::Tensor>& selected_SRK);
+  /// uint8 [E] on the device, 1 where the slots of a layer hold the expert; asynchronous. Null when all are resident.
+  [[nodiscard]] torch::Tensor resident_E(std::int64_t moe_layer);
+
+  /// Counts of each MoE layer since the reset; empty when all are resident. Synchronises with the device.
+  [[nodiscard]] std::vector<SlotCacheCounts> counts() const;
+  /// Experts that fit the slots of one layer, or all of them in one pool; every expert when all are resident.
+  [[nodiscard]] std::int64_t num_slots() const noexcept;
+  /// Bytes of the slots on the device, scratch slots included; 0 where the store itself serves.
+  [[nodiscard]] std::int64_t slot_bytes() const noexcept;
+  [[nodiscard]] bool all_resident() const noexcept;
+  /// The slots as an executor takes experts, [slots, ...]; with all resident, expert e of MoE layer l is l * E + e.
+  [[nodiscard]] const ExpertWeights& slots() const noexcept;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace hestia

@@ -1,0 +1,446 @@
+#include "hestia/runtime/decoder.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <map>
+#include <stdexcept>
+#include <utility>
+
+#include <ATen/cuda/CUDAGraph.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include "hestia/core/error.hpp"
+#include "hestia/core/random.hpp"
+#include "hestia/model/key_value_cache.hpp"
+#include "prefill_executor.hpp"
+#include "slot_selectors.hpp"
+
+namespace hestia {
+namespace {
+
+using torch::Tensor;
+using Clock = std::chrono::steady_clock;
+
+// Keys that a step looks at are counted in these units: one captured graph serves as many steps.
+constexpr std::int64_t kVisibleKeys = 256;
+
+double seconds_since(Clock::time_point begin) {
+  return std::chrono::duration<double>(Clock::now() - begin).count();
+}
+
+// Numbers in [0, 1) for every token and row, [capacity, B].
+Tensor draws(const DecoderOptions& options) {
+  Tensor uniform = torch::empty({options.capacity, options.rows}, torch::kFloat64);
+  auto* value = uniform.mutable_data_ptr<double>();
+  SplitMix64 random(options.sampling.seed);
+  for (std::int64_t i = 0; i < uniform.numel(); ++i) {
+    constexpr double kUnit = 1.0 / 9007199254740992.0;  // 2^-53
+    value[i] = static_cast<double>(random.next() >> 11U) * kUnit;
+  }
+  return uniform;
+}
+
+}  // namespace
+
+struct Decoder::Impl {
+  MoeModel model{nullptr};
+  ExpertStore store;
+  DecoderOptions options;
+  torch::Device device;
+  Architecture architecture;
+  std::int64_t moe_layers;
+
+  std::shared_ptr<Selector> top_k_selector = std::make_shared<TopKSelector>();
+  std::shared_ptr<Selector> step_selector;
+  std::shared_ptr<SlotExecutor> slots;
+  std::shared_ptr<PrefillExecutor> prefill;
+  std::optional<DecodeReplay> replayed;
+
+  KeyValueCache cache;
+  Rotations rotations;
+  // What a step reads and writes, at fixed places.
+  Tensor tokens_B1, position_1, step_1, chosen_BS, logits_BV, draws_SB;
+  Tensor selected_LSBK, weights_LSBK, router_logits_LSBE;
+  std::vector<Tensor> prompt_selected, prompt_weights;  // [B, S, K] of each MoE layer, on the CPU
+
+  std::map<std::int64_t, std::unique_ptr<at::cuda::CUDAGraph>> graphs;  // by visible keys; null: run once so far
+  std::optional<c10::cuda::CUDAStream> stream;
+  std::int64_t prompt_length = 0;
+  DecodeTimes times;
+
+  Impl(OffloadedModel offloaded, DecoderOptions wanted)
+      : model(offloaded.model),
+        store(std::move(offloaded.store)),
+        options(std::move(wanted)),
+        device(model->device()),
+        architecture(model->architecture()),
+        moe_layers(static_cast<std::int64_t>(architecture.moe_layers().size())),
+        cache(std::max<std::int64_t>(options.capacity, 1)) {
+    if (options.rows < 1 || options.capacity < 2) {
+      throw std::invalid_argument(
+          fmt::format("decoder: needs at least one row and room for two tokens, got {} rows of {}", options.rows,
+                      options.capacity));
+    }
+    if (model->adapter_settings()) {
+      throw std::invalid_argument("decoder: adapters must be merged into the store first");
+    }
+    check_start();
+    slots =
+        std::make_shared<SlotExecutor>(architecture, store, device, options.rows, architecture.top_k, options.cache);
+    prefill = std::make_shared<PrefillExecutor>(architecture, store, device, slots);
+    choose_selector();
+    rotations = model->rotations(options.capacity);
+    const auto integers = torch::TensorOptions().dtype(torch::kInt64).device(device);
+    const auto floats = integers.dtype(torch::kFloat32);
+    tokens_B1 = torch::zeros({options.rows, 1}, integers);
+    position_1 = torch::zeros({1}, integers);
+    step_1 = torch::zeros({1}, integers);
+    chosen_BS = torch::zeros({options.rows, options.capacity}, integers);
+    logits_BV = torch::zeros({options.rows, architecture.vocab_size}, floats);
+    if (options.sampling.temperature > 0) {
+      draws_SB = draws(options).to(device);
+    }
+    if (options.record) {
+      const std::vector<std::int64_t> shape = {moe_layers, options.capacity, options.rows, architecture.top_k};
+      selected_LSBK = torch::zeros(shape, integers);
+      weights_LSBK = torch::zeros(shape, floats);
+    }
+    if (options.record_logits) {
+      router_logits_LSBE = torch::zeros({moe_layers, options.capacity, options.rows, architecture.num_experts}, floats);
+    }
+    if (device.is_cuda()) {
+      // A capture needs a stream of its own.
+      stream = c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device.index());
+    }
+  }
+
+  void check_start() const {
+    const bool preloads = options.start == CacheStart::kPreload;
+    if (preloads == options.preload.empty()) {
+      throw UsageError(preloads ? "--start preload: needs a list of experts to load, got none; give --preload FILE"
+                                : "--preload: only serves --start preload");
+    }
+    if (preloads && static_cast<std::int64_t>(options.preload.size()) != moe_layers) {
+      throw UsageError(fmt::format("--preload: must list experts of the model's {} MoE layers, got {}", moe_layers,
+                                   options.preload.size()));
+    }
+    for (const auto& layer : options.preload) {
+      for (const std::uint16_t expert : layer) {
+        if (expert >= architecture.num_experts) {
+          throw UsageError(
+              fmt::format("--preload: an expert must be below {}, got {}", architecture.num_experts, expert));
+        }
+      }
+    }
+  }
+
+  void choose_selector() {
+    if (replayed) {
+      step_selector = std::make_shared<ReplaySelector>(replayed->steps_LSBK, step_1);
+    } else if (options.residency && options.residency->lambda > 0) {
+      step_selector = std::make_shared<SlotResidencySelector>(*options.residency, slots);
+    } else {
+      step_selector = top_k_selector;
+    }
+  }
+
+  // The token that follows logits_BV, [B, 1]; `index_1`: which of the row's tokens it is.
+  [[nodiscard]] Tensor choose(const Tensor& index_1) const {
+    const DecodeSampling& sampling = options.sampling;
+    if (sampling.temperature <= 0) {
+      return top_k_lowest_index(logits_BV, 1);
+    }
+    const Tensor p = (logits_BV.to(torch::kFloat64) / sampling.temperature).softmax(1);
+    const auto [sorted, order] = p.sort(/*stable=*/true, /*dim=*/1, /*descending=*/true);
+    const Tensor kept = sorted * (sorted.cumsum(1) - sorted).lt(sampling.top_p);
+    const Tensor reached = kept.cumsum(1);
+    const Tensor draw_B1 = draws_SB.index_select(0, index_1).view({-1, 1}) * reached.narrow(1, p.size(1) - 1, 1);
+    // The first that goes over the draw; rounding cannot push it out of the nucleus.
+    const Tensor last = kept.gt(0).sum(1, /*keepdim=*/true) - 1;
+    const Tensor place = torch::minimum(reached.le(draw_B1).sum(1, /*keepdim=*/true), last);
+    return order.gather(1, place);
+  }
+
+  void take_logits(const Tensor& hidden_BSD) {
+    const Tensor last = hidden_BSD.narrow(1, hidden_BSD.size(1) - 1, 1);
+    logits_BV.copy_(model->head(last).squeeze(1));
+  }
+
+  void step(std::int64_t visible) {
+    const ModelOutput output = model->step(tokens_B1, {position_1, rotations, visible}, cache);
+    take_logits(output.hidden_BSD);
+    for (std::int64_t layer = 0; layer < moe_layers; ++layer) {
+      const RoutingRecord& record = output.routing[static_cast<std::size_t>(layer)];
+      if (options.record) {
+        selected_LSBK[layer].index_copy_(0, step_1, record.selected_TK.unsqueeze(0));
+        weights_LSBK[layer].index_copy_(0, step_1, record.weights_TK.to(torch::kFloat32).unsqueeze(0));
+      }
+      if (options.record_logits) {
+        router_logits_LSBE[layer].index_copy_(0, step_1, record.logits_TE.to(torch::kFloat32).unsqueeze(0));
+      }
+    }
+    step_1.add_(1);
+    position_1.add_(1);
+    const Tensor next = choose(step_1);
+    chosen_BS.index_copy_(1, step_1, next);
+    tokens_B1.copy_(next);
+  }
+
+  void step_in_graph(std::int64_t visible) {
+    const auto found = graphs.find(visible);
+    if (found == graphs.end()) {
+      // What is done once (handles, workspaces, loading of kernels) must not be captured.
+      step(visible);
+      graphs.emplace(visible, nullptr);
+      return;
+    }
+    if (found->second == nullptr) {
+      auto graph = std::make_unique<at::cuda::CUDAGraph>();
+      graph->capture_begin();
+      try {
+        step(visible);
+      } catch (...) {
+        try {
+          graph->capture_end();
+        } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch): what went wrong first counts
+        }
+        throw;
+      }
+      graph->capture_end();
+      found->second = std::move(graph);
+    }
+    found->second->replay();
+  }
+
+  // The same place in every arm that is compared: results may depend on the number of keys looked at.
+  [[nodiscard]] std::int64_t visible_keys() const {
+    const std::int64_t wanted = (cache.length() + 1 + kVisibleKeys - 1) / kVisibleKeys * kVisibleKeys;
+    return std::min(wanted, options.capacity);
+  }
+
+  void synchronize() const {
+    if (stream) {
+      stream->synchronize();
+    }
+  }
+};
+
+Decoder::Decoder(OffloadedModel offloaded, DecoderOptions options)
+    : impl_(std::make_unique<Impl>(std::move(offloaded), std::move(options))) {}
+
+Decoder::~Decoder() {
+  if (impl_->stream) {
+    impl_->stream->synchronize();
+  }
+}
+
+void Decoder::replay(std::optional<DecodeReplay> replay) {
+  Impl& impl = *impl_;
+  const Architecture& a = impl.architecture;
+  if (replay) {
+    const Tensor& steps = replay->steps_LSBK;
+    if (!steps.defined() || steps.dim() != 4 || steps.scalar_type() != torch::kInt64 ||
+        steps.size(0) != impl.moe_layers || steps.size(2) != impl.options.rows || steps.size(3) != a.top_k ||
+        (!replay->prompt_SBK.empty() && static_cast<std::int64_t>(replay->prompt_SBK.size()) != impl.moe_layers)) {
+      throw std::invalid_argument(fmt::format("replay: must be int64 [{} MoE layers, steps, {} rows, {} experts]",
+                                              impl.moe_layers, impl.options.rows, a.top_k));
+    }
+    if (steps.numel() > 0 &&
+        (steps.min().item<std::int64_t>() < 0 || steps.max().item<std::int64_t>() >= a.num_experts)) {
+      throw std::invalid_argument(fmt::format("replay: an expert must be between 0 and {}", a.num_experts - 1));
+    }
+    replay->steps_LSBK = steps.to(impl.device).contiguous();
+  }
+  impl.replayed = std::move(replay);
+  impl.graphs.clear();  // they hold what was served before
+  impl.choose_selector();
+}
+
+void Decoder::begin(const torch::Tensor& prompt_BS, std::int64_t sequence) {
+  const torch::NoGradGuard no_grad;
+  Impl& impl = *impl_;
+  if (prompt_BS.dim() != 2 || prompt_BS.size(0) != impl.options.rows || prompt_BS.size(1) < 1 ||
+      prompt_BS.size(1) >= impl.options.capacity) {
+    throw std::invalid_argument(fmt::format("decoder: prompts must be [{}, S] with S from 1 to {}, got [{}]",
+                                            impl.options.rows, impl.options.capacity - 1,
+                                            fmt::join(prompt_BS.sizes(), ", ")));
+  }
+  const c10::cuda::OptionalCUDAStreamGuard on(impl.stream ? std::optional<c10::Stream>(impl.stream->unwrap())
+                                                          : std::nullopt);
+  if (impl.device.is_cuda()) {
+    c10::cuda::device_synchronize();
+  }
+  const auto started = Clock::now();
+  impl.times = {};
+  const std::int64_t length = prompt_BS.size(1);
+  impl.prompt_length = length;
+  impl.cache.clear();
+  TokenBatch batch;
+  batch.tokens_BS = prompt_BS.to(impl.device);
+  batch.positions_BS = torch::arange(length, batch.tokens_BS.options()).unsqueeze(0).expand_as(batch.tokens_BS);
+  batch.sequence_ids_BS = torch::zeros_like(batch.tokens_BS);
+  impl.model->set_selector(impl.top_k_selector);
+  impl.model->set_executor(impl.prefill);
+  {
+    const ModelOutput output = impl.model->forward(batch, impl.cache);
+    impl.take_logits(output.hidden_BSD);
+    const bool needed = impl.options.record || impl.options.start == CacheStart::kPrefill;
+    impl.prompt_selected.clear();
+    impl.prompt_weights.clear();
+    for (const RoutingRecord& record : output.routing) {
+      if (needed) {
+        const std::vector<std::int64_t> shape = {impl.options.rows, length, impl.architecture.top_k};
+        impl.prompt_selected.push_back(record.selected_TK.view(shape).cpu());
+        impl.prompt_weights.push_back(record.weights_TK.to(torch::kFloat32).view(shape).cpu());
+      }
+    }
+  }
+  impl.prefill->release();
+  impl.slots->reset(sequence, impl.options.preload);
+  if (impl.options.start == CacheStart::kPrefill) {
+    std::vector<Tensor> selected;
+    if (impl.replayed && !impl.replayed->prompt_SBK.empty()) {
+      selected = impl.replayed->prompt_SBK;
+    } else {
+      for (const Tensor& rows : impl.prompt_selected) {
+        selected.push_back(rows.transpose(0, 1));
+      }
+    }
+    impl.slots->touch(selected);
+  }
+  impl.step_1.zero_();
+  impl.position_1.fill_(length);
+  impl.tokens_B1.copy_(impl.choose(impl.step_1));
+  impl.chosen_BS.narrow(1, 0, 1).copy_(impl.tokens_B1);
+  impl.synchronize();
+  impl.times.prompt_seconds = seconds_since(started);
+  impl.model->set_selector(impl.step_selector);
+  impl.model->set_executor(impl.slots);
+}
+
+void Decoder::decode(std::int64_t count) {
+  const torch::NoGradGuard no_grad;
+  Impl& impl = *impl_;
+  const std::int64_t length = impl.cache.length();
+  if (length < 1 || count < 0 || count > impl.options.capacity - length) {
+    throw std::invalid_argument(
+        fmt::format("decoder: {} steps do not fit behind {} tokens in {}", count, length, impl.options.capacity));
+  }
+  if (impl.replayed && impl.times.steps + count > impl.replayed->steps_LSBK.size(1)) {
+    throw std::invalid_argument(
+        fmt::format("replay: has {} steps, asked for {}", impl.replayed->steps_LSBK.size(1), impl.times.steps + count));
+  }
+  const RopeSettings& rope = impl.architecture.rope;
+  if (rope.type == "longrope" && length <= rope.original_positions && length + count > rope.original_positions) {
+    throw RunError(fmt::format(
+        "decoder: the sequence grows over {} tokens, where its rope factors change, got {} and {} more; generate fewer "
+        "tokens, or give all of them as the prompt",
+        rope.original_positions, length, count));
+  }
+  const c10::cuda::OptionalCUDAStreamGuard on(impl.stream ? std::optional<c10::Stream>(impl.stream->unwrap())
+                                                          : std::nullopt);
+  const auto started = Clock::now();
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::int64_t visible = impl.visible_keys();
+    if (impl.stream && impl.options.graph) {
+      impl.step_in_graph(visible);
+    } else {
+      impl.step(visible);
+    }
+    impl.cache.advance(1);
+  }
+  impl.synchronize();
+  impl.times.step_seconds += seconds_since(started);
+  impl.times.steps += count;
+}
+
+torch::Tensor Decoder::tokens_BS() const {
+  impl_->synchronize();
+  return impl_->chosen_BS.narrow(1, 0, impl_->times.steps + 1).cpu();
+}
+
+const torch::Tensor& Decoder::logits_BV() const noexcept {
+  return impl_->logits_BV;
+}
+
+std::vector<SlotCacheCounts> Decoder::counts() const {
+  impl_->synchronize();
+  return impl_->slots->counts();
+}
+
+const DecodeTimes& Decoder::times() const noexcept {
+  return impl_->times;
+}
+
+SequenceRouting Decoder::recorded(std::int64_t row) const {
+  const Impl& impl = *impl_;
+  if (!impl.options.record) {
+    throw std::logic_error("decoder: routing was not recorded");
+  }
+  impl.synchronize();
+  SequenceRouting routing;
+  routing.num_prompt_tokens = impl.prompt_length;
+  routing.num_tokens = impl.prompt_length + impl.times.steps;
+  routing.num_layers = impl.moe_layers;
+  routing.num_experts = impl.architecture.num_experts;
+  routing.top_k = impl.architecture.top_k;
+  for (std::int64_t layer = 0; layer < impl.moe_layers; ++layer) {
+    const auto index = static_cast<std::size_t>(layer);
+    const auto of_steps = [&](const Tensor& all) {
+      return all[layer].narrow(0, 0, impl.times.steps).select(1, row).cpu();
+    };
+    const Tensor selected = torch::cat({impl.prompt_selected[index][row], of_steps(impl.selected_LSBK)}).contiguous();
+    const Tensor weights = torch::cat({impl.prompt_weights[index][row], of_steps(impl.weights_LSBK)}).contiguous();
+    for (std::int64_t i = 0; i < selected.numel(); ++i) {
+      routing.selected.push_back(static_cast<std::uint16_t>(selected.const_data_ptr<std::int64_t>()[i]));
+      routing.weights.push_back(weights.const_data_ptr<float>()[i]);
+    }
+  }
+  return routing;
+}
+
+torch::Tensor Decoder::recorded_logits() const {
+  if (!impl_->options.record_logits) {
+    throw std::logic_error("decoder: router logits were not recorded");
+  }
+  impl_->synchronize();
+  return impl_->router_logits_LSBE.narrow(1, 0, impl_->times.steps).cpu();
+}
+
+const SlotExecutor& Decoder::slots() const noexcept {
+  return *impl_->slots;
+}
+
+MoeModel& Decoder::model() noexcept {
+  return impl_->model;
+}
+
+void merge_adapters(OffloadedModel& offloaded) {
+  const torch::NoGradGuard no_grad;
+  MoeModel& model = offloaded.model;
+  const std::optional<AdapterSettings> settings = model->adapter_settings();
+  if (!settings) {
+    return;
+  }
+  const double scale = settings->alpha / static_cast<double>(settings->rank);
+  const Architecture& a = model->architecture();
+  const std::vector<Tensor> adapters = model->adapters();
+  for (std::size_t layer = 0; layer < a.moe_layers().size(); ++layer) {
+    const ExpertWeights experts = experts_in_blobs(
+        a, offloaded.store.layout(),
+        offloaded.store.blobs_NB().narrow(0, static_cast<std::int64_t>(layer) * a.num_experts, a.num_experts));
+    const auto add = [&](const Tensor& weights, const Tensor& first, const Tensor& second) {
+      const Tensor update = second.cpu().to(torch::kFloat32).bmm(first.cpu().to(torch::kFloat32)) * scale;
+      Tensor all = weights;
+      all.copy_(weights.to(torch::kFloat32) + update);
+    };
+    add(experts.up_EFD, adapters[layer * 4], adapters[layer * 4 + 1]);
+    add(experts.down_EDF, adapters[layer * 4 + 2], adapters[layer * 4 + 3]);
+  }
+  model->remove_adapters();
+}
+
+}  // namespace hestia

@@ -1,0 +1,92 @@
+#include "prefill_executor.hpp"
+
+#include <utility>
+
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <cuda_runtime_api.h>
+#include <fmt/format.h>
+
+#include "hestia/core/error.hpp"
+#include "hestia/core/progress.hpp"
+
+namespace hestia {
+
+using torch::Tensor;
+
+PrefillExecutor::PrefillExecutor(const Architecture& architecture, ExpertStore store, torch::Device device,
+                                 std::shared_ptr<SlotExecutor> slots)
+    : architecture_(architecture), store_(std::move(store)), device_(device), slots_(std::move(slots)) {}
+
+void PrefillExecutor::start_copy(std::int64_t moe_layer) {
+  Half& half = halves_[static_cast<std::size_t>(moe_layer % 2)];
+  const Tensor source = store_.blobs_NB().narrow(0, moe_layer * architecture_.num_experts, architecture_.num_experts);
+  half.used.block(*side_);
+  C10_CUDA_CHECK(cudaMemcpyAsync(half.blobs_EB.mutable_data_ptr(), source.const_data_ptr(),
+                                 static_cast<std::size_t>(source.numel()), cudaMemcpyHostToDevice, side_->stream()));
+  half.copied.record(*side_);
+  copied_bytes_ += source.numel();
+}
+
+torch::Tensor PrefillExecutor::run(const ExpertWeights& experts, const torch::Tensor& x_TD,
+                                   const torch::Tensor& selected_TK, const torch::Tensor& weights_TK,
+                                   std::int64_t moe_layer) {
+  const torch::NoGradGuard no_grad;
+  if (!device_.is_cuda()) {
+    return grouped_.run(experts, x_TD, selected_TK, weights_TK, moe_layer);
+  }
+  const std::int64_t num_experts = architecture_.num_experts;
+  if (slots_->all_resident()) {
+    ExpertWeights layer = slots_->slots();
+    for (Tensor* tensor : {&layer.gate_EFD, &layer.up_EFD, &layer.down_EDF, &layer.gate_bias_EF, &layer.up_bias_EF,
+                           &layer.down_bias_ED}) {
+      if (tensor->defined()) {
+        *tensor = tensor->narrow(0, moe_layer * num_experts, num_experts);
+      }
+    }
+    return grouped_.run(layer, x_TD, selected_TK, weights_TK, moe_layer);
+  }
+  const auto current = c10::cuda::getCurrentCUDAStream(device_.index());
+  if (halves_.empty()) {
+    side_ = c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device_.index());
+    const std::int64_t bytes = num_experts * static_cast<std::int64_t>(store_.layout().bytes);
+    std::vector<Half> halves(2);
+    for (Half& half : halves) {
+      try {
+        half.blobs_EB = torch::empty({num_experts, static_cast<std::int64_t>(store_.layout().bytes)},
+                                     torch::TensorOptions().dtype(torch::kUInt8).device(device_));
+      } catch (const c10::OutOfMemoryError&) {
+        throw RunError(
+            fmt::format("prefill: the GPU has no memory for two layers of experts, got out of memory at 2 x {}; ask "
+                        "for fewer slots "
+                        "with --expert-slots",
+                        format_bytes(static_cast<double>(bytes))));
+      }
+      half.experts = experts_in_blobs(architecture_, store_.layout(), half.blobs_EB);
+      half.used.record(current);
+    }
+    halves_ = std::move(halves);
+  }
+  if (moe_layer == 0) {
+    start_copy(0);
+  }
+  if (moe_layer + 1 < store_.num_blobs() / num_experts) {
+    start_copy(moe_layer + 1);
+  }
+  Half& half = halves_[static_cast<std::size_t>(moe_layer % 2)];
+  half.copied.block(current);
+  Tensor out = grouped_.run(half.experts, x_TD, selected_TK, weights_TK, moe_layer);
+  half.used.record(current);
+  return out;
+}
+
+void PrefillExecutor::release() {
+  if (halves_.empty()) {
+    return;
+  }
+  // The allocator knows of the current stream only.
+  side_->synchronize();
+  halves_.clear();
+}
+
+}  // namespace hestia

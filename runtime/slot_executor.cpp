@@ -1,0 +1,510 @@
+// Letters: T tokens of a step, K experts per token, D model dim, F expert hidden dim, E experts, L MoE layers.
+#include "hestia/runtime/slot_executor.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <utility>
+
+#include <ATen/cuda/CUDAEvent.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
+#include <fmt/format.h>
+
+#include "hestia/core/error.hpp"
+#include "hestia/core/progress.hpp"
+#include "hestia/kernels/decode_experts.hpp"
+#include "hestia/kernels/expert_fetch.hpp"
+
+namespace hestia {
+namespace {
+
+using torch::Tensor;
+
+Tensor device_bytes(std::size_t bytes, torch::Device device) {
+  return torch::zeros({static_cast<std::int64_t>(bytes)}, torch::TensorOptions().dtype(torch::kUInt8).device(device));
+}
+
+template <class Value>
+Value* as(const Tensor& memory) {
+  return reinterpret_cast<Value*>(memory.data_ptr());
+}
+
+const std::uint16_t* bits(const Tensor& bfloat16) {
+  return static_cast<const std::uint16_t*>(bfloat16.const_data_ptr());
+}
+std::uint16_t* mutable_bits(const Tensor& bfloat16) {
+  return static_cast<std::uint16_t*>(bfloat16.mutable_data_ptr());
+}
+
+// Whether the decode kernels take these experts, lying as they do in the blob.
+bool kernels_take(const Architecture& a, const ExpertBlobLayout& layout, std::int64_t rows, std::int64_t top_k,
+                  torch::Device device) {
+  if (!device.is_cuda() || layout.dtype != torch::kBFloat16 || a.expert_bias || a.swiglu_limit ||
+      a.hidden_size % 8 != 0 || a.expert_intermediate_size % 8 != 0 || rows > kDecodeMaxTokens ||
+      top_k > kDecodeMaxTopK) {
+    return false;
+  }
+  const ExpertBlob blob = expert_blob({.num_tokens = rows,
+                                       .top_k = top_k,
+                                       .hidden_size = a.hidden_size,
+                                       .expert_hidden_size = a.expert_intermediate_size});
+  return layout.parts.size() == 3 && layout.bytes == blob.bytes && layout.parts[0].offset == blob.gate &&
+         layout.parts[1].offset == blob.up && layout.parts[2].offset == blob.down;
+}
+
+std::optional<SlotCacheShape> cache_shape(const Architecture& a, std::int64_t rows, std::int64_t top_k,
+                                          const std::optional<SlotCacheOptions>& options) {
+  if (!options) {
+    return std::nullopt;
+  }
+  SlotCacheShape shape;
+  shape.num_layers = static_cast<std::int64_t>(a.moe_layers().size());
+  shape.num_experts = a.num_experts;
+  const bool pool = options->slots.per_layer == 0;
+  shape.slots = pool ? options->slots.pool : options->slots.per_layer;
+  shape.layers_per_group = pool ? shape.num_layers : 1;
+  shape.policy = options->policy;
+  shape.gamma = options->gamma;
+  shape.stress = options->stress;
+  const bool may_pass =
+      shape.policy == CachePolicyKind::kStatic || std::min(rows * top_k, shape.num_experts) > shape.slots;
+  shape.scratch_slots = may_pass ? scratch_slots(a, rows * top_k) : 0;
+  check_slot_cache(shape);
+  return shape;
+}
+
+}  // namespace
+
+struct SlotExecutor::Impl {
+  Impl(const Architecture& of, ExpertStore from, torch::Device on, std::int64_t most_rows,
+       std::int64_t experts_per_token, const std::optional<SlotCacheOptions>& cache)
+      : architecture(of),
+        store(std::move(from)),
+        device(on),
+        rows(most_rows),
+        top_k(experts_per_token),
+        shape(cache_shape(of, most_rows, experts_per_token, cache)),
+        seed(cache ? cache->seed : 0),
+        moe_layers(of.moe_layers()) {}
+
+  Architecture architecture;
+  ExpertStore store;
+  torch::Device device;
+  std::int64_t rows;
+  std::int64_t top_k;
+  std::optional<SlotCacheShape> shape;
+  std::uint64_t seed;
+  std::vector<std::int64_t> moe_layers;
+
+  Tensor slots_SB;  // uint8 [slots, bytes]: on a GPU its own memory, on the CPU with all resident the store's
+  ExpertWeights slots;
+  bool kernels = false;
+  Tensor hidden_TKF, product_TKD;  // of the decode kernels
+
+  // The cache, on the device.
+  Tensor cache_memory, step_memory, loads_memory, slots_TK, waves_TK, resident;
+  SlotCacheState state;
+  std::int64_t max_waves = 1;
+  // Hits compute on the current stream while the first wave of misses is copied on this one.
+  std::optional<c10::cuda::CUDAStream> side;
+  at::cuda::CUDAEvent served, fetched;
+
+  [[nodiscard]] void* stream() const { return c10::cuda::getCurrentCUDAStream(device.index()).stream(); }
+  [[nodiscard]] std::int64_t groups() const { return shape->num_layers / shape->layers_per_group; }
+  [[nodiscard]] SlotCacheAnswer answer() const {
+    return {as<SlotCacheStep>(step_memory), as<SlotCacheLoad>(loads_memory), slots_TK.data_ptr<std::int32_t>(),
+            waves_TK.data_ptr<std::int32_t>()};
+  }
+
+  void copy_blob(std::int64_t blob, std::int64_t slot) {
+    const auto bytes = static_cast<std::size_t>(store.layout().bytes);
+    const std::uint8_t* from = store.blobs_NB().const_data_ptr<std::uint8_t>() + static_cast<std::size_t>(blob) * bytes;
+    std::uint8_t* to = slots_SB.mutable_data_ptr<std::uint8_t>() + static_cast<std::size_t>(slot) * bytes;
+    if (device.is_cuda()) {
+      C10_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream())));
+    } else {
+      std::memcpy(to, from, bytes);
+    }
+  }
+
+  // Brings into the slots what the tables say that they hold.
+  void fill() {
+    const Tensor keys = torch::from_blob(state.key_of, {groups() * shape->slots},
+                                         torch::TensorOptions().dtype(torch::kInt32).device(device))
+                            .cpu();
+    const auto* key = keys.const_data_ptr<std::int32_t>();
+    for (std::int64_t slot = 0; slot < keys.size(0); ++slot) {
+      if (key[slot] >= 0) {
+        const std::int64_t first_layer = slot / shape->slots * shape->layers_per_group;
+        copy_blob(first_layer * shape->num_experts + key[slot], slot);
+      }
+    }
+    if (device.is_cuda()) {
+      c10::cuda::getCurrentCUDAStream(device.index()).synchronize();
+    }
+  }
+
+  // w times y summed over k in order.
+  static Tensor combined(const Tensor& y_TKD, const Tensor& weights_TK, torch::Dtype dtype) {
+    const Tensor weight = weights_TK.to(y_TKD.scalar_type()).unsqueeze(2);
+    Tensor sum = y_TKD.select(1, 0) * weight.select(1, 0);
+    for (std::int64_t k = 1; k < y_TKD.size(1); ++k) {
+      sum = sum + y_TKD.select(1, k) * weight.select(1, k);
+    }
+    return sum.to(dtype);
+  }
+
+  // down(gated(gate x, up x)) of one token for the experts in slots [n] -> [n, D], rounded to the model's dtype.
+  [[nodiscard]] Tensor expert_rows(const ExpertWeights& how, const Tensor& x_D, const Tensor& slot_N) const {
+    const std::int64_t count = slot_N.size(0);
+    const auto product = [&](const Tensor& weights, const Tensor& bias, const Tensor& in_NI1) {
+      const Tensor out = weights.index_select(0, slot_N).bmm(in_NI1).squeeze(2);
+      return bias.defined() ? out + bias.index_select(0, slot_N) : out;
+    };
+    const Tensor x_ND1 = x_D.view({1, -1, 1}).expand({count, -1, 1});
+    const Tensor hidden = gated_activation(how, product(slots.gate_EFD, slots.gate_bias_EF, x_ND1),
+                                           product(slots.up_EFD, slots.up_bias_EF, x_ND1));
+    return product(slots.down_EDF, slots.down_bias_ED, hidden.unsqueeze(2));
+  }
+
+  // The same of one expert, on the CPU, without a copy of its weights.
+  [[nodiscard]] Tensor expert_row(const ExpertWeights& how, const Tensor& x_1D, std::int64_t slot) const {
+    const auto product = [&](const Tensor& weights, const Tensor& bias, const Tensor& in) {
+      return at::linear(in, weights.select(0, slot), bias.defined() ? bias.select(0, slot) : Tensor());
+    };
+    const Tensor hidden = gated_activation(how, product(slots.gate_EFD, slots.gate_bias_EF, x_1D),
+                                           product(slots.up_EFD, slots.up_bias_EF, x_1D));
+    return product(slots.down_EDF, slots.down_bias_ED, hidden);
+  }
+
+  // Serves the step in the tables; true when misses may arrive while hits compute whatever the routing is.
+  void serve(const Tensor& selected_TK, std::int64_t moe_layer) {
+    const std::int64_t tokens = selected_TK.size(0);
+    const auto* ids = selected_TK.const_data_ptr<std::int64_t>();
+    if (device.is_cuda()) {
+      slot_cache_serve_cuda(*shape, state, moe_layer, ids, tokens, top_k, answer(), stream());
+    } else {
+      slot_cache_serve_cpu(*shape, state, moe_layer, ids, tokens, top_k, answer());
+    }
+  }
+
+  [[nodiscard]] bool overlaps(std::int64_t tokens) const {
+    return shape->policy != CachePolicyKind::kStatic && std::min(tokens * top_k, shape->num_experts) <= shape->slots;
+  }
+
+  [[nodiscard]] Tensor run_cpu(const ExpertWeights& how, const Tensor& x_TD, const Tensor& selected_TK,
+                               const Tensor& weights_TK, std::int64_t moe_layer) {
+    const std::int64_t tokens = x_TD.size(0);
+    const bool wide = x_TD.scalar_type() == torch::kFloat64;
+    Tensor y_TKD = torch::empty({tokens, top_k, x_TD.size(1)}, wide ? torch::kFloat64 : torch::kFloat32);
+    const auto compute = [&](std::int64_t wave, auto slot_of) {
+      for (std::int64_t t = 0; t < tokens; ++t) {
+        for (std::int64_t k = 0; k < top_k; ++k) {
+          if (const std::int64_t slot = slot_of(t * top_k + k, wave); slot >= 0) {
+            y_TKD[t][k].copy_(expert_row(how, x_TD.narrow(0, t, 1), slot)[0]);
+          }
+        }
+      }
+    };
+    if (!shape) {
+      const auto* ids = selected_TK.const_data_ptr<std::int64_t>();
+      compute(0, [&](std::int64_t i, std::int64_t /*wave*/) { return moe_layer * architecture.num_experts + ids[i]; });
+      return combined(y_TKD, weights_TK, x_TD.scalar_type());
+    }
+    serve(selected_TK, moe_layer);
+    const SlotCacheAnswer said = answer();
+    for (std::int64_t wave = 0; wave < said.step->waves; ++wave) {
+      if (wave > 0) {
+        expert_fetch_cpu({.num_experts = shape->num_experts, .blob_bytes = store.layout().bytes}, said, moe_layer,
+                         static_cast<std::int32_t>(wave), store.blobs_NB().const_data_ptr<std::uint8_t>(),
+                         slots_SB.mutable_data_ptr<std::uint8_t>());
+      }
+      compute(wave, [&](std::int64_t i, std::int64_t now) { return said.waves[i] == now ? said.slots[i] : -1; });
+    }
+    return combined(y_TKD, weights_TK, x_TD.scalar_type());
+  }
+
+  // Calls compute(slots of the wave, -1 elsewhere, whether it is the last) for every wave that there can be.
+  template <class Compute>
+  void in_waves(const Tensor& selected_TK, std::int64_t moe_layer, Compute compute) {
+    const std::int64_t tokens = selected_TK.size(0);
+    if (!shape) {
+      compute(selected_TK.to(torch::kInt32) + moe_layer * architecture.num_experts, true);
+      return;
+    }
+    serve(selected_TK, moe_layer);
+    const SlotCacheAnswer said = answer();
+    const auto fetch = [&](std::int64_t wave, void* on) {
+      expert_fetch_cuda({.num_experts = shape->num_experts, .blob_bytes = store.layout().bytes}, said, moe_layer,
+                        static_cast<std::int32_t>(wave), store.device_data(), slots_SB.mutable_data_ptr<std::uint8_t>(),
+                        on);
+    };
+    const auto current = c10::cuda::getCurrentCUDAStream(device.index());
+    const bool overlap = overlaps(tokens);
+    if (overlap) {
+      served.record(current);
+      served.block(*side);
+      fetch(1, side->stream());
+      fetched.record(*side);
+    }
+    const Tensor slot = slots_TK.narrow(0, 0, tokens);
+    const Tensor wave_of = waves_TK.narrow(0, 0, tokens);
+    const std::int64_t waves = slot_cache_max_waves(*shape, tokens * top_k);
+    for (std::int64_t wave = 0; wave < waves; ++wave) {
+      if (wave == 1 && overlap) {
+        fetched.block(current);
+      } else if (wave > 0) {
+        fetch(wave, current.stream());
+      }
+      compute(slot.masked_fill(wave_of.ne(wave), -1), wave + 1 == waves);
+    }
+  }
+
+  [[nodiscard]] Tensor run_kernels(const Tensor& x_TD, const Tensor& selected_TK, const Tensor& weights_TK,
+                                   std::int64_t moe_layer) {
+    const std::int64_t tokens = x_TD.size(0);
+    const DecodeExpertsShape sizes{.num_tokens = tokens,
+                                   .top_k = top_k,
+                                   .hidden_size = architecture.hidden_size,
+                                   .expert_hidden_size = architecture.expert_intermediate_size};
+    const Tensor weight = weights_TK.to(torch::kFloat32).contiguous();
+    Tensor out_TD = torch::empty_like(x_TD);
+    in_waves(selected_TK, moe_layer, [&](const Tensor& slot_TK, bool last) {
+      const auto* slot = slot_TK.const_data_ptr<std::int32_t>();
+      const void* pool = slots_SB.const_data_ptr();
+      decode_gate_up_cuda(sizes, bits(x_TD), slot, pool, mutable_bits(hidden_TKF), stream());
+      if (last && tokens == 1) {
+        decode_down_combine_cuda(sizes, bits(hidden_TKF), slot, pool, weight.const_data_ptr<float>(),
+                                 product_TKD.const_data_ptr<float>(), nullptr, mutable_bits(out_TD), stream());
+        return;
+      }
+      decode_down_cuda(sizes, bits(hidden_TKF), slot, pool, product_TKD.mutable_data_ptr<float>(), stream());
+      if (last) {
+        decode_combine_cuda(sizes, product_TKD.const_data_ptr<float>(), weight.const_data_ptr<float>(), nullptr,
+                            mutable_bits(out_TD), stream());
+      }
+    });
+    return out_TD;
+  }
+
+  [[nodiscard]] Tensor run_cuda(const ExpertWeights& how, const Tensor& x_TD, const Tensor& selected_TK,
+                                const Tensor& weights_TK, std::int64_t moe_layer) {
+    const std::int64_t tokens = x_TD.size(0);
+    const auto accumulator = x_TD.scalar_type() == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;
+    std::vector<Tensor> y_KD(static_cast<std::size_t>(tokens));
+    in_waves(selected_TK, moe_layer, [&](const Tensor& slot_TK, bool /*last*/) {
+      for (std::int64_t t = 0; t < tokens; ++t) {
+        Tensor& y = y_KD[static_cast<std::size_t>(t)];
+        const Tensor slot_K = slot_TK[t];
+        const Tensor found = expert_rows(how, x_TD[t], slot_K.clamp_min(0)).to(accumulator);
+        y = y.defined() ? torch::where(slot_K.ge(0).unsqueeze(1), found, y) : found;
+      }
+    });
+    return combined(torch::stack(y_KD), weights_TK, x_TD.scalar_type());
+  }
+};
+
+SlotExecutor::SlotExecutor(const Architecture& architecture, ExpertStore store, torch::Device device, std::int64_t rows,
+                           std::int64_t top_k, const std::optional<SlotCacheOptions>& cache)
+    : impl_(std::make_unique<Impl>(architecture, std::move(store), device, rows, top_k, cache)) {
+  Impl& impl = *impl_;
+  const ExpertBlobLayout& layout = impl.store.layout();
+  if (device.is_cuda() && !impl.store.pinned()) {
+    throw RunError("slot executor: experts come to the GPU out of pinned host memory, got a store that is not pinned");
+  }
+  if (!impl.shape && !device.is_cuda()) {
+    impl.slots_SB = impl.store.blobs_NB();
+  } else {
+    const std::int64_t count = impl.shape ? slot_cache_num_slots(*impl.shape) : impl.store.num_blobs();
+    const std::int64_t bytes = count * static_cast<std::int64_t>(layout.bytes);
+    try {
+      impl.slots_SB = torch::zeros({count, static_cast<std::int64_t>(layout.bytes)},
+                                   torch::TensorOptions().dtype(torch::kUInt8).device(device));
+    } catch (const c10::OutOfMemoryError&) {
+      throw RunError(fmt::format(
+          "expert slots: the GPU has no memory for {} slots of {} each, got out of memory at {}; ask for "
+          "fewer with --expert-slots",
+          count, format_bytes(static_cast<double>(layout.bytes)), format_bytes(static_cast<double>(bytes))));
+    }
+    if (!impl.shape) {
+      impl.slots_SB.copy_(impl.store.blobs_NB());
+    }
+  }
+  impl.slots = experts_in_blobs(architecture, layout, impl.slots_SB);
+  impl.kernels = kernels_take(architecture, layout, rows, top_k, device);
+  const auto options = torch::TensorOptions().device(device);
+  if (impl.kernels) {
+    impl.hidden_TKF =
+        torch::zeros({rows, top_k, architecture.expert_intermediate_size}, options.dtype(torch::kBFloat16));
+    impl.product_TKD = torch::zeros({rows, top_k, architecture.hidden_size}, options.dtype(torch::kFloat32));
+  }
+  if (!impl.shape) {
+    return;
+  }
+  impl.cache_memory = device_bytes(slot_cache_bytes(*impl.shape), device);
+  impl.state = slot_cache_state(*impl.shape, impl.cache_memory.data_ptr());
+  impl.step_memory = device_bytes(sizeof(SlotCacheStep), device);
+  impl.loads_memory = device_bytes(
+      sizeof(SlotCacheLoad) * static_cast<std::size_t>(std::min(architecture.num_experts, rows * top_k)), device);
+  impl.slots_TK = torch::zeros({rows, top_k}, options.dtype(torch::kInt32));
+  impl.waves_TK = torch::zeros({rows, top_k}, options.dtype(torch::kInt32));
+  impl.resident = torch::zeros({impl.shape->num_layers, architecture.num_experts}, options.dtype(torch::kUInt8));
+  if (device.is_cuda()) {
+    impl.side = c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device.index());
+  }
+  reset(0);
+}
+
+SlotExecutor::~SlotExecutor() = default;
+
+torch::Tensor SlotExecutor::run(const ExpertWeights& experts, const torch::Tensor& x_TD,
+                                const torch::Tensor& selected_TK, const torch::Tensor& weights_TK,
+                                std::int64_t moe_layer) {
+  const torch::NoGradGuard no_grad;
+  Impl& impl = *impl_;
+  const std::int64_t tokens = x_TD.size(0);
+  if (tokens < 1 || tokens > impl.rows || selected_TK.dim() != 2 || selected_TK.size(0) != tokens ||
+      selected_TK.size(1) != impl.top_k || weights_TK.sizes() != selected_TK.sizes() ||
+      x_TD.size(1) != impl.architecture.hidden_size) {
+    throw std::invalid_argument(fmt::format("slot executor: steps have up to {} rows of {} experts, got {} of {}",
+                                            impl.rows, impl.top_k, tokens, selected_TK.size(-1)));
+  }
+  if (experts.adapters.defined()) {
+    throw std::invalid_argument("slot executor: adapters must be merged into the store before decoding");
+  }
+  const Tensor selected = selected_TK.contiguous();
+  const Tensor x = x_TD.contiguous();
+  if (!impl.device.is_cuda()) {
+    return impl.run_cpu(experts, x, selected, weights_TK, moe_layer);
+  }
+  return impl.kernels ? impl.run_kernels(x, selected, weights_TK, moe_layer)
+                      : impl.run_cuda(experts, x, selected, weights_TK, moe_layer);
+}
+
+void SlotExecutor::reset(std::int64_t sequence, const std::vector<std::vector<std::uint16_t>>& preload) {
+  Impl& impl = *impl_;
+  if (!impl.shape) {
+    return;
+  }
+  const SlotCacheShape& shape = *impl.shape;
+  const std::int64_t groups = impl.groups();
+  std::vector<std::uint64_t> seeds;
+  for (std::int64_t group = 0; group < groups; ++group) {
+    const auto layer = impl.moe_layers.at(static_cast<std::size_t>(group * shape.layers_per_group));
+    seeds.push_back(victim_seed(impl.seed, layer, sequence));
+  }
+  std::int64_t count = 0;
+  std::vector<std::int32_t> keys;
+  if (!preload.empty()) {
+    if (static_cast<std::int64_t>(preload.size()) != shape.num_layers) {
+      throw std::invalid_argument(
+          fmt::format("slot executor: a preload lists experts of {} layers, got {}", shape.num_layers, preload.size()));
+    }
+    std::size_t longest = 0;
+    for (const auto& list : preload) {
+      longest = std::max(longest, list.size());
+    }
+    count = static_cast<std::int64_t>(longest) * shape.layers_per_group;
+    for (std::int64_t group = 0; group < groups; ++group) {
+      std::vector<std::int32_t> of_group;
+      for (std::size_t rank = 0; rank < longest; ++rank) {
+        for (std::int64_t in_group = 0; in_group < shape.layers_per_group; ++in_group) {
+          const auto& list = preload[static_cast<std::size_t>(group * shape.layers_per_group + in_group)];
+          if (rank < list.size()) {
+            of_group.push_back(static_cast<std::int32_t>(in_group * shape.num_experts + list[rank]));
+          }
+        }
+      }
+      of_group.resize(static_cast<std::size_t>(count), -1);
+      keys.insert(keys.end(), of_group.begin(), of_group.end());
+    }
+  }
+  if (impl.device.is_cuda()) {
+    const Tensor seed_memory = device_bytes(seeds.size() * sizeof(std::uint64_t), impl.device);
+    const Tensor key_memory = device_bytes(std::max<std::size_t>(keys.size(), 1) * sizeof(std::int32_t), impl.device);
+    C10_CUDA_CHECK(
+        cudaMemcpy(seed_memory.data_ptr(), seeds.data(), seeds.size() * sizeof(std::uint64_t), cudaMemcpyHostToDevice));
+    C10_CUDA_CHECK(
+        cudaMemcpy(key_memory.data_ptr(), keys.data(), keys.size() * sizeof(std::int32_t), cudaMemcpyHostToDevice));
+    slot_cache_reset_cuda(shape, impl.state, keys.empty() ? nullptr : as<std::int32_t>(key_memory), count,
+                          as<std::uint64_t>(seed_memory), impl.stream());
+    c10::cuda::getCurrentCUDAStream(impl.device.index()).synchronize();
+  } else {
+    slot_cache_reset_cpu(shape, impl.state, keys.empty() ? nullptr : keys.data(), count, seeds.data());
+  }
+  impl.fill();
+}
+
+void SlotExecutor::touch(const std::vector<torch::Tensor>& selected_SRK) {
+  Impl& impl = *impl_;
+  if (!impl.shape) {
+    return;
+  }
+  if (static_cast<std::int64_t>(selected_SRK.size()) != impl.shape->num_layers) {
+    throw std::invalid_argument(fmt::format("slot executor: a prompt routes in {} layers, got {}",
+                                            impl.shape->num_layers, selected_SRK.size()));
+  }
+  for (std::size_t layer = 0; layer < selected_SRK.size(); ++layer) {
+    const Tensor selected = selected_SRK[layer].to(impl.device).contiguous();
+    const auto* ids = selected.const_data_ptr<std::int64_t>();
+    const auto moe_layer = static_cast<std::int64_t>(layer);
+    if (impl.device.is_cuda()) {
+      slot_cache_touch_cuda(*impl.shape, impl.state, moe_layer, ids, selected.size(0), selected.size(1),
+                            selected.size(2), impl.stream());
+    } else {
+      slot_cache_touch_cpu(*impl.shape, impl.state, moe_layer, ids, selected.size(0), selected.size(1),
+                           selected.size(2));
+    }
+  }
+  impl.fill();
+}
+
+torch::Tensor SlotExecutor::resident_E(std::int64_t moe_layer) {
+  Impl& impl = *impl_;
+  if (!impl.shape) {
+    return {};
+  }
+  Tensor mask = impl.resident[moe_layer];
+  if (impl.device.is_cuda()) {
+    slot_cache_mask_cuda(*impl.shape, impl.state, moe_layer, mask.data_ptr<std::uint8_t>(), impl.stream());
+  } else {
+    slot_cache_mask_cpu(*impl.shape, impl.state, moe_layer, mask.data_ptr<std::uint8_t>());
+  }
+  return mask;
+}
+
+std::vector<SlotCacheCounts> SlotExecutor::counts() const {
+  const Impl& impl = *impl_;
+  if (!impl.shape) {
+    return {};
+  }
+  std::vector<SlotCacheCounts> counts(static_cast<std::size_t>(impl.shape->num_layers));
+  const std::size_t bytes = counts.size() * sizeof(SlotCacheCounts);
+  if (impl.device.is_cuda()) {
+    c10::cuda::getCurrentCUDAStream(impl.device.index()).synchronize();
+    C10_CUDA_CHECK(cudaMemcpy(counts.data(), impl.state.counts, bytes, cudaMemcpyDeviceToHost));
+  } else {
+    std::memcpy(counts.data(), impl.state.counts, bytes);
+  }
+  return counts;
+}
+
+std::int64_t SlotExecutor::num_slots() const noexcept {
+  return impl_->shape ? impl_->shape->slots : impl_->architecture.num_experts;
+}
+
+std::int64_t SlotExecutor::slot_bytes() const noexcept {
+  return impl_->shape || impl_->device.is_cuda() ? impl_->slots_SB.numel() : 0;
+}
+
+bool SlotExecutor::all_resident() const noexcept {
+  return !impl_->shape;
+}
+
+const ExpertWeights& SlotExecutor::slots() const noexcept {
+  return impl_->slots;
+}
+
+}  // namespace hestia

@@ -1,0 +1,43 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include <torch/types.h>
+
+#include "hestia/model/moe_model.hpp"
+#include "hestia/routing/residency.hpp"
+#include "hestia/runtime/slot_executor.hpp"
+
+namespace hestia {
+
+/// Residency-aware routing (hestia/routing/residency.hpp) on the slots as they are before the step; all tokens of a
+/// step see the same. Nothing is read back. Experts by falling logit, ties to the lower index. No gradient.
+class SlotResidencySelector : public Selector {
+ public:
+  /// The rule's slots and policy are not looked at: the executor's count.
+  SlotResidencySelector(ResidencyRule rule, std::shared_ptr<SlotExecutor> slots);
+  [[nodiscard]] torch::Tensor select(const torch::Tensor& logits_TE, std::int64_t top_k, std::int64_t moe_layer,
+                                     const TokenBatch& batch) override;
+
+ private:
+  ResidencyRule rule_;
+  std::shared_ptr<SlotExecutor> slots_;
+};
+
+/// Serves what a trace says, step after step, whatever the router says; the mixing weights are still the router's.
+class ReplaySelector : public Selector {
+ public:
+  /// selected_LSTK: int64 [MoE layers, steps, T, K], on the model's device. step_1: int64 [1] there, the step that
+  /// comes.
+  ReplaySelector(torch::Tensor selected_LSTK, torch::Tensor step_1);
+  [[nodiscard]] torch::Tensor select(const torch::Tensor& logits_TE, std::int64_t top_k, std::int64_t moe_layer,
+                                     const TokenBatch& batch) override;
+
+ private:
+  torch::Tensor selected_LSTK_;
+  torch::Tensor step_1_;
+};
+
+}  // namespace hestia

@@ -1,0 +1,533 @@
+#include "hestia/runtime/decoder.hpp"
+
+#include <algorithm>
+#include <map>
+#include <string>
+#include <vector>
+
+#include <catch2/catch.hpp>
+
+#include "hestia/core/error.hpp"
+#include "hestia/model/adapters.hpp"
+#include "hestia/model/key_value_cache.hpp"
+#include "hestia/routing/residency.hpp"
+#include "hestia/routing/simulator.hpp"
+#include "tests/unit/model/model_fixtures.hpp"
+
+using namespace hestia;
+using namespace hestia::testing;
+using torch::Tensor;
+using Kind = CachePolicyKind;
+
+namespace {
+
+const std::vector<Kind> kServed = {Kind::kLru,  Kind::kLfu,    Kind::kGamma, Kind::kLifo,
+                                   Kind::kFifo, Kind::kRandom, Kind::kStatic};
+
+bool gpu_ready() {
+  if (!torch::hasCUDA()) {
+    WARN("SKIPPED: needs a GPU");
+    return false;
+  }
+  return true;
+}
+
+const torch::Device kCpu(torch::kCPU);
+const torch::Device kGpu(torch::kCUDA, 0);
+
+// Norms and biases off their initial values.
+OffloadedModel make_offloaded(const Architecture& a, torch::Dtype dtype, torch::Device device) {
+  const torch::NoGradGuard no_grad;
+  OffloadedModel offloaded = create_offloaded(a, dtype, device, 11);
+  std::uint64_t seed = 500;
+  for (auto& [name, tensor] : offloaded.model->named_tensors()) {
+    ++seed;
+    if (tensor.dim() == 1) {
+      tensor.add_(random_normal(tensor.sizes(), seed).mul(0.3).to(tensor.options()));
+    }
+  }
+  return offloaded;
+}
+
+// Sizes that the decode kernels take.
+Architecture kernel_architecture() {
+  Architecture a = small_architecture();
+  a.hidden_size = 64;
+  a.head_dim = 16;
+  a.expert_intermediate_size = 24;
+  a.num_experts = 12;
+  a.top_k = 3;
+  a.initializer_range = 0.15;
+  return a;
+}
+
+Tensor prompt_of(const Architecture& a, std::int64_t rows = 1, std::int64_t length = 5, std::uint64_t seed = 71) {
+  return random_integers(a.vocab_size, {rows, length}, seed);
+}
+
+SlotCacheOptions slots_of(std::int64_t per_layer, Kind policy = Kind::kLru) {
+  SlotCacheOptions options;
+  options.slots.per_layer = per_layer;
+  options.policy = policy;
+  return options;
+}
+
+struct Run {
+  Tensor tokens, logits;
+  std::vector<SlotCacheCounts> counts;
+};
+
+Run run(const OffloadedModel& offloaded, DecoderOptions options, const Tensor& prompt, std::int64_t steps) {
+  options.rows = prompt.size(0);
+  options.capacity = prompt.size(1) + steps + 1;
+  Decoder decoder(offloaded, options);
+  decoder.begin(prompt);
+  decoder.decode(steps);
+  return {decoder.tokens_BS(), decoder.logits_BV().clone(), decoder.counts()};
+}
+
+std::int64_t loads_of(const std::vector<SlotCacheCounts>& counts) {
+  std::int64_t loads = 0;
+  for (const SlotCacheCounts& layer : counts) {
+    loads += layer.loads;
+  }
+  return loads;
+}
+
+void check_same_bits(const Architecture& a, torch::Dtype dtype, torch::Device device) {
+  const OffloadedModel offloaded = make_offloaded(a, dtype, device);
+  for (const std::int64_t rows : {1, 3}) {
+    const Tensor prompt = prompt_of(a, rows);
+    const Run resident = run(offloaded, {}, prompt, 12);
+    CHECK(resident.counts.empty());
+    REQUIRE(resident.tokens.sizes() == at::IntArrayRef({rows, 13}));
+    const auto check = [&](const DecoderOptions& options) {
+      const Run found = run(offloaded, options, prompt, 12);
+      CAPTURE(rows, options.cache->slots.per_layer, options.cache->slots.pool, options.graph,
+              policy_name(options.cache->policy));
+      CHECK(found.tokens.equal(resident.tokens));
+      CHECK(found.logits.equal(resident.logits));
+      CHECK(loads_of(found.counts) > 0);
+    };
+    for (const std::int64_t slots : {std::int64_t{1}, std::int64_t{2}, a.top_k + 1, a.num_experts}) {
+      DecoderOptions options;
+      options.cache = slots_of(slots);
+      check(options);
+    }
+    for (const Kind policy : kServed) {
+      DecoderOptions options;
+      options.cache = slots_of(a.top_k, policy);
+      check(options);
+      options.cache->stress = policy != Kind::kStatic;
+      options.cache->slots.per_layer = a.num_experts - 1;
+      check(options);
+    }
+    DecoderOptions options;
+    options.cache = slots_of(0);
+    options.cache->slots.pool = 2 * a.top_k + 1;
+    check(options);
+    options.graph = false;
+    check(options);
+  }
+}
+
+// What decoding by hand with the plain executor gives: the logits after the last of `tokens`, float64.
+Tensor plain_logits(const Architecture& a, torch::Dtype dtype, const Tensor& prompt, const Tensor& tokens) {
+  const torch::NoGradGuard no_grad;
+  OffloadedModel offloaded = make_offloaded(a, dtype, kCpu);
+  const Tensor all = torch::cat({prompt, tokens.narrow(1, 0, tokens.size(1) - 1)}, 1);
+  TokenBatch batch;
+  batch.tokens_BS = all;
+  batch.positions_BS = torch::arange(all.size(1), torch::kInt64).unsqueeze(0).expand_as(all);
+  batch.sequence_ids_BS = torch::arange(all.size(0), torch::kInt64).unsqueeze(1).expand_as(all);
+  const Tensor hidden = offloaded.model->forward(batch).hidden_BSD;
+  return offloaded.model->head(hidden.narrow(1, all.size(1) - 1, 1)).squeeze(1).to(torch::kFloat64);
+}
+
+RoutingTrace trace_of(const Decoder& decoder, std::int64_t sequence = 0) {
+  SequenceRouting routing = decoder.recorded();
+  routing.id = sequence;
+  RoutingTrace trace;
+  append_sequence(trace, routing);
+  return trace;
+}
+
+void check_counts(const Decoder& decoder, SimulationOptions options, std::int64_t sequence = 0) {
+  const std::vector<SlotCacheCounts> found = decoder.counts();
+  const std::vector<SimulationCounts> expected = simulate_per_layer(trace_of(decoder, sequence), options);
+  REQUIRE(found.size() == expected.size());
+  for (std::size_t layer = 0; layer < found.size(); ++layer) {
+    CAPTURE(layer);
+    CHECK(found[layer].steps == expected[layer].steps);
+    CHECK(found[layer].requests == expected[layer].requests);
+    CHECK(found[layer].hits == expected[layer].hits);
+    CHECK(found[layer].cold == expected[layer].cold);
+    CHECK(found[layer].loads == expected[layer].loads);
+    CHECK(found[layer].evictions == expected[layer].evictions);
+  }
+}
+
+void check_every_policy_and_start(torch::Dtype dtype, torch::Device device) {
+  const Architecture a = kernel_architecture();
+  const OffloadedModel offloaded = make_offloaded(a, dtype, device);
+  const Tensor prompt = prompt_of(a);
+  std::vector<std::vector<std::uint16_t>> preload;
+  for (std::uint16_t layer = 0; layer < 3; ++layer) {
+    preload.push_back({static_cast<std::uint16_t>(7 - layer), layer, 11, 9, 4});
+  }
+  for (const Kind policy : kServed) {
+    for (const CacheStart start : {CacheStart::kCold, CacheStart::kPrefill, CacheStart::kPreload}) {
+      for (const std::int64_t slots : {2, 4, 7}) {
+        if (policy == Kind::kStatic && start == CacheStart::kCold) {
+          continue;  // the simulator's static knows the sequence; a decoder cannot
+        }
+        CAPTURE(policy_name(policy), static_cast<int>(start), slots);
+        DecoderOptions options;
+        options.capacity = 40;
+        options.cache = slots_of(slots, policy);
+        options.cache->gamma = 0.8;
+        options.cache->seed = 5;
+        options.start = start;
+        options.record = true;
+        SimulationOptions simulation;
+        simulation.policy = policy;
+        simulation.slots = slots;
+        simulation.gamma = 0.8;
+        simulation.seed = 5;
+        simulation.start = start;
+        if (start == CacheStart::kPreload) {
+          options.preload = preload;
+          simulation.preload = preload;
+        }
+        Decoder decoder(offloaded, options);
+        decoder.begin(prompt, /*sequence=*/3);
+        decoder.decode(10);
+        decoder.decode(20);
+        check_counts(decoder, simulation, 3);
+        // The next sequence starts afresh.
+        decoder.begin(prompt_of(a, 1, 6, 72), /*sequence=*/4);
+        decoder.decode(9);
+        check_counts(decoder, simulation, 4);
+      }
+    }
+  }
+}
+
+void check_replay(torch::Device device, CacheStart start) {
+  const Architecture a = kernel_architecture();
+  const OffloadedModel offloaded = make_offloaded(a, torch::kFloat32, device);
+  constexpr std::int64_t kSteps = 14;
+  // Different experts in each step.
+  const Tensor steps_LSBK =
+      random_normal({3, kSteps, 1, a.num_experts}, 73).argsort(std::int64_t{3}).narrow(3, 0, a.top_k);
+  DecodeReplay replay{steps_LSBK, {}};
+  for (std::uint64_t layer = 0; layer < 3; ++layer) {
+    replay.prompt_SBK.push_back(
+        random_normal({6, 1, a.num_experts}, 80 + layer).argsort(std::int64_t{2}).narrow(2, 0, a.top_k));
+  }
+  DecoderOptions options;
+  options.capacity = 40;
+  options.cache = slots_of(4);
+  options.record = true;
+  options.start = start;
+  Decoder decoder(offloaded, options);
+  decoder.replay(replay);
+  decoder.begin(prompt_of(a));
+  decoder.decode(kSteps);
+  CHECK_THROWS_AS(decoder.decode(1), std::invalid_argument);  // no more in the trace
+  const SequenceRouting found = decoder.recorded();
+  for (std::int64_t layer = 0; layer < 3; ++layer) {
+    for (std::int64_t step = 0; step < kSteps; ++step) {
+      for (std::int64_t k = 0; k < a.top_k; ++k) {
+        const auto at = static_cast<std::size_t>((layer * found.num_tokens + 5 + step) * a.top_k + k);
+        REQUIRE(found.selected[at] == steps_LSBK[layer][step][0][k].item<std::int64_t>());
+      }
+    }
+  }
+  // The same trace, prompt included, in the simulator.
+  SequenceRouting served;
+  served.num_prompt_tokens = 6;
+  served.num_tokens = 6 + kSteps;
+  served.num_layers = 3;
+  served.num_experts = a.num_experts;
+  served.top_k = a.top_k;
+  for (std::size_t layer = 0; layer < 3; ++layer) {
+    const Tensor all =
+        torch::cat({replay.prompt_SBK[layer], steps_LSBK[static_cast<std::int64_t>(layer)]}).contiguous();
+    for (std::int64_t i = 0; i < all.numel(); ++i) {
+      served.selected.push_back(static_cast<std::uint16_t>(all.const_data_ptr<std::int64_t>()[i]));
+    }
+  }
+  RoutingTrace trace;
+  append_sequence(trace, served);
+  SimulationOptions simulation;
+  simulation.slots = 4;
+  simulation.start = options.start;
+  const std::vector<SimulationCounts> expected = simulate_per_layer(trace, simulation);
+  const std::vector<SlotCacheCounts> counts = decoder.counts();
+  for (std::size_t layer = 0; layer < 3; ++layer) {
+    CHECK(counts[layer].hits == expected[layer].hits);
+    CHECK(counts[layer].loads == expected[layer].loads);
+  }
+  decoder.replay(std::nullopt);
+  decoder.begin(prompt_of(a));
+  CHECK_NOTHROW(decoder.decode(kSteps + 1));
+  CHECK(loads_of(decoder.counts()) != loads_of(counts));
+  CHECK_THROWS_AS(decoder.replay(DecodeReplay{steps_LSBK + a.num_experts, {}}), std::invalid_argument);
+  CHECK_THROWS_AS(decoder.replay(DecodeReplay{steps_LSBK.narrow(3, 0, 2), {}}), std::invalid_argument);
+}
+
+void check_residency(torch::Device device) {
+  const Architecture a = kernel_architecture();
+  const OffloadedModel offloaded = make_offloaded(a, torch::kFloat32, device);
+  const Tensor prompt = prompt_of(a);
+  DecoderOptions options;
+  options.capacity = 40;
+  options.cache = slots_of(4);
+  options.record = true;
+  options.record_logits = true;
+  Decoder plain(offloaded, options);
+  plain.begin(prompt);
+  plain.decode(30);
+  const Tensor tokens = plain.tokens_BS();
+  const std::int64_t loads = loads_of(plain.counts());
+
+  ResidencyRule rule;
+  rule.always_keep = 1;
+  rule.slots = 4;
+  rule.logit_range = {2.0F, 3.0F, 4.0F};
+  rule.lambda = 0.0;
+  options.residency = rule;
+  {
+    Decoder off(offloaded, options);
+    off.begin(prompt);
+    off.decode(30);
+    CHECK(off.tokens_BS().equal(tokens));
+    CHECK(off.logits_BV().equal(plain.logits_BV()));
+    CHECK(loads_of(off.counts()) == loads);
+  }
+  options.residency->lambda = 0.3;
+  Decoder decoder(offloaded, options);
+  decoder.begin(prompt);
+  decoder.decode(30);
+  CHECK(loads_of(decoder.counts()) < loads);
+  // The CPU selector on the logits that the decoder saw chooses the same experts.
+  const Tensor logits_LSBE = decoder.recorded_logits();
+  const SequenceRouting found = decoder.recorded();
+  for (std::int64_t layer = 0; layer < 3; ++layer) {
+    const Tensor logits = logits_LSBE[layer].select(1, 0).contiguous();
+    std::vector<std::int64_t> expected(static_cast<std::size_t>(30 * a.top_k));
+    const std::int64_t begin = 0;
+    const std::int64_t end = 30;
+    const SimulationCounts counts =
+        route_with_residency({.num_tokens = 30,
+                              .num_experts = a.num_experts,
+                              .top_k = a.top_k,
+                              .always_keep = 1,
+                              .slots = 4,
+                              .bonus = options.residency->bonus(layer)},
+                             logits.const_data_ptr<float>(), nullptr, &begin, &end, 1, expected.data());
+    CHECK(counts.loads == decoder.counts()[static_cast<std::size_t>(layer)].loads);
+    for (std::int64_t step = 0; step < 30; ++step) {
+      const auto* chosen = found.selected.data() + (layer * found.num_tokens + 5 + step) * a.top_k;
+      std::vector<std::int64_t> served(chosen, chosen + a.top_k);
+      // Served by falling logit, which the rule's own order is not.
+      for (std::int64_t k = 1; k < a.top_k; ++k) {
+        CHECK(logits[step][served[static_cast<std::size_t>(k - 1)]].item<float>() >=
+              logits[step][served[static_cast<std::size_t>(k)]].item<float>());
+      }
+      std::vector<std::int64_t> wanted(expected.begin() + step * a.top_k, expected.begin() + (step + 1) * a.top_k);
+      std::sort(served.begin(), served.end());
+      std::sort(wanted.begin(), wanted.end());
+      REQUIRE(served == wanted);
+    }
+  }
+}
+
+}  // namespace
+
+TEST_CASE("decoding with few slots gives the bits of decoding with all experts resident") {
+  check_same_bits(GENERATE(small_architecture(), mixed_architecture(), deepseek_architecture(), gpt_oss_architecture()),
+                  GENERATE(torch::kFloat32, torch::kBFloat16), kCpu);
+}
+
+TEST_CASE("on the GPU, decoding with few slots gives the bits of all resident, in a graph and out of it", "[gpu]") {
+  if (!gpu_ready()) {
+    return;
+  }
+  check_same_bits(kernel_architecture(), torch::kBFloat16, kGpu);
+  check_same_bits(GENERATE(small_architecture(), mixed_architecture(), deepseek_architecture(), gpt_oss_architecture()),
+                  GENERATE(torch::kFloat32, torch::kBFloat16), kGpu);
+}
+
+TEST_CASE("the decoder says what the model says") {
+  Architecture phi = phi_architecture();
+  phi.rope.original_positions = 3;
+  const Architecture a =
+      GENERATE_COPY(small_architecture(), mixed_architecture(), phi, deepseek_architecture(), gpt_oss_architecture());
+  CAPTURE(a.family);
+  const Tensor prompt = prompt_of(a, 2);
+  DecoderOptions options;
+  options.cache = slots_of(2);
+  const Run found = run(make_offloaded(a, torch::kFloat64, kCpu), options, prompt, 9);
+  const Tensor expected = plain_logits(a, torch::kFloat64, prompt, found.tokens);
+  CHECK(relative_error(found.logits, expected) < 1e-6);  // logits are kept in float32
+  CHECK(found.tokens.narrow(1, 9, 1).equal(expected.argmax(1, /*keepdim=*/true)));
+}
+
+TEST_CASE("the decoder on the GPU says what the model says on the CPU", "[gpu]") {
+  if (!gpu_ready()) {
+    return;
+  }
+  const Architecture a = GENERATE(kernel_architecture(), small_architecture(), mixed_architecture(),
+                                  deepseek_architecture(), gpt_oss_architecture());
+  const torch::Dtype dtype = GENERATE(torch::kFloat64, torch::kFloat32, torch::kBFloat16);
+  CAPTURE(a.family, dtype);
+  const Tensor prompt = prompt_of(a, 2);
+  DecoderOptions options;
+  options.cache = slots_of(a.top_k);
+  const Run found = run(make_offloaded(a, dtype, kGpu), options, prompt, 9);
+  const Tensor expected = plain_logits(a, dtype, prompt, found.tokens);
+  if (dtype == torch::kBFloat16) {
+    CHECK(normalised_square_error(found.logits, expected) < 2e-3);
+  } else {
+    CHECK(relative_error(found.logits, expected) < (dtype == torch::kFloat64 ? 1e-6 : 1e-4));
+  }
+}
+
+TEST_CASE("counts of the slots are the simulator's on the recorded trace, for every policy and start") {
+  check_every_policy_and_start(torch::kFloat32, kCpu);
+}
+
+TEST_CASE("counts on the GPU are the simulator's on the recorded trace, for every policy and start", "[gpu]") {
+  if (!gpu_ready()) {
+    return;
+  }
+  check_every_policy_and_start(torch::kBFloat16, kGpu);
+}
+
+TEST_CASE("replay serves the trace's experts, whatever the router says") {
+  check_replay(kCpu, GENERATE(CacheStart::kCold, CacheStart::kPrefill));
+}
+
+TEST_CASE("replay on the GPU serves the trace's experts", "[gpu]") {
+  if (gpu_ready()) {
+    check_replay(kGpu, GENERATE(CacheStart::kCold, CacheStart::kPrefill));
+  }
+}
+
+TEST_CASE("residency-aware routing sees the slots of the moment; off, it is plain routing") {
+  check_residency(kCpu);
+}
+
+TEST_CASE("residency-aware routing on the GPU sees the slots of the moment", "[gpu]") {
+  if (gpu_ready()) {
+    check_residency(kGpu);
+  }
+}
+
+TEST_CASE("sampled tokens come from the nucleus, as often as their probabilities say") {
+  Architecture a = small_architecture();
+  a.vocab_size = 7;
+  const OffloadedModel offloaded = make_offloaded(a, torch::kFloat32, kCpu);
+  const Tensor prompt = prompt_of(a);
+  DecoderOptions options;
+  options.capacity = 6;
+  options.sampling.temperature = 0.9;
+  options.sampling.top_p = GENERATE(1e-9, 0.7, 1.0);
+  std::map<std::int64_t, int> found;
+  constexpr int kDraws = 600;
+  Tensor p;
+  for (int seed = 0; seed < kDraws; ++seed) {
+    options.sampling.seed = static_cast<std::uint64_t>(seed);
+    Decoder decoder(offloaded, options);
+    decoder.begin(prompt);
+    ++found[decoder.tokens_BS()[0][0].item<std::int64_t>()];
+    p = (decoder.logits_BV()[0].to(torch::kFloat64) / 0.9).softmax(0);
+  }
+  // The nucleus by hand.
+  std::vector<std::int64_t> order(static_cast<std::size_t>(a.vocab_size));
+  for (std::size_t i = 0; i < order.size(); ++i) {
+    order[i] = static_cast<std::int64_t>(i);
+  }
+  const auto probability = [&](std::int64_t token) { return p[token].item<double>(); };
+  std::stable_sort(order.begin(), order.end(), [&](auto x, auto y) { return probability(x) > probability(y); });
+  double before = 0.0;
+  double nucleus = 0.0;
+  std::vector<std::int64_t> inside;
+  for (const std::int64_t token : order) {
+    if (before < options.sampling.top_p) {
+      inside.push_back(token);
+      nucleus += probability(token);
+    }
+    before += probability(token);
+  }
+  int counted = 0;
+  for (const std::int64_t token : inside) {
+    const double share = probability(token) / nucleus;
+    const double spread = std::sqrt(share * (1 - share) * kDraws);
+    CHECK(std::abs(found[token] - share * kDraws) <= 4 * spread + 1e-9);
+    counted += found[token];
+  }
+  CHECK(counted == kDraws);
+}
+
+TEST_CASE("merged adapters are the model with its adapters") {
+  const torch::NoGradGuard no_grad;
+  const Architecture a = small_architecture();
+  OffloadedModel offloaded = make_offloaded(a, torch::kFloat64, kCpu);
+  offloaded.model->add_adapters({.rank = 2, .alpha = 3.0});
+  std::uint64_t seed = 90;
+  for (Tensor& adapter : offloaded.model->adapters()) {
+    adapter.copy_(random_normal(adapter.sizes(), seed++).mul(0.2));
+  }
+  const Tensor tokens = prompt_of(a);
+  TokenBatch batch;
+  batch.tokens_BS = tokens;
+  batch.positions_BS = torch::arange(5, torch::kInt64).unsqueeze(0);
+  batch.sequence_ids_BS = torch::zeros({1, 5}, torch::kInt64);
+  const Tensor expected = offloaded.model->forward(batch).hidden_BSD;
+  DecoderOptions options;
+  options.capacity = 8;
+  CHECK_THROWS_AS(Decoder(offloaded, options), std::invalid_argument);
+  merge_adapters(offloaded);
+  CHECK_FALSE(offloaded.model->adapter_settings());
+  CHECK(relative_error(offloaded.model->forward(batch).hidden_BSD, expected) < 1e-6);
+  CHECK_NOTHROW(Decoder(offloaded, options));
+}
+
+TEST_CASE("a decoder refuses what does not fit") {
+  Architecture a = small_architecture();
+  const OffloadedModel offloaded = make_offloaded(a, torch::kFloat32, kCpu);
+  DecoderOptions options;
+  options.capacity = 8;
+  options.cache = slots_of(2);
+  options.start = CacheStart::kPreload;
+  CHECK_THROWS_AS(Decoder(offloaded, options), UsageError);  // of what?
+  options.preload = {{1}, {2}};
+  CHECK_THROWS_AS(Decoder(offloaded, options), UsageError);  // three layers
+  options.preload = {{1}, {2}, {6}};
+  CHECK_THROWS_AS(Decoder(offloaded, options), UsageError);  // six experts
+  options.start = CacheStart::kCold;
+  options.preload = {{1}, {2}, {3}};
+  CHECK_THROWS_AS(Decoder(offloaded, options), UsageError);
+  options.preload = {};
+  options.cache->policy = Kind::kBelady;
+  CHECK_THROWS_AS(Decoder(offloaded, options), UsageError);
+  options.cache->policy = Kind::kLru;
+  Decoder decoder(offloaded, options);
+  CHECK_THROWS_AS(decoder.decode(1), std::invalid_argument);  // no prompt yet
+  CHECK_THROWS_AS(decoder.begin(prompt_of(a, 2)), std::invalid_argument);
+  CHECK_THROWS_AS(decoder.begin(prompt_of(a, 1, 8)), std::invalid_argument);
+  decoder.begin(prompt_of(a, 1, 5));
+  CHECK_THROWS_AS(decoder.decode(4), std::invalid_argument);
+  CHECK_NOTHROW(decoder.decode(3));
+  CHECK_THROWS_AS(decoder.recorded(), std::logic_error);
+  CHECK_THROWS_AS(decoder.recorded_logits(), std::logic_error);
+
+  const Architecture phi = phi_architecture();  // factors change at 4 tokens
+  Decoder growing(make_offloaded(phi, torch::kFloat32, kCpu), options);
+  growing.begin(prompt_of(phi, 1, 3));
+  CHECK_NOTHROW(growing.decode(1));
+  CHECK_THROWS_AS(growing.decode(1), RunError);
+}
