@@ -5,6 +5,7 @@
 #include <string>
 
 #include "hestia/kernels/decode_router.hpp"
+#include "hestia/kernels/expert_fetch.hpp"
 
 namespace hestia {
 
@@ -27,6 +28,9 @@ inline void check_decode_multiple(const char* kernel, const char* name, std::int
 }
 
 void check_decode_router(const DecodeRouterShape& shape);
+
+void check_expert_fetch(const ExpertStoreShape& shape, const void* store, std::int64_t layer, std::int64_t wave,
+                        const void* slots);
 
 /// RMSNorm of a row by the plain loop.
 void rms_norm_row(const std::uint16_t* x, const std::uint16_t* weight, std::int64_t size, float eps, DecodeNorm norm,

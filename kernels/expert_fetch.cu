@@ -1,42 +1,42 @@
-#include <algorithm>
-#include <cstdint>
+#include "hestia/kernels/expert_fetch.hpp"
 
-#include "expert_fetch_checks.hpp"
+#include <algorithm>
+
+#include "decode_checks.hpp"
+#include "decode_dot.cuh"
 #include "launch.cuh"
 
 namespace hestia {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kInFlight = 4;  // loads of 16 bytes that each thread has under way
+constexpr int kInFlight = 4;                       // loads of 16 bytes per thread
+constexpr unsigned kChunk = kThreads * kInFlight;  // words of 16 bytes that a block copies at once
 
+/// Blocks take the chunks of the wave's blobs in turn, so that all of them work on one blob and few pages at a time.
 __global__ void __launch_bounds__(kThreads)
-    expert_fetch_kernel(std::int64_t first_expert, std::size_t words, const SlotCacheStep* step,
-                        const SlotCacheLoad* loads, std::int32_t wave, const uint4* store, uint4* slots) {
-  const std::int32_t first = (wave - 1) * step->wave_size;
-  const std::int32_t last = min(first + step->wave_size, step->loads);
-  if (first >= last) {
-    return;
-  }
-  // Of each block a piece of every expert: all experts of the wave move on together.
-  const std::size_t stride = static_cast<std::size_t>(gridDim.x) * kThreads;
-  const std::size_t begin = static_cast<std::size_t>(blockIdx.x) * kThreads + threadIdx.x;
-  for (std::int32_t i = first; i < last; ++i) {
-    const uint4* const from = store + static_cast<std::size_t>(first_expert + loads[i].expert) * words;
-    uint4* const to = slots + static_cast<std::size_t>(loads[i].slot) * words;
-    for (std::size_t at = begin; at < words; at += kInFlight * stride) {
-      uint4 value[kInFlight];
+    expert_fetch_kernel(const uint4* layer, std::size_t blob_words, unsigned chunks_per_blob, const SlotCacheStep* step,
+                        const SlotCacheLoad* loads, std::int64_t wave, uint4* slots) {
+  const std::int64_t first = (wave - 1) * step->wave_size;
+  const std::int64_t count = min(static_cast<std::int64_t>(step->wave_size), step->loads - first);
+  for (std::int64_t chunk = blockIdx.x; chunk < count * chunks_per_blob; chunk += gridDim.x) {
+    const std::int64_t number = chunk / chunks_per_blob;
+    const SlotCacheLoad load = loads[first + number];
+    const std::size_t begin = static_cast<std::size_t>(chunk - number * chunks_per_blob) * kChunk + threadIdx.x;
+    const uint4* const from = layer + static_cast<std::size_t>(load.expert) * blob_words;
+    uint4* const to = slots + static_cast<std::size_t>(load.slot) * blob_words;
+    uint4 words[kInFlight];
 #pragma unroll
-      for (int j = 0; j < kInFlight; ++j) {
-        if (at + j * stride < words) {
-          value[j] = __ldcs(from + at + j * stride);
-        }
+    for (int i = 0; i < kInFlight; ++i) {
+      if (begin + i * kThreads < blob_words) {
+        words[i] = load_weights(from + begin + i * kThreads);
       }
+    }
+    // Plain stores: the products that follow find the newest of them in L2.
 #pragma unroll
-      for (int j = 0; j < kInFlight; ++j) {
-        if (at + j * stride < words) {
-          to[at + j * stride] = value[j];
-        }
+    for (int i = 0; i < kInFlight; ++i) {
+      if (begin + i * kThreads < blob_words) {
+        to[begin + i * kThreads] = words[i];
       }
     }
   }
@@ -44,13 +44,17 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void expert_fetch_cuda(const ExpertFetchShape& shape, const SlotCacheAnswer& answer, std::int64_t layer,
-                       std::int32_t wave, const std::uint8_t* store, std::uint8_t* slots, void* stream,
-                       std::int32_t blocks) {
-  check_expert_fetch(shape, layer, wave);
-  expert_fetch_kernel<<<static_cast<unsigned>(std::max(blocks, 1)), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      layer * shape.num_experts, shape.blob_bytes / sizeof(uint4), answer.step, answer.loads, wave,
-      reinterpret_cast<const uint4*>(store), reinterpret_cast<uint4*>(slots));
+void expert_fetch_cuda(const ExpertStoreShape& shape, const void* store, std::int64_t layer, const SlotCacheStep* step,
+                       const SlotCacheLoad* loads, std::int64_t wave, void* slots, std::int64_t num_blocks,
+                       void* stream) {
+  check_expert_fetch(shape, store, layer, wave, slots);
+  check_decode_range("expert fetch", "the number of blocks", num_blocks, 65535);
+  const std::size_t words = shape.blob_bytes / sizeof(uint4);
+  const uint4* const of_layer =
+      static_cast<const uint4*>(store) + static_cast<std::size_t>(layer * shape.num_experts) * words;
+  expert_fetch_kernel<<<static_cast<unsigned>(num_blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      of_layer, words, static_cast<unsigned>((words + kChunk - 1) / kChunk), step, loads, wave,
+      static_cast<uint4*>(slots));
   check_launch("expert_fetch_kernel");
 }
 

@@ -116,8 +116,8 @@ void slot_cache_mask_cuda(const SlotCacheShape&, const SlotCacheState&, std::int
   refuse();
 }
 
-void expert_fetch_cuda(const ExpertFetchShape&, const SlotCacheAnswer&, std::int64_t, std::int32_t, const std::uint8_t*,
-                       std::uint8_t*, void*, std::int32_t) {
+void expert_fetch_cuda(const ExpertStoreShape&, const void*, std::int64_t, const SlotCacheStep*, const SlotCacheLoad*,
+                       std::int64_t, void*, std::int64_t, void*) {
   refuse();
 }
 

@@ -113,6 +113,9 @@ struct SlotExecutor::Impl {
 
   [[nodiscard]] void* stream() const { return c10::cuda::getCurrentCUDAStream(device.index()).stream(); }
   [[nodiscard]] std::int64_t groups() const { return shape->num_layers / shape->layers_per_group; }
+  [[nodiscard]] ExpertStoreShape store_shape() const {
+    return {shape->num_layers, shape->num_experts, store.layout().bytes};
+  }
   [[nodiscard]] SlotCacheAnswer answer() const {
     return {as<SlotCacheStep>(step_memory), as<SlotCacheLoad>(loads_memory), slots_TK.data_ptr<std::int32_t>(),
             waves_TK.data_ptr<std::int32_t>()};
@@ -217,9 +220,8 @@ struct SlotExecutor::Impl {
     const SlotCacheAnswer said = answer();
     for (std::int64_t wave = 0; wave < said.step->waves; ++wave) {
       if (wave > 0) {
-        expert_fetch_cpu({.num_experts = shape->num_experts, .blob_bytes = store.layout().bytes}, said, moe_layer,
-                         static_cast<std::int32_t>(wave), store.blobs_NB().const_data_ptr<std::uint8_t>(),
-                         slots_SB.mutable_data_ptr<std::uint8_t>());
+        expert_fetch_cpu(store_shape(), store.blobs_NB().const_data_ptr(), moe_layer, said.step, said.loads, wave,
+                         slots_SB.mutable_data_ptr());
       }
       compute(wave, [&](std::int64_t i, std::int64_t now) { return said.waves[i] == now ? said.slots[i] : -1; });
     }
@@ -237,9 +239,8 @@ struct SlotExecutor::Impl {
     serve(selected_TK, moe_layer);
     const SlotCacheAnswer said = answer();
     const auto fetch = [&](std::int64_t wave, void* on) {
-      expert_fetch_cuda({.num_experts = shape->num_experts, .blob_bytes = store.layout().bytes}, said, moe_layer,
-                        static_cast<std::int32_t>(wave), store.device_data(), slots_SB.mutable_data_ptr<std::uint8_t>(),
-                        on);
+      expert_fetch_cuda(store_shape(), store.device_data(), moe_layer, said.step, said.loads, wave,
+                        slots_SB.mutable_data_ptr(), kExpertFetchBlocks, on);
     };
     const auto current = c10::cuda::getCurrentCUDAStream(device.index());
     const bool overlap = overlaps(tokens);

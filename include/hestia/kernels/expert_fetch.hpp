@@ -7,27 +7,32 @@
 
 namespace hestia {
 
-/// Where the experts of a store and the slots lie: blob e of MoE layer l begins at (l * num_experts + e) * blob_bytes
-/// of the store, slot s at s * blob_bytes of the slots.
-struct ExpertFetchShape {
-  std::int64_t num_experts = 0;  ///< E per layer, at least 1
-  std::size_t blob_bytes = 0;    ///< A multiple of 16, at least 16.
+/// The expert store: the blob of expert e of layer l begins at (l * num_experts + e) * blob_bytes.
+struct ExpertStoreShape {
+  std::int64_t num_layers = 1;   ///< L
+  std::int64_t num_experts = 0;  ///< E per layer
+  std::size_t blob_bytes = 0;  ///< Of one expert, a multiple of 16; slot s of the slot buffer begins at s * blob_bytes.
 };
 
-/// Copies the experts that wave `wave` (from 1) of a served step loads from the store into their slots: entries
-/// [(wave - 1) * wave_size, wave * wave_size) of the list of loads, as far as it goes. Only `answer.step` and
-/// `answer.loads` are read. Throws std::invalid_argument for a shape, layer or wave out of range. Synchronous.
-void expert_fetch_cpu(const ExpertFetchShape& shape, const SlotCacheAnswer& answer, std::int64_t layer,
-                      std::int32_t wave, const std::uint8_t* store, std::uint8_t* slots);
+/// Blocks of a fetch. From 8 to 64 fill the link alike; few leave the other multiprocessors to kernels that compute
+/// with hits meanwhile.
+inline constexpr std::int64_t kExpertFetchBlocks = 16;
 
-/// The same on the GPU, as a kernel that reads the store over the link: `store` is pinned host memory as the device
-/// sees it (cudaHostGetDevicePointer), `slots` and what `answer` points to lie in device memory; store and slots
-/// aligned to
-/// 16. Asynchronous on `stream` (a cudaStream_t) of the current device, one launch of `blocks` blocks whatever the list
-/// holds, no allocation, no word to the host: fit for capture in a graph. Throws RunError with the CUDA error when the
-/// launch fails, or when Hestia was built without its CUDA kernels.
-void expert_fetch_cuda(const ExpertFetchShape& shape, const SlotCacheAnswer& answer, std::int64_t layer,
-                       std::int32_t wave, const std::uint8_t* store, std::uint8_t* slots, void* stream,
-                       std::int32_t blocks = 32);
+/// Copies the blobs of wave `wave` (>= 1) of a served step from `store` into their slots: entries [(wave - 1) *
+/// step->wave_size, wave * step->wave_size) of `loads` as far as step->loads goes; nothing in a wave past the last.
+/// `step` and `loads` as slot_cache_serve writes them for `layer`; `slots`: uint8 [slots, blob_bytes]. Throws
+/// std::invalid_argument for a size, layer or wave out of range, or memory not aligned to 16. Synchronous, one thread.
+void expert_fetch_cpu(const ExpertStoreShape& shape, const void* store, std::int64_t layer, const SlotCacheStep* step,
+                      const SlotCacheLoad* loads, std::int64_t wave, void* slots);
+
+/// The same on the GPU, by its multiprocessors: `store` is a device pointer to pinned, mapped host memory
+/// (cudaHostGetDevicePointer) or to device memory, that nobody writes meanwhile; the others are device pointers.
+/// Asynchronous on `stream` (a cudaStream_t) of the current device; one launch of `num_blocks` blocks, nothing
+/// allocated, no word to the host: it can be captured in a CUDA graph. An empty wave costs little more than the launch.
+/// Throws as expert_fetch_cpu does, and RunError with the CUDA error when the launch fails, or when Hestia was built
+/// without its CUDA kernels.
+void expert_fetch_cuda(const ExpertStoreShape& shape, const void* store, std::int64_t layer, const SlotCacheStep* step,
+                       const SlotCacheLoad* loads, std::int64_t wave, void* slots, std::int64_t num_blocks,
+                       void* stream);
 
 }  // namespace hestia
