@@ -1,0 +1,464 @@
+#include <algorithm>
+#include <charconv>
+#include <cmath>
+#include <filesystem>
+#include <iostream>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <fmt/format.h>
+#include <CLI/CLI.hpp>
+
+#include "commands.hpp"
+#include "hestia/core/error.hpp"
+#include "hestia/core/json_lines.hpp"
+#include "hestia/core/log.hpp"
+#include "hestia/core/progress.hpp"
+#include "hestia/data/tokenizer.hpp"
+#include "hestia/evaluation/build_info.hpp"
+#include "hestia/model/tensors.hpp"
+#include "hestia/routing/trace.hpp"
+#include "hestia/runtime/decoder.hpp"
+#include "hestia/runtime/replay.hpp"
+#include "hestia/trainer/bundle.hpp"
+
+namespace hestia {
+namespace {
+
+struct GenerateArguments {
+  std::filesystem::path model;
+  std::filesystem::path router;
+  std::string prompt;
+  std::string prompt_tokens;
+  std::int64_t max_tokens = 128;
+  std::string expert_slots;
+  std::string policy = "lru";
+  double gamma = SlotCacheOptions{}.gamma;
+  std::uint64_t seed = 1;
+  std::string start = "cold";
+  std::string residency = "bundle";
+  double temperature = 0.0;
+  double top_p = 1.0;
+  std::string device = "auto";
+  std::string dtype = "bfloat16";
+  std::optional<std::uint64_t> random_weights;
+  bool ignore_eos = false;
+  bool no_graph = false;
+  std::filesystem::path record;
+  std::filesystem::path record_logits;
+  std::filesystem::path replay;
+  bool json = false;
+  bool quiet = false;
+};
+
+std::vector<std::int64_t> token_list(const std::string& text, std::int64_t vocab_size) {
+  std::vector<std::int64_t> tokens;
+  std::size_t begin = 0;
+  while (begin <= text.size()) {
+    const std::size_t comma = std::min(text.find(',', begin), text.size());
+    std::int64_t token = 0;
+    const char* last = text.data() + comma;
+    const auto [end, failure] = std::from_chars(text.data() + begin, last, token);
+    if (failure != std::errc() || end != last || token < 0 || token >= vocab_size) {
+      throw UsageError(fmt::format("--prompt-tokens: must be ids from 0 to {} with commas between, got \"{}\"",
+                                   vocab_size - 1, text));
+    }
+    tokens.push_back(token);
+    begin = comma + 1;
+  }
+  return tokens;
+}
+
+CacheStart start_from_name(const std::string& name) {
+  if (name == "cold") {
+    return CacheStart::kCold;
+  }
+  if (name == "prefill") {
+    return CacheStart::kPrefill;
+  }
+  const std::string near = nearest_name(name, {"cold", "prefill"});
+  throw UsageError(fmt::format("--start: must be cold or prefill, got \"{}\"{}", name,
+                               near.empty() ? "" : fmt::format(" (did you mean \"{}\"?)", near)));
+}
+
+// "off", "bundle" or "LAMBDA,J" on top of the bundle's logit ranges.
+std::optional<ResidencyRule> residency_from(const std::string& text, const std::optional<BundleManifest>& manifest) {
+  if (text == "off" || (text == "bundle" && !manifest)) {
+    return std::nullopt;
+  }
+  if (!manifest) {
+    throw UsageError(fmt::format(
+        "--residency-prior: lambda is measured in the logit ranges that a bundle holds, got \"{}\" without --router; "
+        "give the bundle",
+        text));
+  }
+  ResidencyRule rule = manifest->residency;
+  if (text == "bundle") {
+    return rule;
+  }
+  const std::size_t comma = text.find(',');
+  const char* end = text.data() + text.size();
+  const char* middle = comma == std::string::npos ? end : text.data() + comma;
+  const auto lambda = std::from_chars(text.data(), middle, rule.lambda);
+  bool good = lambda.ec == std::errc() && lambda.ptr == middle && std::isfinite(rule.lambda) && rule.lambda >= 0;
+  if (comma != std::string::npos) {
+    const auto keep = std::from_chars(middle + 1, end, rule.always_keep);
+    good = good && keep.ec == std::errc() && keep.ptr == end && rule.always_keep >= 0;
+  }
+  if (!good) {
+    throw UsageError(fmt::format(
+        "--residency-prior: must be LAMBDA,J (0.3,2), off, or bundle for the bundle's own rule, got \"{}\"", text));
+  }
+  return rule;
+}
+
+// Prints what is new of a text that grows, without a character that is not whole yet.
+class Stream {
+ public:
+  Stream(const Tokenizer& tokenizer, bool enabled) : tokenizer_(&tokenizer), enabled_(enabled) {}
+  void add(std::int64_t token) { ids_.push_back(static_cast<std::int32_t>(token)); }
+  void print(bool last) {
+    text_ = tokenizer_->decode(ids_);
+    std::size_t end = text_.size();
+    constexpr std::string_view kBroken = "\xEF\xBF\xBD";
+    while (!last && end >= kBroken.size() && std::string_view(text_).substr(0, end).ends_with(kBroken)) {
+      end -= kBroken.size();
+    }
+    if (enabled_ && end > printed_) {
+      std::cout << text_.substr(printed_, end - printed_) << std::flush;
+      printed_ = end;
+    }
+  }
+  [[nodiscard]] const std::string& text() const { return text_; }
+
+ private:
+  const Tokenizer* tokenizer_;
+  bool enabled_;
+  std::vector<std::int32_t> ids_;
+  std::string text_;
+  std::size_t printed_ = 0;
+};
+
+struct Totals {
+  std::int64_t requests = 0, hits = 0, cold = 0, loads = 0, evictions = 0;
+};
+
+Totals totals_of(const std::vector<SlotCacheCounts>& counts) {
+  Totals totals;
+  for (const SlotCacheCounts& layer : counts) {
+    totals.requests += layer.requests;
+    totals.hits += layer.hits;
+    totals.cold += layer.cold;
+    totals.loads += layer.loads;
+    totals.evictions += layer.evictions;
+  }
+  return totals;
+}
+
+double per(std::int64_t count, std::int64_t of) {
+  return of == 0 ? 0.0 : static_cast<double>(count) / static_cast<double>(of);
+}
+
+void write_trace(const std::filesystem::path& path, const Decoder& decoder, const Architecture& architecture,
+                 std::int64_t expert_bytes, const std::string& model) {
+  RoutingTrace trace;
+  append_sequence(trace, decoder.recorded());
+  const std::vector<std::int64_t> moe_layers = architecture.moe_layers();
+  trace.model = model;
+  trace.num_layers = architecture.num_layers;
+  for (std::size_t layer = 0; layer < trace.layers.size(); ++layer) {
+    trace.layers[layer].layer = moe_layers[layer];
+    trace.layers[layer].expert_bytes = expert_bytes;
+  }
+  for (TraceEntry& entry : trace.entries) {
+    entry.layer = static_cast<std::int32_t>(moe_layers[static_cast<std::size_t>(entry.layer)]);
+  }
+  const std::string extension = path.extension().string();
+  if (extension == ".h5" || extension == ".hdf5") {
+    write_trace_hdf5(path, trace);
+  } else {
+    write_trace_csv(path, trace);
+  }
+  log_info(fmt::format("wrote {}: {} tokens, {} of them decoded", path.string(), decoder.recorded().num_tokens,
+                       decoder.times().steps));
+}
+
+// In the form that `hestia score` reads.
+void write_logits(const std::filesystem::path& path, const Decoder& decoder, std::int64_t top_k) {
+  const torch::Tensor logits_LSE = decoder.recorded_logits().select(2, 0).contiguous();
+  const std::int64_t steps = logits_LSE.size(1);
+  write_tensors(path,
+                {{"router_logits", logits_LSE},
+                 {"sequence_ids", torch::zeros({steps}, torch::kInt64)},
+                 {"counted", torch::ones({steps}, torch::kUInt8)}},
+                {{"top_k", std::to_string(top_k)}});
+  log_info(fmt::format("wrote {}: router logits of {} steps", path.string(), steps));
+}
+
+void run_generate(const GenerateArguments& arguments) {
+  if (arguments.prompt.empty() == arguments.prompt_tokens.empty()) {
+    throw UsageError("generate: give either --prompt TEXT or --prompt-tokens 1,2,3");
+  }
+  if (arguments.max_tokens < 1) {
+    throw UsageError(fmt::format("--max-tokens: must be at least 1, got {}", arguments.max_tokens));
+  }
+  if (!(arguments.temperature >= 0) || !std::isfinite(arguments.temperature)) {
+    throw UsageError(fmt::format("--temperature: must be at least 0 (0 is greedy), got {}", arguments.temperature));
+  }
+  if (!(arguments.top_p > 0 && arguments.top_p <= 1)) {
+    throw UsageError(fmt::format("--top-p: must be above 0 and at most 1, got {}", arguments.top_p));
+  }
+  const torch::Device device = device_from_recipe(arguments.device);
+  const torch::Dtype dtype = dtype_from_recipe(arguments.dtype);
+  const Architecture stored = read_architecture(arguments.model);
+  // Everything that can be wrong is looked at before the weights are read.
+  std::optional<std::unique_ptr<Tokenizer>> tokenizer;
+  std::vector<std::int64_t> prompt;
+  if (!arguments.prompt.empty()) {
+    tokenizer = open_tokenizer(arguments.model);
+    if ((*tokenizer)->bos_id() >= 0 && stored.bos_token_id >= 0) {
+      prompt.push_back((*tokenizer)->bos_id());
+    }
+    for (const std::int32_t id : (*tokenizer)->encode(arguments.prompt)) {
+      if (prompt.empty() || id != prompt.front() || prompt.size() > 1) {
+        prompt.push_back(id);
+      }
+    }
+  } else {
+    prompt = token_list(arguments.prompt_tokens, stored.vocab_size);
+  }
+  const auto prompt_length = static_cast<std::int64_t>(prompt.size());
+  if (prompt.empty()) {
+    throw UsageError(fmt::format("--prompt: must have at least one token, got \"{}\"", arguments.prompt));
+  }
+  if (prompt_length + arguments.max_tokens > stored.max_position_embeddings) {
+    throw UsageError(fmt::format("--max-tokens: the model reaches {} tokens, got a prompt of {} and {} more",
+                                 stored.max_position_embeddings, prompt_length, arguments.max_tokens));
+  }
+  std::optional<RoutingTrace> trace;
+  if (!arguments.replay.empty()) {
+    trace = read_trace(arguments.replay);
+  }
+
+  DecoderOptions options;
+  const std::int64_t blob_bytes = static_cast<std::int64_t>(expert_blob_layout(stored, dtype).bytes);
+  if (!arguments.expert_slots.empty()) {
+    options.cache.emplace();
+    options.cache->slots = parse_expert_slots(arguments.expert_slots, stored, blob_bytes, stored.top_k);
+    options.cache->policy = policy_from_name(arguments.policy);
+    options.cache->gamma = arguments.gamma;
+    options.cache->seed = arguments.seed;
+  }
+  options.start = start_from_name(arguments.start);
+  options.capacity = prompt_length + arguments.max_tokens;
+  options.sampling = {arguments.temperature, arguments.top_p, arguments.seed};
+  options.graph = !arguments.no_graph;
+  options.record = !arguments.record.empty();
+  options.record_logits = !arguments.record_logits.empty();
+
+  OffloadedModel offloaded = arguments.random_weights
+                                 ? create_offloaded(stored, dtype, device, *arguments.random_weights)
+                                 : load_offloaded(arguments.model, dtype, device, arguments.quiet);
+  if (arguments.random_weights) {
+    log_warning("weights are random: text, routing and hit rates say nothing of a trained model");
+  }
+  std::optional<BundleManifest> manifest;
+  if (!arguments.router.empty()) {
+    manifest = load_bundle(offloaded.model, arguments.router);
+    merge_adapters(offloaded);
+  }
+  options.residency = residency_from(arguments.residency, manifest);
+  const Architecture architecture = offloaded.model->architecture();
+  Decoder decoder(std::move(offloaded), options);
+  std::int64_t most_steps = arguments.max_tokens - 1;
+  if (trace) {
+    const std::vector<std::int64_t> turns = turns_of(*trace);
+    DecodeReplay replay = replay_of(*trace, {turns.empty() ? 0 : turns.front()}, architecture);
+    most_steps = std::min(most_steps, replay.steps_LSBK.size(1));
+    decoder.replay(std::move(replay));
+    log_warning("replay: experts are the trace's, so speed and hits are real and the text is not the model's");
+  }
+
+  const std::atomic<bool>& interrupted = interrupt_flag();
+  const bool text_known = tokenizer.has_value();
+  std::optional<Stream> stream;
+  if (text_known) {
+    stream.emplace(**tokenizer, !arguments.json);
+  }
+  std::vector<std::int64_t> eos;
+  if (!arguments.ignore_eos && !trace) {
+    eos.push_back(architecture.eos_token_id);
+    if (text_known) {
+      eos.push_back((*tokenizer)->eos_id());
+    }
+  }
+  decoder.begin(torch::tensor(prompt, torch::kInt64).unsqueeze(0));
+  std::vector<std::int64_t> tokens;
+  std::string stop = "length";
+  while (true) {
+    const torch::Tensor chosen = decoder.tokens_BS();
+    tokens.push_back(chosen[0][chosen.size(1) - 1].item<std::int64_t>());
+    if (std::find(eos.begin(), eos.end(), tokens.back()) != eos.end()) {
+      stop = "eos";
+      break;
+    }
+    if (stream) {
+      stream->add(tokens.back());
+      stream->print(/*last=*/false);
+    } else if (!arguments.json) {
+      std::cout << (tokens.size() > 1 ? "," : "") << tokens.back() << std::flush;
+    }
+    if (decoder.times().steps >= most_steps) {
+      break;
+    }
+    if (interrupted.load()) {
+      stop = "interrupted";
+      break;
+    }
+    decoder.decode(1);
+  }
+  if (stream) {
+    stream->print(/*last=*/true);
+  }
+  if (!arguments.json) {
+    std::cout << std::endl;
+  }
+  if (options.record) {
+    write_trace(arguments.record, decoder, architecture, blob_bytes, arguments.model.string());
+  }
+  if (options.record_logits) {
+    write_logits(arguments.record_logits, decoder, architecture.top_k);
+  }
+
+  const DecodeTimes times = decoder.times();
+  const Totals totals = totals_of(decoder.counts());
+  const auto moe_layers = static_cast<std::int64_t>(architecture.moe_layers().size());
+  const double rate = times.step_seconds > 0 ? static_cast<double>(times.steps) / times.step_seconds : 0.0;
+  const bool traced = options.record || options.record_logits;
+  Json result = {
+      {"format_version", 1},
+      {"program", {{"version", program_version()}, {"commit", program_commit()}}},
+      {"machine", machine_info()},
+      {"model", arguments.model.string()},
+      {"router", arguments.router.empty() ? "base" : arguments.router.string()},
+      {"mode", trace ? "replay" : "live"},
+      {"random_weights", arguments.random_weights.has_value()},
+      {"device", device.str()},
+      {"dtype", arguments.dtype},
+      {"prompt_tokens", prompt_length},
+      {"tokens", tokens},
+      {"text", stream ? Json(stream->text()) : Json()},
+      {"stop", stop},
+      {"cuda_graph", device.is_cuda() && options.graph},
+      {"traced", traced},
+      {"ttft_seconds", times.prompt_seconds},
+      {"decode_steps", times.steps},
+      {"tokens_per_second", rate},
+  };
+  if (options.cache) {
+    const SlotCacheOptions& cache = *options.cache;
+    result["cache"] = {
+        {"slots_per_layer", cache.slots.per_layer},
+        {"pool_slots", cache.slots.pool},
+        {"slot_bytes", decoder.slots().slot_bytes()},
+        {"policy", arguments.policy},
+        {"start", arguments.start},
+        {"requests", totals.requests},
+        {"hits", totals.hits},
+        {"cold", totals.cold},
+        {"loads", totals.loads},
+        {"evictions", totals.evictions},
+        {"hit_rate", per(totals.hits, totals.requests)},
+        {"loads_per_token_and_layer", per(totals.loads, times.steps * moe_layers)},
+        {"bytes_per_token", per(totals.loads * blob_bytes, times.steps)},
+    };
+  } else {
+    result["cache"] = nullptr;
+  }
+  result["residency"] =
+      options.residency && options.residency->lambda > 0
+          ? Json{{"lambda", options.residency->lambda}, {"always_keep", options.residency->always_keep}}
+          : Json();
+  result["warnings"] = degradations();
+  if (arguments.json) {
+    std::cout << result.dump(2) << std::endl;
+  } else {
+    std::vector<std::pair<std::string, std::string>> rows = {
+        {"tokens", fmt::format("{} prompt, {} generated ({})", prompt_length, tokens.size(), stop)},
+        {"first token", format_seconds(times.prompt_seconds)},
+        {"speed", fmt::format("{:.1f} tokens/s over {} steps{}", rate, times.steps,
+                              traced ? " (traced: not a benchmark run)" : "")}};
+    if (options.cache) {
+      rows.emplace_back("experts",
+                        fmt::format("{} slots {}, {} on the device, {} policy, {} start", decoder.slots().num_slots(),
+                                    options.cache->slots.per_layer > 0 ? "per layer" : "in one pool",
+                                    format_bytes(static_cast<double>(decoder.slots().slot_bytes())), arguments.policy,
+                                    arguments.start));
+      rows.emplace_back("hits", fmt::format("{} of {} requests ({:.1f} %)", totals.hits, totals.requests,
+                                            100.0 * per(totals.hits, totals.requests)));
+      rows.emplace_back(
+          "loads", fmt::format("{:.3f} per token and layer, {} per token", per(totals.loads, times.steps * moe_layers),
+                               format_bytes(per(totals.loads * blob_bytes, times.steps))));
+    } else {
+      rows.emplace_back("experts", "all resident");
+    }
+    log_block(fmt::format("Generated with {} ({})", arguments.model.string(), trace ? "replay" : "live"), rows);
+  }
+  if (stop == "interrupted") {
+    throw InterruptedError("generate: stopped by Ctrl-C; what was generated stands above");
+  }
+}
+
+}  // namespace
+
+void add_generate(CLI::App& app) {
+  auto arguments = std::make_shared<GenerateArguments>();
+  CLI::App* verb =
+      app.add_subcommand("generate", "generate text with most experts in host memory, and say what that took");
+  verb->add_option("--model", arguments->model, "model directory with config.json, weights and tokeniser")
+      ->required()
+      ->option_text("DIR");
+  verb->add_option("--router", arguments->router, "router bundle to serve in place of the model's own routers")
+      ->option_text("BUNDLE");
+  verb->add_option("--prompt", arguments->prompt, "text to go on from")->option_text("TEXT");
+  verb->add_option("--prompt-tokens", arguments->prompt_tokens, "token ids in place of text, for example 1,2,3")
+      ->option_text("IDS");
+  verb->add_option("--max-tokens", arguments->max_tokens, "most tokens to generate")->capture_default_str();
+  verb->add_option("--expert-slots", arguments->expert_slots,
+                   "experts on the device: 16 per layer, total:256 in one pool, memory:6GiB (default: all)")
+      ->option_text("N");
+  verb->add_option("--policy", arguments->policy, "which expert leaves: lru, lfu, gamma, lifo, fifo, random, static")
+      ->capture_default_str();
+  verb->add_option("--gamma", arguments->gamma, "discount of the policy gamma")->capture_default_str();
+  verb->add_option("--start", arguments->start, "slots at the first step: cold, or prefill for what the prompt used")
+      ->capture_default_str();
+  verb->add_option("--residency-prior", arguments->residency,
+                   "prefer experts that are there: LAMBDA,J, off, or bundle for the bundle's own rule")
+      ->capture_default_str();
+  verb->add_option("--temperature", arguments->temperature, "0: always the likeliest token")->capture_default_str();
+  verb->add_option("--top-p", arguments->top_p, "draw among the likeliest tokens that reach this probability together")
+      ->capture_default_str();
+  verb->add_option("--seed", arguments->seed, "of drawn tokens and the policy random")->capture_default_str();
+  verb->add_option("--device", arguments->device, "cpu, cuda, cuda:N or auto")->capture_default_str();
+  verb->add_option("--dtype", arguments->dtype, "bfloat16 or float32")->capture_default_str();
+  verb->add_option("--random-weights", arguments->random_weights,
+                   "make weights of this seed in memory: DIR needs only config.json (for replay)")
+      ->option_text("SEED");
+  verb->add_flag("--ignore-eos", arguments->ignore_eos, "go on after the end-of-text token");
+  verb->add_flag("--no-graph", arguments->no_graph, "on a GPU: no CUDA graphs");
+  verb->add_option("--record", arguments->record, "write the routing trace: CSV, or packed when it ends in .h5")
+      ->option_text("FILE");
+  verb->add_option("--record-logits", arguments->record_logits,
+                   "write the router logits of the steps, as `hestia score` reads them")
+      ->option_text("FILE");
+  verb->add_option("--replay", arguments->replay, "serve the experts of this trace's first sequence")
+      ->option_text("TRACE");
+  verb->add_flag("--json", arguments->json, "one JSON object in place of text and statistics");
+  verb->add_flag("--quiet", arguments->quiet, "no progress bar");
+  verb->footer("Example: hestia generate --model checkpoints/tiny --expert-slots 4 --prompt \"The kernel\"");
+  verb->callback([arguments] { run_generate(*arguments); });
+}
+
+}  // namespace hestia
