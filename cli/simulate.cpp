@@ -13,6 +13,7 @@
 #include "hestia/core/json_lines.hpp"
 #include "hestia/core/progress.hpp"
 #include "hestia/routing/metrics.hpp"
+#include "hestia/routing/preload.hpp"
 #include "hestia/routing/simulator.hpp"
 #include "hestia/routing/trace.hpp"
 
@@ -27,6 +28,9 @@ struct SimulateArguments {
   double gamma = SimulationOptions{}.gamma;
   std::uint64_t seed = SimulationOptions{}.seed;
   bool include_prefill = false;
+  std::string start = "cold";
+  std::string preload;  // preferences.h5
+  std::string preload_router = "tuned";
   bool json = false;
 };
 
@@ -49,6 +53,26 @@ struct Setting {
   SimulationCounts counts;
 };
 
+// The preload lists of a start with preload, empty for another; refuses a file without the start and the reverse.
+std::vector<std::vector<std::uint16_t>> preload_of(const SimulateArguments& arguments, const RoutingTrace& trace) {
+  const bool wanted = start_from_name(arguments.start) == CacheStart::kPreload;
+  const PreferenceRouter router = router_from_name(arguments.preload_router, "--preload-router");
+  if (wanted != !arguments.preload.empty()) {
+    throw UsageError(wanted ? "start: preload needs the experts to begin with; add --preload FILE, a preferences.h5"
+                            : fmt::format("preload: goes with --start preload only, got --start {}; change the start "
+                                          "or leave out --preload",
+                                          arguments.start));
+  }
+  if (!wanted) {
+    return {};
+  }
+  std::vector<std::int64_t> layers;
+  for (const TraceLayer& layer : trace.layers) {
+    layers.push_back(layer.layer);
+  }
+  return read_preload(arguments.preload, router, layers, trace.num_experts, "the trace");
+}
+
 // Parses every argument before the first simulation, so that a typing mistake leaves no half a result.
 std::vector<Setting> settings_of(const SimulateArguments& arguments, const RoutingTrace& trace) {
   std::vector<std::int64_t> slots = arguments.slots;
@@ -57,6 +81,8 @@ std::vector<Setting> settings_of(const SimulateArguments& arguments, const Routi
       slots.push_back(std::max<std::int64_t>(1, trace.num_experts / divisor));
     }
   }
+  const CacheStart start = start_from_name(arguments.start);
+  const std::vector<std::vector<std::uint16_t>> preload = preload_of(arguments, trace);
   std::vector<Setting> settings;
   for (const std::string& name : arguments.policies) {
     for (const std::int64_t count : slots) {
@@ -66,6 +92,8 @@ std::vector<Setting> settings_of(const SimulateArguments& arguments, const Routi
       setting.options.gamma = arguments.gamma;
       setting.options.seed = arguments.seed;
       setting.options.include_prefill = arguments.include_prefill;
+      setting.options.start = start;
+      setting.options.preload = preload;
       setting.options.num_threads = std::max<std::int64_t>(1, std::thread::hardware_concurrency());
       settings.push_back(setting);
     }
@@ -73,16 +101,21 @@ std::vector<Setting> settings_of(const SimulateArguments& arguments, const Routi
   return settings;
 }
 
-void print_json(const std::vector<Setting>& settings) {
+void print_json(const SimulateArguments& arguments, const std::vector<Setting>& settings) {
   for (const Setting& setting : settings) {
-    const Json line = {{"policy", policy_name(setting.options.policy)},
-                       {"slots", setting.options.slots},
-                       {"requests", setting.counts.requests},
-                       {"hits", setting.counts.hits},
-                       {"cold", setting.counts.cold},
-                       {"loads", setting.counts.loads},
-                       {"evictions", setting.counts.evictions},
-                       {"hit_rate", setting.counts.hit_rate()}};
+    Json line = {{"policy", policy_name(setting.options.policy)},
+                 {"slots", setting.options.slots},
+                 {"start", start_name(setting.options.start)},
+                 {"requests", setting.counts.requests},
+                 {"hits", setting.counts.hits},
+                 {"cold", setting.counts.cold},
+                 {"loads", setting.counts.loads},
+                 {"evictions", setting.counts.evictions},
+                 {"hit_rate", setting.counts.hit_rate()}};
+    if (setting.options.start == CacheStart::kPreload) {
+      line["preload"] = arguments.preload;
+      line["preload_router"] = arguments.preload_router;
+    }
     std::cout << line.dump() << '\n';
   }
   std::cout.flush();
@@ -95,13 +128,28 @@ std::string label(const SimulationOptions& options) {
   return std::string(policy_name(options.policy));
 }
 
-void print_table(const RoutingTrace& trace, bool include_prefill, const std::vector<Setting>& settings) {
+// What every cache holds at its resets, in words.
+std::string start_text(const SimulateArguments& arguments) {
+  switch (start_from_name(arguments.start)) {
+    case CacheStart::kPrefill:
+      return "prefill (what the prompt's steps leave)";
+    case CacheStart::kPreload:
+      return fmt::format("preload (most used of the {} router in {})", arguments.preload_router, arguments.preload);
+    case CacheStart::kCold:
+      break;
+  }
+  return "cold (empty)";
+}
+
+void print_table(const RoutingTrace& trace, const SimulateArguments& arguments, const std::vector<Setting>& settings) {
+  const bool include_prefill = arguments.include_prefill;
   const std::int64_t tokens = served_tokens(trace, include_prefill);
   const bool bytes_known = std::any_of(trace.layers.begin(), trace.layers.end(),
                                        [](const TraceLayer& layer) { return layer.expert_bytes > 0; });
   std::cout << fmt::format("trace             {}\n", trace.model.empty() ? "(model not named)" : trace.model)
             << fmt::format("routing           {} MoE layers, {} experts, top {}, {} tokens{}\n", trace.layers.size(),
                            trace.num_experts, trace.top_k, tokens, include_prefill ? " with prefill" : " decoded")
+            << fmt::format("start             {}\n", start_text(arguments))
             << fmt::format("expert overlap    {:.6f}\n", expert_overlap_ratio(trace, include_prefill))
             << fmt::format("distinct experts  {:.2f} per sequence and layer\n\n",
                            distinct_experts(trace, include_prefill));
@@ -128,9 +176,9 @@ void run_simulate(const SimulateArguments& arguments) {
     setting.counts = simulate(trace, setting.options);
   }
   if (arguments.json) {
-    print_json(settings);
+    print_json(arguments, settings);
   } else {
-    print_table(trace, arguments.include_prefill, settings);
+    print_table(trace, arguments, settings);
   }
 }
 
@@ -167,6 +215,19 @@ void add_simulate(CLI::App& app) {
                    fmt::format("seed of the policy random, SplitMix64 (default {})", arguments->seed))
       ->option_text("N");
   command->add_flag("--include-prefill", arguments->include_prefill, "serve and count prefill steps too");
+  command
+      ->add_option("--start", arguments->start,
+                   fmt::format("what a cache holds when decoding begins: {} (default {})",
+                               fmt::join(start_names(), ", "), arguments->start))
+      ->option_text("NAME");
+  command
+      ->add_option("--preload", arguments->preload,
+                   "with --start preload: a preferences.h5, whose most used experts are put in place")
+      ->option_text("FILE");
+  command
+      ->add_option("--preload-router", arguments->preload_router,
+                   fmt::format("whose counts in it: baseline or tuned (default {})", arguments->preload_router))
+      ->option_text("NAME");
   command->add_flag("--json", arguments->json, "one JSON object per line instead of the table");
   command->footer("Example: hestia simulate trace.csv --policy lru,belady --slots 8,16 --json");
   command->callback([arguments] { run_simulate(*arguments); });

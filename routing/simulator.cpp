@@ -1,11 +1,13 @@
 #include "hestia/routing/simulator.hpp"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <future>
 #include <numeric>
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include "demand_cache.hpp"
 #include "hestia/core/error.hpp"
@@ -15,6 +17,9 @@
 namespace hestia {
 
 namespace {
+
+// In enum order.
+constexpr std::array<std::string_view, 3> kStartNames = {"cold", "prefill", "preload"};
 
 // Steps that are served but not counted: those of the prefill that a start leaves its residents by.
 bool is_start(const SimulationOptions& options, const TraceEntry& entry) {
@@ -225,6 +230,26 @@ std::vector<SimulationCounts> for_layers(const RoutingTrace& trace, const Simula
 }
 
 }  // namespace
+
+std::string_view start_name(CacheStart start) {
+  return kStartNames.at(static_cast<std::size_t>(start));
+}
+
+CacheStart start_from_name(std::string_view name) {
+  for (std::size_t i = 0; i < kStartNames.size(); ++i) {
+    if (kStartNames[i] == name) {
+      return static_cast<CacheStart>(i);
+    }
+  }
+  const std::string nearest = nearest_name(name, start_names());
+  throw UsageError(fmt::format("start: unknown name, got \"{}\"; {}choose one of {}", name,
+                               nearest.empty() ? "" : fmt::format("did you mean \"{}\"? ", nearest),
+                               fmt::join(kStartNames, ", ")));
+}
+
+std::vector<std::string> start_names() {
+  return {kStartNames.begin(), kStartNames.end()};
+}
 
 SimulationCounts& SimulationCounts::operator+=(const SimulationCounts& other) {
   requests += other.requests;

@@ -102,8 +102,8 @@ TEST_CASE("simulate counts a generated trace as a plain count does, in every for
     for (const auto& [key, value] : line.items()) {
       keys.push_back(key);
     }
-    CHECK(keys ==
-          std::vector<std::string>{"policy", "slots", "requests", "hits", "cold", "loads", "evictions", "hit_rate"});
+    CHECK(keys == std::vector<std::string>{"policy", "slots", "start", "requests", "hits", "cold", "loads", "evictions",
+                                           "hit_rate"});
   }
   CHECK(done(hestia({"simulate", hdf5, "--policy=lru", "--slots", "2,3,5,12", "--json"})) == outcome.out);
 }
@@ -130,6 +130,9 @@ TEST_CASE("simulate names what is wrong on its command line") {
   check_complaint(hestia({"simulate", path, "--policy", "lru,beladdy"}), 2, {"beladdy", "did you mean \"belady\"?"});
   check_complaint(hestia({"simulate", path, "--slots", "0"}), 2, {"slots", "at least 1", "got 0"});
   check_complaint(hestia({"simulate", path, "--slots", "few"}), 2, {"--slots", "few"});
+  check_complaint(hestia({"simulate", path, "--start", "warm"}), 2, {"start", "warm", "cold, prefill, preload"});
+  check_complaint(hestia({"simulate", path, "--start", "preload"}), 2, {"--preload FILE"});
+  check_complaint(hestia({"simulate", path, "--start", "preload", "--preload", path}), 3, {path});
   check_complaint(hestia({"simulate", path, "--policy", "gamma", "--gamma", "1.5"}), 2, {"gamma", "[0, 1]", "1.5"});
   check_complaint(hestia({"simulate", (folder.path() / "absent.csv").string()}), 3, {"absent.csv", "check the path"});
   check_complaint(hestia({"simulate", folder.path().string()}), 3, {folder.path().string(), "not a regular file"});

@@ -1,6 +1,8 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <string_view>
 #include <vector>
 
 #include "hestia/routing/cache_policy.hpp"
@@ -10,6 +12,13 @@ namespace hestia {
 
 /// What a cache holds when its first counted step comes. The exact rules stand in docs/routing.md.
 enum class CacheStart : std::int32_t { kCold, kPrefill, kPreload };
+
+/// Name on the command line and in results: cold, prefill, preload.
+[[nodiscard]] std::string_view start_name(CacheStart start);
+/// Inverse of start_name. Throws UsageError with the nearest name.
+[[nodiscard]] CacheStart start_from_name(std::string_view name);
+/// All names, in enum order.
+[[nodiscard]] std::vector<std::string> start_names();
 
 /// Options of one cache simulation.
 struct SimulationOptions {

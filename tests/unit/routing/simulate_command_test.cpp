@@ -3,12 +3,15 @@
 #include <set>
 #include <sstream>
 
+#include <fmt/format.h>
 #include <catch2/catch.hpp>
 
 #include "cli/commands.hpp"
 #include "hestia/core/error.hpp"
 #include "hestia/core/json_lines.hpp"
 #include "hestia/routing/metrics.hpp"
+#include "hestia/routing/preferences.hpp"
+#include "hestia/routing/preload.hpp"
 #include "routing_fixtures.hpp"
 #include "temporary_folder.hpp"
 
@@ -50,7 +53,7 @@ std::vector<Json> json_lines(const std::string& text) {
 
 std::string trace_file(const TemporaryFolder& folder) {
   SplitMix64 random(91);
-  const std::string path = (folder.path() / "trace.csv").string();
+  std::string path = (folder.path() / "trace.csv").string();
   write_trace_csv(path, random_trace(random, TraceShape{}));
   return path;
 }
@@ -70,10 +73,15 @@ TEST_CASE("simulate --json prints one object a line with the counts") {
       options.slots = slots;
       options.gamma = 0.5;
       const SimulationCounts counts = simulate(trace, options);
-      const Json expected = {{"policy", policy_name(policy)}, {"slots", slots},
-                             {"requests", counts.requests},   {"hits", counts.hits},
-                             {"cold", counts.cold},           {"loads", counts.loads},
-                             {"evictions", counts.evictions}, {"hit_rate", counts.hit_rate()}};
+      const Json expected = {{"policy", policy_name(policy)},
+                             {"slots", slots},
+                             {"start", "cold"},
+                             {"requests", counts.requests},
+                             {"hits", counts.hits},
+                             {"cold", counts.cold},
+                             {"loads", counts.loads},
+                             {"evictions", counts.evictions},
+                             {"hit_rate", counts.hit_rate()}};
       // The text, so that order of keys and every digit of the rate count.
       CHECK(lines[i++].dump() == expected.dump());
     }
@@ -111,8 +119,8 @@ TEST_CASE("the table shows overlap, distinct experts and bytes, and defaults to 
   const std::string text = simulate_output({path});
   CHECK_THAT(text, Catch::Contains("2 MoE layers, 12 experts, top 3") && Catch::Contains("expert overlap") &&
                        Catch::Contains("distinct experts") && Catch::Contains("bytes/token"));
-  // 4 lines, a blank one, the head, then 3 policies at 1, 3 and 6 slots.
-  CHECK(std::count(text.begin(), text.end(), '\n') == 4 + 1 + 1 + 9);
+  // 5 lines, a blank one, the head, then 3 policies at 1, 3 and 6 slots.
+  CHECK(std::count(text.begin(), text.end(), '\n') == 5 + 1 + 1 + 9);
   // Aligned: every line of the table is as long as its head.
   std::istringstream stream(text.substr(text.find("policy")));
   std::string head;
@@ -141,6 +149,110 @@ TEST_CASE("prefill and seed reach the simulator") {
     hits.insert(requests({"--seed", seed}).at("hits").get<std::int64_t>());
   }
   CHECK(hits.size() > 1);
+}
+
+// A preference file for the model layers 1, 3, ...: one sequence of random routing by each router.
+std::string preferences_file(const TemporaryFolder& folder, const std::string& name, std::int64_t num_layers,
+                             std::int64_t num_experts) {
+  SplitMix64 random(92);
+  std::string path = (folder.path() / name).string();
+  const auto sequence = [&] {
+    SequenceRouting routing;
+    routing.num_tokens = 30;
+    routing.num_layers = num_layers;
+    routing.num_experts = num_experts;
+    routing.top_k = 3;
+    for (std::int64_t row = 0; row < num_layers * routing.num_tokens; ++row) {
+      const auto experts = testing::random_experts(random, num_experts, 3);
+      routing.selected.insert(routing.selected.end(), experts.begin(), experts.end());
+      routing.probabilities.insert(routing.probabilities.end(), static_cast<std::size_t>(num_experts), 0.1F);
+    }
+    return routing;
+  };
+  std::vector<std::int64_t> layers;
+  for (std::int64_t layer = 0; layer < num_layers; ++layer) {
+    layers.push_back(2 * layer + 1);
+  }
+  PreferenceWriter writer(path, num_layers, num_experts, layers);
+  writer.add(sequence(), sequence());
+  writer.close();
+  return path;
+}
+
+TEST_CASE("the start reaches the simulator, and the output names it") {
+  const TemporaryFolder folder;
+  const std::string path = trace_file(folder);
+  const RoutingTrace trace = read_trace(path);
+  const std::string preferences = preferences_file(folder, "preferences.h5", 2, 12);
+  const auto output = [&](std::vector<std::string> more) {
+    more.insert(more.begin(), {path, "--policy", "lru", "--slots", "3,4,5,6,8"});
+    return simulate_output(more);
+  };
+  // Checks the counts of every line and returns the hits.
+  const auto checked_hits = [&](const std::vector<std::string>& arguments, SimulationOptions options) {
+    std::vector<std::string> with_json = arguments;
+    with_json.emplace_back("--json");
+    std::vector<std::int64_t> hits;
+    for (const Json& line : json_lines(output(with_json))) {
+      options.slots = line.at("slots").get<std::int64_t>();
+      const SimulationCounts counts = simulate(trace, options);
+      CHECK(line.at("start") == start_name(options.start));
+      CHECK(line.contains("preload") == (options.start == CacheStart::kPreload));
+      CHECK(line.at("hits") == counts.hits);
+      CHECK(line.at("cold") == counts.cold);
+      CHECK(line.at("evictions") == counts.evictions);
+      hits.push_back(counts.hits);
+    }
+    CHECK(hits.size() == 5);
+    return hits;
+  };
+  SimulationOptions options;
+  std::set<std::vector<std::int64_t>> all_hits = {checked_hits({}, options)};
+  CHECK_THAT(output({}), Catch::Contains("start             cold"));
+  options.start = CacheStart::kPrefill;
+  all_hits.insert(checked_hits({"--start", "prefill"}, options));
+  CHECK_THAT(output({"--start", "prefill"}), Catch::Contains("start             prefill"));
+
+  options.start = CacheStart::kPreload;
+  for (const PreferenceRouter router : {PreferenceRouter::kBaseline, PreferenceRouter::kTuned}) {
+    const std::string name(router_name(router));
+    options.preload = preload_order(PreferenceReader(preferences).aggregate(router));
+    const std::vector<std::string> arguments = {"--start",   "preload",          "--preload",
+                                                preferences, "--preload-router", name};
+    all_hits.insert(checked_hits(arguments, options));
+    std::vector<std::string> with_json = arguments;
+    with_json.emplace_back("--json");
+    const Json line = json_lines(output(with_json)).at(0);
+    CHECK(line.at("preload") == preferences);
+    CHECK(line.at("preload_router") == name);
+    CHECK_THAT(output(arguments),
+               Catch::Contains(fmt::format("preload (most used of the {} router in {})", name, preferences)));
+  }
+  // Four starts, four results: no flag is dropped. Without --preload-router it is the tuned router.
+  CHECK(all_hits.size() == 4);
+  CHECK(output({"--start", "preload", "--preload", preferences}) ==
+        output({"--start", "preload", "--preload", preferences, "--preload-router", "tuned"}));
+}
+
+TEST_CASE("a start that does not fit is refused with the value") {
+  const TemporaryFolder folder;
+  const std::string path = trace_file(folder);
+  const std::string preferences = preferences_file(folder, "preferences.h5", 2, 12);
+  CHECK_THROWS_WITH(simulate_output({path, "--start", "prefil"}), Catch::Contains("did you mean \"prefill\"?"));
+  CHECK_THROWS_WITH(simulate_output({path, "--start", "preload"}), Catch::Contains("add --preload FILE"));
+  CHECK_THROWS_WITH(simulate_output({path, "--preload", preferences}), Catch::Contains("got --start cold"));
+  CHECK_THROWS_WITH(simulate_output({path, "--start", "prefill", "--include-prefill"}),
+                    Catch::Contains("include_prefill"));
+  const auto preload = [&](const std::string& file, const std::string& router = "tuned") {
+    return simulate_output({path, "--start", "preload", "--preload", file, "--preload-router", router});
+  };
+  CHECK_THROWS_WITH(preload(preferences, "tunde"), Catch::Contains("did you mean \"tuned\"?"));
+  CHECK_THROWS_WITH(preload(preferences_file(folder, "wide.h5", 2, 13)),
+                    Catch::Contains("wide.h5 must have the 12 experts of the trace, got 13"));
+  CHECK_THROWS_WITH(preload(preferences_file(folder, "deep.h5", 3, 12)),
+                    Catch::Contains("2 MoE layers of the trace (1 3), got 3 (1 3 5)"));
+  CHECK_THROWS_AS(preload((folder.path() / "none.h5").string()), InputError);
+  CHECK_THROWS_AS(preload(path), InputError);
 }
 
 TEST_CASE("mistakes on the command line print nothing and name the value") {
