@@ -1,6 +1,7 @@
 // Stands in for all .cu files in a build with HESTIA_CUDA=OFF.
 #include "hestia/core/error.hpp"
 #include "hestia/kernels/decode_experts.hpp"
+#include "hestia/kernels/decode_linear.hpp"
 #include "hestia/kernels/decode_router.hpp"
 #include "hestia/kernels/expert_fetch.hpp"
 #include "hestia/kernels/residency_scan.hpp"
@@ -92,6 +93,14 @@ std::size_t decode_router_workspace(const DecodeRouterShape&) {
 }
 
 void decode_router_cuda(const DecodeRouterShape&, const DecodeRouterInputs&, const DecodeRouterOutputs&, void*, void*) {
+  refuse();
+}
+
+void decode_linear_cuda(const DecodeLinearShape&, const DecodeLinearInputs&, std::uint16_t*, void*) {
+  refuse();
+}
+
+void decode_linear_cuda(const DecodeLinearShape&, const DecodeLinearInputs&, float*, void*) {
   refuse();
 }
 

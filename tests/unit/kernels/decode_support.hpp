@@ -41,9 +41,9 @@ class Guarded {
   static constexpr unsigned char kFill = 0xA5;
 
   explicit Guarded(std::vector<Value> values, bool gpu = false) : size_(values.size()), gpu_(gpu) {
-    const auto* const bytes_in = reinterpret_cast<const unsigned char*>(values.data());
     std::vector<unsigned char> all(kGuard, kFill);
-    all.insert(all.end(), bytes_in, bytes_in + size_ * sizeof(Value));
+    const auto* const bytes = reinterpret_cast<const unsigned char*>(values.data());
+    all.insert(all.end(), bytes, bytes + size_ * sizeof(Value));
     all.insert(all.end(), kGuard, kFill);
     if (gpu_) {
       require_cuda(cudaMalloc(&device_, all.size()));
@@ -92,6 +92,36 @@ class Guarded {
   bool gpu_;
   std::vector<unsigned char> host_;
   void* device_ = nullptr;
+};
+
+/// What `enqueue(stream)` does, captured as a graph.
+class Captured {
+ public:
+  template <class Enqueue>
+  explicit Captured(const Enqueue& enqueue) {
+    require_cuda(cudaStreamCreate(&stream_));
+    require_cuda(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeGlobal));
+    enqueue(static_cast<void*>(stream_));
+    cudaGraph_t graph = nullptr;
+    require_cuda(cudaStreamEndCapture(stream_, &graph));
+    const cudaError_t error = cudaGraphInstantiate(&graph_, graph, 0);
+    cudaGraphDestroy(graph);
+    require_cuda(error);
+  }
+  Captured(const Captured&) = delete;
+  Captured& operator=(const Captured&) = delete;
+  ~Captured() {
+    cudaGraphExecDestroy(graph_);
+    cudaStreamDestroy(stream_);
+  }
+  void replay() {
+    require_cuda(cudaGraphLaunch(graph_, stream_));
+    require_cuda(cudaStreamSynchronize(stream_));
+  }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+  cudaGraphExec_t graph_ = nullptr;
 };
 
 /// Uniform in (-size, size).
