@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "hestia/kernels/decode_attention.hpp"
 #include "hestia/kernels/decode_linear.hpp"
 #include "hestia/kernels/decode_router.hpp"
 #include "hestia/kernels/expert_fetch.hpp"
@@ -30,6 +31,9 @@ inline void check_decode_multiple(const char* kernel, const char* name, std::int
 
 void check_decode_router(const DecodeRouterShape& shape);
 void check_decode_linear(const DecodeLinearShape& shape);
+void check_decode_attention(const DecodeAttentionShape& shape);  ///< The sizes that both kernels need.
+void check_decode_append(const DecodeAttentionShape& shape);
+void check_decode_scores(const DecodeAttentionShape& shape);
 
 void check_expert_fetch(const ExpertStoreShape& shape, const void* store, std::int64_t layer, std::int64_t wave,
                         const void* slots);

@@ -1,5 +1,6 @@
 // Stands in for all .cu files in a build with HESTIA_CUDA=OFF.
 #include "hestia/core/error.hpp"
+#include "hestia/kernels/decode_attention.hpp"
 #include "hestia/kernels/decode_experts.hpp"
 #include "hestia/kernels/decode_linear.hpp"
 #include "hestia/kernels/decode_router.hpp"
@@ -101,6 +102,20 @@ void decode_linear_cuda(const DecodeLinearShape&, const DecodeLinearInputs&, std
 }
 
 void decode_linear_cuda(const DecodeLinearShape&, const DecodeLinearInputs&, float*, void*) {
+  refuse();
+}
+
+void decode_append_cuda(const DecodeAttentionShape&, const DecodeAppendInputs&, const DecodeKeyValues&, std::uint16_t*,
+                        void*) {
+  refuse();
+}
+
+std::size_t decode_attention_workspace(const DecodeAttentionShape&) {
+  return 0;
+}
+
+void decode_attention_cuda(const DecodeAttentionShape&, const std::uint16_t*, const DecodeKeyValues&,
+                           const std::int64_t*, const std::uint16_t*, std::uint16_t*, void*, void*) {
   refuse();
 }
 
