@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -37,6 +38,8 @@ void check_decode_scores(const DecodeAttentionShape& shape);
 
 void check_expert_fetch(const ExpertStoreShape& shape, const void* store, std::int64_t layer, std::int64_t wave,
                         const void* slots);
+
+void check_read_memory(std::size_t bytes);
 
 /// RMSNorm of a row by the plain loop.
 void rms_norm_row(const std::uint16_t* x, const std::uint16_t* weight, std::int64_t size, float eps, DecodeNorm norm,

@@ -5,6 +5,7 @@
 #include "hestia/kernels/decode_linear.hpp"
 #include "hestia/kernels/decode_router.hpp"
 #include "hestia/kernels/expert_fetch.hpp"
+#include "hestia/kernels/memory_probe.hpp"
 #include "hestia/kernels/residency_scan.hpp"
 #include "hestia/kernels/router_rows.hpp"
 #include "hestia/kernels/slot_cache.hpp"
@@ -142,6 +143,10 @@ void slot_cache_mask_cuda(const SlotCacheShape&, const SlotCacheState&, std::int
 
 void expert_fetch_cuda(const ExpertStoreShape&, const void*, std::int64_t, const SlotCacheStep*, const SlotCacheLoad*,
                        std::int64_t, void*, std::int64_t, void*) {
+  refuse();
+}
+
+void read_memory_cuda(const void*, std::size_t, std::uint32_t*, void*) {
   refuse();
 }
 
