@@ -7,6 +7,7 @@
 
 #include "hestia/core/error.hpp"
 #include "hestia/core/json_lines.hpp"
+#include "hestia/evaluation/throughput.hpp"
 
 namespace hestia {
 
@@ -27,7 +28,8 @@ void check_overrides(const RecipeArguments& arguments) {
 std::string recipe_keys(const std::string& task) {
   FinetuneRecipe finetune;
   PretrainRecipe pretrain;
-  return describe_fields(task == "pretrain" ? pretrain.fields() : finetune.fields());
+  BenchRecipe bench;
+  return describe_fields(task == "pretrain" ? pretrain.fields() : task == "bench" ? bench.fields() : finetune.fields());
 }
 
 void add_help_keys(CLI::App& verb, const std::string& task) {

@@ -19,7 +19,7 @@ struct RecipeArguments {
 void add_recipe_arguments(CLI::App& verb, RecipeArguments& arguments, const std::string& what);
 /// Throws UsageError naming an argument after the recipe that is not key=value.
 void check_overrides(const RecipeArguments& arguments);
-/// Adds `--help-keys`, which prints every key of a recipe kind and exits: "finetune" or "pretrain".
+/// Adds `--help-keys`, which prints every key of a recipe kind and exits: "finetune", "pretrain" or "bench".
 void add_help_keys(CLI::App& verb, const std::string& task);
 /// The key table of a recipe kind.
 [[nodiscard]] std::string recipe_keys(const std::string& task);

@@ -16,6 +16,7 @@ void add_simulate(CLI::App& app);
 void add_score(CLI::App& app);
 void add_validate(CLI::App& app);
 void add_generate(CLI::App& app);
+void add_bench(CLI::App& app);
 void add_inspect(CLI::App& app);
 void add_recipes(CLI::App& app);
 void add_logits(CLI::App& app);

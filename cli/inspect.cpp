@@ -16,6 +16,7 @@
 #include "hestia/core/gguf.hpp"
 #include "hestia/core/progress.hpp"
 #include "hestia/core/safetensors.hpp"
+#include "hestia/evaluation/throughput.hpp"
 #include "hestia/routing/metrics.hpp"
 #include "hestia/routing/preferences.hpp"
 #include "hestia/routing/trace.hpp"
@@ -337,7 +338,11 @@ void inspect_preferences(const std::filesystem::path& file) {
 }
 
 void inspect_recipe(const std::filesystem::path& file) {
-  if (recipe_task(file) == "pretrain") {
+  const std::string task = recipe_task(file);
+  if (task == "bench") {
+    auto loaded = load_bench_recipe(file, {});
+    std::cout << save_recipe(loaded.recipe.fields());
+  } else if (task == "pretrain") {
     auto loaded = load_pretrain_recipe(file, {});
     std::cout << save_recipe(loaded.recipe.fields());
   } else {

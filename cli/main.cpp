@@ -86,6 +86,7 @@ int run(int argc, char** argv) {
   add_evaluate(app);
   add_pretrain(app);
   add_generate(app);
+  add_bench(app);
   add_simulate(app);
   add_score(app);
   add_validate(app);

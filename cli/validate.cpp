@@ -13,7 +13,9 @@
 #include "hestia/core/safetensors.hpp"
 #include "hestia/data/tokenizer.hpp"
 #include "hestia/evaluation/comparison.hpp"
+#include "hestia/evaluation/throughput.hpp"
 #include "hestia/model/tensors.hpp"
+#include "hestia/runtime/replay.hpp"
 #include "hestia/trainer/data_source.hpp"
 #include "hestia/trainer/recipes.hpp"
 #include "hestia/trainer/residency.hpp"
@@ -110,6 +112,19 @@ void check_model(const LoadedRecipe<FinetuneRecipe>& loaded, Complaints& complai
 
 void check_recipe(const std::string& path, const std::vector<std::string>& overrides, bool with_files,
                   Complaints& complaints) {
+  if (recipe_task(path) == "bench") {
+    const auto loaded = load_bench_recipe(path, overrides);
+    if (with_files) {
+      complaints.collect([&] {
+        const Architecture architecture = read_architecture(loaded.recipe.model.path);
+        if (!loaded.recipe.replay.trace.empty()) {
+          const RoutingTrace trace = read_trace(loaded.recipe.replay.trace);
+          static_cast<void>(replay_of(trace, {turns_of(trace).at(0)}, architecture));
+        }
+      });
+    }
+    return;
+  }
   if (recipe_task(path) == "pretrain") {
     const auto loaded = load_pretrain_recipe(path, overrides);
     const PretrainRecipe& recipe = loaded.recipe;
@@ -145,8 +160,8 @@ void add_validate(CLI::App& app) {
   CLI::App* verb = app.add_subcommand("validate", "check recipes, and that the model and text they name are there");
   verb->add_option("recipes", arguments->recipes, "recipes (YAML), and key=value overrides for all of them");
   verb->add_flag("--no-files", arguments->no_files, "check the recipes alone");
-  verb->add_option("--help-keys", arguments->keys, "print every key of a recipe kind: finetune or pretrain")
-      ->check(CLI::IsMember({"finetune", "pretrain"}));
+  verb->add_option("--help-keys", arguments->keys, "print every key of a recipe kind: finetune, pretrain or bench")
+      ->check(CLI::IsMember({"finetune", "pretrain", "bench"}));
   verb->footer("Example: hestia validate recipes/*.yaml");
   verb->callback([arguments] {
     if (!arguments->keys.empty()) {

@@ -242,7 +242,7 @@ void Decoder::replay(std::optional<DecodeReplay> replay) {
   const Architecture& a = impl.architecture;
   if (replay) {
     const Tensor& steps = replay->steps_LSBK;
-    if (!steps.defined() || steps.dim() != 4 || steps.scalar_type() != torch::kInt64 ||
+    if (!steps.defined() || steps.dim() != 4 || steps.size(1) < 1 || steps.scalar_type() != torch::kInt64 ||
         steps.size(0) != impl.moe_layers || steps.size(2) != impl.options.rows || steps.size(3) != a.top_k ||
         (!replay->prompt_SBK.empty() && static_cast<std::int64_t>(replay->prompt_SBK.size()) != impl.moe_layers)) {
       throw std::invalid_argument(fmt::format("replay: must be int64 [{} MoE layers, steps, {} rows, {} experts]",
@@ -329,7 +329,7 @@ void Decoder::decode(std::int64_t count) {
     throw std::invalid_argument(
         fmt::format("decoder: {} steps do not fit behind {} tokens in {}", count, length, impl.options.capacity));
   }
-  if (impl.replayed && impl.times.steps + count > impl.replayed->steps_LSBK.size(1)) {
+  if (impl.replayed && !impl.replayed->again && impl.times.steps + count > impl.replayed->steps_LSBK.size(1)) {
     throw std::invalid_argument(
         fmt::format("replay: has {} steps, asked for {}", impl.replayed->steps_LSBK.size(1), impl.times.steps + count));
   }

@@ -47,7 +47,7 @@ torch::Tensor ReplaySelector::select(const torch::Tensor& logits_TE, std::int64_
         fmt::format("replay: the trace has steps of {} rows of {} experts, the model asks for {} of {}",
                     selected_LSTK_.size(2), selected_LSTK_.size(3), logits_TE.size(0), top_k));
   }
-  return selected_LSTK_[moe_layer].index_select(0, step_1_)[0];
+  return selected_LSTK_[moe_layer].index_select(0, step_1_.remainder(selected_LSTK_.size(1)))[0];
 }
 
 }  // namespace hestia

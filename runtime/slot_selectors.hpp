@@ -26,7 +26,8 @@ class SlotResidencySelector : public Selector {
   std::shared_ptr<SlotExecutor> slots_;
 };
 
-/// Serves what a trace says, step after step, whatever the router says; the mixing weights are still the router's.
+/// Serves what a trace says, step after step and from the first again after the last, whatever the router says; the
+/// mixing weights are still the router's.
 class ReplaySelector : public Selector {
  public:
   /// selected_LSTK: int64 [MoE layers, steps, T, K], on the model's device. step_1: int64 [1] there, the step that

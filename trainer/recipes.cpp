@@ -243,7 +243,7 @@ FieldList PretrainRecipe::fields() {
 std::string recipe_task(const std::filesystem::path& path) {
   std::string task = "finetune";
   FieldList list;
-  list.add("task", task, "", {"finetune", "pretrain"});
+  list.add("task", task, "", {"finetune", "pretrain", "bench"});
   Problems ignored;
   const RecipeSource source = read_recipe(path, {}, list, ignored);
   for (const std::string& message : ignored.messages()) {

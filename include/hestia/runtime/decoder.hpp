@@ -43,6 +43,7 @@ struct DecoderOptions {
 struct DecodeReplay {
   torch::Tensor steps_LSBK;               ///< int64 [MoE layers, steps, B, K]
   std::vector<torch::Tensor> prompt_SBK;  ///< Of each MoE layer, for a start from the prompt; empty: the prompt's own.
+  bool again = false;                     ///< Begin with the first step again after the last, as often as need be.
 };
 
 /// What decoding took.

@@ -1,0 +1,82 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "hestia/core/json_lines.hpp"
+#include "hestia/core/recipe.hpp"
+#include "hestia/trainer/recipes.hpp"
+
+namespace hestia {
+
+/// Section `model` of a bench recipe.
+struct BenchModelOptions {
+  std::string path;                ///< Hugging Face directory; with random weights only its config.json is read.
+  std::string weights = "stored";  ///< stored | random
+  std::int64_t seed = 1;           ///< Of random weights.
+  std::string dtype = "bfloat16";
+  std::string device = "auto";
+  std::int64_t threads = 0;  ///< CPU threads; 0: all cores.
+  FieldList fields();
+};
+
+/// Section `bench`: the grid. Every combination is an arm.
+struct BenchOptions {
+  std::vector<std::string> slots = {"all", "16", "32"};  ///< `all`, or as `--expert-slots` takes them.
+  std::vector<std::string> policies = {"lru"};
+  double gamma = 0.9;
+  std::string start = "cold";  ///< cold | prefill | full: slots hold every expert, so that every request is a hit.
+  std::vector<std::int64_t> batch = {1};
+  std::vector<std::int64_t> prompt_tokens = {128};
+  std::vector<std::int64_t> new_tokens = {256};
+  std::int64_t repeats = 5;
+  std::int64_t seed = 1;  ///< Of the random prompts.
+  bool graph = true;
+  FieldList fields();
+};
+
+/// Section `replay`: experts out of a trace in place of the router's.
+struct BenchReplayOptions {
+  std::string trace;  ///< Empty: live routing.
+  FieldList fields();
+};
+
+/// Recipe of `hestia bench`.
+struct BenchRecipe {
+  std::string task = "bench";
+  std::string output;  ///< JSON lines, one per arm; empty: stdout only.
+  BenchModelOptions model;
+  BenchOptions bench;
+  BenchReplayOptions replay;
+  FieldList fields();
+};
+
+/// Reads and checks a bench recipe. Throws UsageError with all problems, each with file:line.
+[[nodiscard]] LoadedRecipe<BenchRecipe> load_bench_recipe(const std::filesystem::path& path,
+                                                          const std::vector<std::string>& overrides);
+
+/// Decodes every arm of the grid and returns one object per arm (docs/decoding.md has the fields). The arms of one
+/// batch and length take turns, after a round that does not count; rates of link and memory are probed before and
+/// after. Throws what loading a model and decoding throw; UsageError for a grid that the model does not have.
+[[nodiscard]] std::vector<Json> run_bench(const LoadedRecipe<BenchRecipe>& loaded, bool quiet);
+
+/// The rows as a table.
+[[nodiscard]] std::string bench_table(const std::vector<Json>& rows);
+
+/// Least seconds of a decode step (docs/decoding.md, "The bound"): per layer dense bytes at the memory rate and the
+/// longer of its missed bytes at the link rate and its hit bytes at the memory rate; then the head. Rates in bytes per
+/// second.
+struct DecodeBound {
+  std::vector<double> dense_bytes;  ///< Of each model layer, routed experts left out.
+  std::vector<bool> is_moe;         ///< Of each model layer.
+  double head_bytes = 0.0;
+  double expert_bytes = 0.0;
+  double link_rate = 0.0;
+  double device_rate = 0.0;
+  /// Of one step; misses and hits: experts of each MoE layer.
+  [[nodiscard]] double seconds(const std::vector<std::int64_t>& misses, const std::vector<std::int64_t>& hits) const;
+};
+
+}  // namespace hestia
