@@ -4,8 +4,7 @@
 #include "hestia/kernels/decode_experts.hpp"
 #include "hestia/kernels/decode_linear.hpp"
 #include "hestia/kernels/decode_router.hpp"
-#include "hestia/kernels/expert_fetch.hpp"
-#include "hestia/kernels/memory_probe.hpp"
+#include "hestia/kernels/decode_sample.hpp"
 #include "hestia/kernels/residency_scan.hpp"
 #include "hestia/kernels/router_rows.hpp"
 #include "hestia/kernels/slot_cache.hpp"
@@ -120,6 +119,15 @@ void decode_attention_cuda(const DecodeAttentionShape&, const std::uint16_t*, co
   refuse();
 }
 
+std::size_t decode_sample_workspace(const DecodeSampleShape&) {
+  return 0;
+}
+
+template <class Index>
+void decode_sample_cuda(const DecodeSampleShape&, const DecodeSampleInputs&, Index*, void*, void*) {
+  refuse();
+}
+
 void slot_cache_reset_cuda(const SlotCacheShape&, const SlotCacheState&, const std::int32_t*, std::int64_t,
                            const std::uint64_t*, void*) {
   refuse();
@@ -183,7 +191,8 @@ HESTIA_INSTANTIATE(double)
   template void slot_cache_serve_cuda<Index>(const SlotCacheShape&, const SlotCacheState&, std::int64_t, const Index*, \
                                              std::int64_t, std::int64_t, const SlotCacheAnswer&, void*);               \
   template void slot_cache_touch_cuda<Index>(const SlotCacheShape&, const SlotCacheState&, std::int64_t, const Index*, \
-                                             std::int64_t, std::int64_t, std::int64_t, void*);
+                                             std::int64_t, std::int64_t, std::int64_t, void*);                         \
+  template void decode_sample_cuda<Index>(const DecodeSampleShape&, const DecodeSampleInputs&, Index*, void*, void*);
 HESTIA_INSTANTIATE(std::int32_t)
 HESTIA_INSTANTIATE(std::int64_t)
 #undef HESTIA_INSTANTIATE
