@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <iostream>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -12,6 +13,7 @@
 #include "hestia/core/error.hpp"
 #include "hestia/core/json_lines.hpp"
 #include "hestia/core/progress.hpp"
+#include "hestia/routing/fold.hpp"
 #include "hestia/routing/metrics.hpp"
 #include "hestia/routing/preload.hpp"
 #include "hestia/routing/simulator.hpp"
@@ -31,6 +33,7 @@ struct SimulateArguments {
   std::string start = "cold";
   std::string preload;  // preferences.h5
   std::string preload_router = "tuned";
+  std::string fold;  // LxE; empty: the trace as it is
   bool json = false;
 };
 
@@ -101,7 +104,8 @@ std::vector<Setting> settings_of(const SimulateArguments& arguments, const Routi
   return settings;
 }
 
-void print_json(const SimulateArguments& arguments, const std::vector<Setting>& settings) {
+void print_json(const SimulateArguments& arguments, const std::optional<FoldedTrace>& folded,
+                const std::vector<Setting>& settings) {
   for (const Setting& setting : settings) {
     Json line = {{"policy", policy_name(setting.options.policy)},
                  {"slots", setting.options.slots},
@@ -115,6 +119,9 @@ void print_json(const SimulateArguments& arguments, const std::vector<Setting>& 
     if (setting.options.start == CacheStart::kPreload) {
       line["preload"] = arguments.preload;
       line["preload_router"] = arguments.preload_router;
+    }
+    if (folded) {
+      line["fold"] = {{"from", shape_text(folded->from)}, {"onto", shape_text(shape_of(folded->trace))}};
     }
     std::cout << line.dump() << '\n';
   }
@@ -141,12 +148,14 @@ std::string start_text(const SimulateArguments& arguments) {
   return "cold (empty)";
 }
 
-void print_table(const RoutingTrace& trace, const SimulateArguments& arguments, const std::vector<Setting>& settings) {
+void print_table(const RoutingTrace& trace, const SimulateArguments& arguments,
+                 const std::optional<FoldedTrace>& folded, const std::vector<Setting>& settings) {
   const bool include_prefill = arguments.include_prefill;
   const std::int64_t tokens = served_tokens(trace, include_prefill);
   const bool bytes_known = std::any_of(trace.layers.begin(), trace.layers.end(),
                                        [](const TraceLayer& layer) { return layer.expert_bytes > 0; });
   std::cout << fmt::format("trace             {}\n", trace.model.empty() ? "(model not named)" : trace.model)
+            << (folded ? fmt::format("folded            {}\n", folded->description()) : "")
             << fmt::format("routing           {} MoE layers, {} experts, top {}, {} tokens{}\n", trace.layers.size(),
                            trace.num_experts, trace.top_k, tokens, include_prefill ? " with prefill" : " decoded")
             << fmt::format("start             {}\n", start_text(arguments))
@@ -170,15 +179,21 @@ void print_table(const RoutingTrace& trace, const SimulateArguments& arguments, 
 }
 
 void run_simulate(const SimulateArguments& arguments) {
-  const RoutingTrace trace = read_trace(arguments.trace);
+  std::optional<RoutingShape> shape;
+  if (!arguments.fold.empty()) {
+    shape = shape_from_text(arguments.fold, "--fold");
+  }
+  const RoutingTrace recorded = read_trace(arguments.trace);
+  const std::optional<FoldedTrace> folded = shape ? std::optional(fold_trace(recorded, *shape)) : std::nullopt;
+  const RoutingTrace& trace = folded ? folded->trace : recorded;
   std::vector<Setting> settings = settings_of(arguments, trace);
   for (Setting& setting : settings) {
     setting.counts = simulate(trace, setting.options);
   }
   if (arguments.json) {
-    print_json(arguments, settings);
+    print_json(arguments, folded, settings);
   } else {
-    print_table(trace, arguments, settings);
+    print_table(trace, arguments, folded, settings);
   }
 }
 
@@ -228,6 +243,12 @@ void add_simulate(CLI::App& app) {
       ->add_option("--preload-router", arguments->preload_router,
                    fmt::format("whose counts in it: baseline or tuned (default {})", arguments->preload_router))
       ->option_text("NAME");
+  command
+      ->add_option(
+          "--fold", arguments->fold,
+          "lay the trace onto L layers of E experts first: layer l takes those of layer l mod n, expert e is e "
+          "mod E")
+      ->option_text("LxE");
   command->add_flag("--json", arguments->json, "one JSON object per line instead of the table");
   command->footer("Example: hestia simulate trace.csv --policy lru,belady --slots 8,16 --json");
   command->callback([arguments] { run_simulate(*arguments); });

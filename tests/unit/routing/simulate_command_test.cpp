@@ -9,6 +9,7 @@
 #include "cli/commands.hpp"
 #include "hestia/core/error.hpp"
 #include "hestia/core/json_lines.hpp"
+#include "hestia/routing/fold.hpp"
 #include "hestia/routing/metrics.hpp"
 #include "hestia/routing/preferences.hpp"
 #include "hestia/routing/preload.hpp"
@@ -253,6 +254,32 @@ TEST_CASE("a start that does not fit is refused with the value") {
                     Catch::Contains("2 MoE layers of the trace (1 3), got 3 (1 3 5)"));
   CHECK_THROWS_AS(preload((folder.path() / "none.h5").string()), InputError);
   CHECK_THROWS_AS(preload(path), InputError);
+}
+
+TEST_CASE("simulate --fold counts the folded trace and says so") {
+  const TemporaryFolder folder;
+  const std::string path = trace_file(folder);
+  const FoldedTrace folded = fold_trace(read_trace(path), {5, 7});
+  const std::vector<std::string> arguments = {path, "--fold", "5x7", "--policy", "lru", "--slots", "3"};
+  std::vector<std::string> with_json = arguments;
+  with_json.emplace_back("--json");
+  const Json line = json_lines(simulate_output(with_json)).at(0);
+  SimulationOptions options;
+  options.slots = 3;
+  const SimulationCounts counts = simulate(folded.trace, options);
+  CHECK(line.at("requests") == counts.requests);
+  CHECK(line.at("hits") == counts.hits);
+  CHECK(line.at("fold") == Json{{"from", "2x12"}, {"onto", "5x7"}});
+  const std::string table = simulate_output(arguments);
+  CHECK_THAT(table, Catch::Contains("folded            2x12 onto 5x7: layer l is l mod 2, expert e is e mod 7; ") &&
+                        Catch::Contains("5 MoE layers, 7 experts") && !Catch::Contains("bytes/token"));
+  CHECK_THAT(simulate_output({path}), !Catch::Contains("folded"));
+  CHECK_FALSE(json_lines(simulate_output({path, "--json"})).at(0).contains("fold"));
+  CHECK_THROWS_WITH(simulate_output({path, "--fold", "5"}), Catch::Contains("--fold: must be LxE"));
+  // A preload has to fit what is simulated, not what was recorded.
+  const std::string preferences = preferences_file(folder, "preferences.h5", 2, 12);
+  CHECK_THROWS_WITH(simulate_output({path, "--fold", "2x7", "--start", "preload", "--preload", preferences}),
+                    Catch::Contains("7 experts of the trace, got 12"));
 }
 
 TEST_CASE("mistakes on the command line print nothing and name the value") {
