@@ -19,6 +19,8 @@
 #include "hestia/data/tokenizer.hpp"
 #include "hestia/evaluation/build_info.hpp"
 #include "hestia/model/tensors.hpp"
+#include "hestia/routing/fold.hpp"
+#include "hestia/routing/preload.hpp"
 #include "hestia/routing/trace.hpp"
 #include "hestia/runtime/decoder.hpp"
 #include "hestia/runtime/replay.hpp"
@@ -38,6 +40,8 @@ struct GenerateArguments {
   double gamma = SlotCacheOptions{}.gamma;
   std::uint64_t seed = 1;
   std::string start = "cold";
+  std::filesystem::path preload;
+  std::string preload_router;
   std::string residency = "bundle";
   double temperature = 0.0;
   double top_p = 1.0;
@@ -49,6 +53,7 @@ struct GenerateArguments {
   std::filesystem::path record;
   std::filesystem::path record_logits;
   std::filesystem::path replay;
+  bool fold = false;
   bool json = false;
   bool quiet = false;
 };
@@ -78,8 +83,11 @@ CacheStart start_from_name(const std::string& name) {
   if (name == "prefill") {
     return CacheStart::kPrefill;
   }
-  const std::string near = nearest_name(name, {"cold", "prefill"});
-  throw UsageError(fmt::format("--start: must be cold or prefill, got \"{}\"{}", name,
+  if (name == "preload") {
+    return CacheStart::kPreload;
+  }
+  const std::string near = nearest_name(name, {"cold", "prefill", "preload"});
+  throw UsageError(fmt::format("--start: must be cold, prefill or preload, got \"{}\"{}", name,
                                near.empty() ? "" : fmt::format(" (did you mean \"{}\"?)", near)));
 }
 
@@ -197,6 +205,14 @@ void write_logits(const std::filesystem::path& path, const Decoder& decoder, std
   log_info(fmt::format("wrote {}: router logits of {} steps", path.string(), steps));
 }
 
+std::int64_t first_turn(const RoutingTrace& trace) {
+  const std::vector<std::int64_t> turns = turns_of(trace);
+  if (turns.empty()) {
+    throw UsageError("--replay: the trace has no decode steps");
+  }
+  return turns.front();
+}
+
 void run_generate(const GenerateArguments& arguments) {
   if (arguments.prompt.empty() == arguments.prompt_tokens.empty()) {
     throw UsageError("generate: give either --prompt TEXT or --prompt-tokens 1,2,3");
@@ -238,8 +254,19 @@ void run_generate(const GenerateArguments& arguments) {
                                  stored.max_position_embeddings, prompt_length, arguments.max_tokens));
   }
   std::optional<RoutingTrace> trace;
+  std::string fold;
   if (!arguments.replay.empty()) {
     trace = read_trace(arguments.replay);
+    if (arguments.fold) {
+      FoldedTrace folded =
+          fold_trace(*trace, {static_cast<std::int64_t>(stored.moe_layers().size()), stored.num_experts});
+      fold = folded.description();
+      log_info(fold);
+      trace = std::move(folded.trace);
+    }
+    static_cast<void>(replay_of(*trace, {first_turn(*trace)}, stored));
+  } else if (arguments.fold) {
+    throw UsageError("--fold: lays a trace onto the model's shape; give the trace with --replay");
   }
 
   DecoderOptions options;
@@ -252,6 +279,21 @@ void run_generate(const GenerateArguments& arguments) {
     options.cache->seed = arguments.seed;
   }
   options.start = start_from_name(arguments.start);
+  if (options.start == CacheStart::kPreload) {
+    const std::filesystem::path file = !arguments.preload.empty()  ? arguments.preload
+                                       : !arguments.router.empty() ? arguments.router / "preferences.h5"
+                                                                   : std::filesystem::path();
+    if (file.empty()) {
+      throw UsageError("--start preload: needs statistics; give --router BUNDLE or --preload FILE");
+    }
+    const std::string router = !arguments.preload_router.empty() ? arguments.preload_router
+                               : arguments.router.empty()        ? "baseline"
+                                                                 : "tuned";
+    options.preload = read_preload(file, router_from_name(router, "--preload-router"), stored.moe_layers(),
+                                   stored.num_experts, "the model");
+  } else if (!arguments.preload.empty() || !arguments.preload_router.empty()) {
+    throw UsageError(fmt::format("--preload: only serves --start preload, got --start {}", arguments.start));
+  }
   options.capacity = prompt_length + arguments.max_tokens;
   options.sampling = {arguments.temperature, arguments.top_p, arguments.seed};
   options.graph = !arguments.no_graph;
@@ -274,8 +316,7 @@ void run_generate(const GenerateArguments& arguments) {
   Decoder decoder(std::move(offloaded), options);
   std::int64_t most_steps = arguments.max_tokens - 1;
   if (trace) {
-    const std::vector<std::int64_t> turns = turns_of(*trace);
-    DecodeReplay replay = replay_of(*trace, {turns.empty() ? 0 : turns.front()}, architecture);
+    DecodeReplay replay = replay_of(*trace, {first_turn(*trace)}, architecture);
     most_steps = std::min(most_steps, replay.steps_LSBK.size(1));
     decoder.replay(std::move(replay));
     log_warning("replay: experts are the trace's, so speed and hits are real and the text is not the model's");
@@ -344,6 +385,7 @@ void run_generate(const GenerateArguments& arguments) {
       {"model", arguments.model.string()},
       {"router", arguments.router.empty() ? "base" : arguments.router.string()},
       {"mode", trace ? "replay" : "live"},
+      {"fold", fold.empty() ? Json() : Json(fold)},
       {"random_weights", arguments.random_weights.has_value()},
       {"device", device.str()},
       {"dtype", arguments.dtype},
@@ -432,8 +474,14 @@ void add_generate(CLI::App& app) {
   verb->add_option("--policy", arguments->policy, "which expert leaves: lru, lfu, gamma, lifo, fifo, random, static")
       ->capture_default_str();
   verb->add_option("--gamma", arguments->gamma, "discount of the policy gamma")->capture_default_str();
-  verb->add_option("--start", arguments->start, "slots at the first step: cold, or prefill for what the prompt used")
+  verb->add_option("--start", arguments->start,
+                   "slots at the first step: cold, prefill for what the prompt used, or preload from statistics")
       ->capture_default_str();
+  verb->add_option("--preload", arguments->preload, "preferences.h5 to preload from (default: the bundle's)")
+      ->option_text("FILE");
+  verb->add_option("--preload-router", arguments->preload_router,
+                   "whose statistics: baseline or tuned (default: that of --router)")
+      ->option_text("NAME");
   verb->add_option("--residency-prior", arguments->residency,
                    "prefer experts that are there: LAMBDA,J, off, or bundle for the bundle's own rule")
       ->capture_default_str();
@@ -455,6 +503,7 @@ void add_generate(CLI::App& app) {
       ->option_text("FILE");
   verb->add_option("--replay", arguments->replay, "serve the experts of this trace's first sequence")
       ->option_text("TRACE");
+  verb->add_flag("--fold", arguments->fold, "lay the trace onto the model's layers and experts (docs/routing.md)");
   verb->add_flag("--json", arguments->json, "one JSON object in place of text and statistics");
   verb->add_flag("--quiet", arguments->quiet, "no progress bar");
   verb->footer("Example: hestia generate --model checkpoints/tiny --expert-slots 4 --prompt \"The kernel\"");

@@ -15,7 +15,6 @@
 #include "hestia/evaluation/comparison.hpp"
 #include "hestia/evaluation/throughput.hpp"
 #include "hestia/model/tensors.hpp"
-#include "hestia/runtime/replay.hpp"
 #include "hestia/trainer/data_source.hpp"
 #include "hestia/trainer/recipes.hpp"
 #include "hestia/trainer/residency.hpp"
@@ -118,8 +117,8 @@ void check_recipe(const std::string& path, const std::vector<std::string>& overr
       complaints.collect([&] {
         const Architecture architecture = read_architecture(loaded.recipe.model.path);
         if (!loaded.recipe.replay.trace.empty()) {
-          const RoutingTrace trace = read_trace(loaded.recipe.replay.trace);
-          static_cast<void>(replay_of(trace, {turns_of(trace).at(0)}, architecture));
+          std::string fold;
+          static_cast<void>(bench_trace(loaded.recipe.replay, architecture, fold));
         }
       });
     }

@@ -18,7 +18,7 @@
 #include "hestia/core/random.hpp"
 #include "hestia/evaluation/build_info.hpp"
 #include "hestia/model/tensors.hpp"
-#include "hestia/routing/trace.hpp"
+#include "hestia/routing/fold.hpp"
 #include "hestia/runtime/decoder.hpp"
 #include "hestia/runtime/probe.hpp"
 #include "hestia/runtime/replay.hpp"
@@ -55,6 +55,7 @@ FieldList BenchOptions::fields() {
 FieldList BenchReplayOptions::fields() {
   FieldList list;
   list.add("trace", trace, "routing trace of the model's shape whose experts are served; empty: live routing");
+  list.add("fold", fold, "lay the trace onto the model's layers and experts (docs/routing.md)");
   return list;
 }
 
@@ -90,6 +91,22 @@ LoadedRecipe<BenchRecipe> load_bench_recipe(const std::filesystem::path& path,
   }
   problems.throw_usage_if_any();
   return loaded;
+}
+
+RoutingTrace bench_trace(const BenchReplayOptions& replay, const Architecture& architecture, std::string& fold) {
+  RoutingTrace trace = read_trace(replay.trace);
+  if (replay.fold) {
+    FoldedTrace folded =
+        fold_trace(trace, {static_cast<std::int64_t>(architecture.moe_layers().size()), architecture.num_experts});
+    fold = folded.description();
+    trace = std::move(folded.trace);
+  }
+  const std::vector<std::int64_t> turns = turns_of(trace);
+  if (turns.empty()) {
+    throw UsageError(fmt::format("replay.trace: {} has no decode steps", replay.trace));
+  }
+  static_cast<void>(replay_of(trace, {turns.front()}, architecture));
+  return trace;
 }
 
 double DecodeBound::seconds(const std::vector<std::int64_t>& misses, const std::vector<std::int64_t>& hits) const {
@@ -172,8 +189,7 @@ class Bench {
     const torch::Dtype dtype = dtype_from_recipe(recipe_.model.dtype);
     const Architecture architecture = read_architecture(recipe_.model.path);
     if (!recipe_.replay.trace.empty()) {
-      trace_ = read_trace(recipe_.replay.trace);
-      static_cast<void>(replay_of(*trace_, {turns_of(*trace_).at(0)}, architecture));
+      trace_ = bench_trace(recipe_.replay, architecture, fold_);
     }
     for (const std::int64_t batch : recipe_.bench.batch) {
       for (const std::string& slots : recipe_.bench.slots) {
@@ -403,6 +419,7 @@ class Bench {
         {"weights", recipe_.model.weights},
         {"mode", replay ? "replay" : "live"},
         {"trace", recipe_.replay.trace},
+        {"fold", fold_.empty() ? Json() : Json(fold_)},
         {"trace_steps", replay ? Json(replay->steps_LSBK.size(1)) : Json()},
         {"dtype", recipe_.model.dtype},
         {"slots", arm.slots},
@@ -438,6 +455,7 @@ class Bench {
   torch::Device device_;
   bool quiet_;
   std::optional<RoutingTrace> trace_;
+  std::string fold_;
   std::optional<OffloadedModel> offloaded_;
   ProbedRates before_;
   std::vector<Json> rows_;

@@ -14,6 +14,8 @@
 
 #include "hestia/core/error.hpp"
 #include "hestia/core/random.hpp"
+#include "hestia/kernels/decode_experts.hpp"
+#include "hestia/kernels/decode_sample.hpp"
 #include "hestia/model/key_value_cache.hpp"
 #include "prefill_executor.hpp"
 #include "slot_selectors.hpp"
@@ -29,18 +31,6 @@ constexpr std::int64_t kVisibleKeys = 256;
 
 double seconds_since(Clock::time_point begin) {
   return std::chrono::duration<double>(Clock::now() - begin).count();
-}
-
-// Numbers in [0, 1) for every token and row, [capacity, B].
-Tensor draws(const DecoderOptions& options) {
-  Tensor uniform = torch::empty({options.capacity, options.rows}, torch::kFloat64);
-  auto* value = uniform.mutable_data_ptr<double>();
-  SplitMix64 random(options.sampling.seed);
-  for (std::int64_t i = 0; i < uniform.numel(); ++i) {
-    constexpr double kUnit = 1.0 / 9007199254740992.0;  // 2^-53
-    value[i] = static_cast<double>(random.next() >> 11U) * kUnit;
-  }
-  return uniform;
 }
 
 }  // namespace
@@ -62,7 +52,7 @@ struct Decoder::Impl {
   KeyValueCache cache;
   Rotations rotations;
   // What a step reads and writes, at fixed places.
-  Tensor tokens_B1, position_1, step_1, chosen_BS, logits_BV, draws_SB;
+  Tensor tokens_B1, position_1, step_1, next_B, chosen_BS, logits_BV, seeds_B, sample_workspace;
   Tensor selected_LSBK, weights_LSBK, router_logits_LSBE;
   std::vector<Tensor> prompt_selected, prompt_weights;  // [B, S, K] of each MoE layer, on the CPU
 
@@ -100,8 +90,18 @@ struct Decoder::Impl {
     step_1 = torch::zeros({1}, integers);
     chosen_BS = torch::zeros({options.rows, options.capacity}, integers);
     logits_BV = torch::zeros({options.rows, architecture.vocab_size}, floats);
-    if (options.sampling.temperature > 0) {
-      draws_SB = draws(options).to(device);
+    next_B = torch::zeros({options.rows}, integers);
+    // Each row draws from a stream of its own.
+    Tensor seeds = torch::zeros({options.rows}, torch::kInt64);
+    SplitMix64 random(options.sampling.seed);
+    for (std::int64_t row = 0; row < options.rows; ++row) {
+      seeds[row] = static_cast<std::int64_t>(random.next());
+    }
+    seeds_B = seeds.to(device);
+    if (device.is_cuda()) {
+      const DecodeSampleShape shape{.num_tokens = options.rows, .vocabulary = architecture.vocab_size};
+      sample_workspace =
+          torch::zeros({static_cast<std::int64_t>(decode_sample_workspace(shape)) + 8}, integers.dtype(torch::kUInt8));
     }
     if (options.record) {
       const std::vector<std::int64_t> shape = {moe_layers, options.capacity, options.rows, architecture.top_k};
@@ -147,21 +147,26 @@ struct Decoder::Impl {
     }
   }
 
-  // The token that follows logits_BV, [B, 1]; `index_1`: which of the row's tokens it is.
-  [[nodiscard]] Tensor choose(const Tensor& index_1) const {
-    const DecodeSampling& sampling = options.sampling;
-    if (sampling.temperature <= 0) {
-      return top_k_lowest_index(logits_BV, 1);
+  // The token that follows logits_BV into next_B.
+  void choose() {
+    const DecodeSampleShape shape{.num_tokens = options.rows,
+                                  .vocabulary = architecture.vocab_size,
+                                  .temperature = static_cast<float>(options.sampling.temperature),
+                                  .top_p = static_cast<float>(options.sampling.top_p),
+                                  .one_step = true};
+    const DecodeSampleInputs in{logits_BV.const_data_ptr<float>(),
+                                reinterpret_cast<const std::uint64_t*>(seeds_B.const_data_ptr<std::int64_t>()),
+                                step_1.const_data_ptr<std::int64_t>()};
+    auto* next = next_B.mutable_data_ptr<std::int64_t>();
+    if (device.is_cuda()) {
+      decode_sample_cuda(shape, in, next, sample_workspace.mutable_data_ptr(),
+                         c10::cuda::getCurrentCUDAStream(device.index()).stream());
+    } else {
+      decode_sample_cpu(shape, in, next);
     }
-    const Tensor p = (logits_BV.to(torch::kFloat64) / sampling.temperature).softmax(1);
-    const auto [sorted, order] = p.sort(/*stable=*/true, /*dim=*/1, /*descending=*/true);
-    const Tensor kept = sorted * (sorted.cumsum(1) - sorted).lt(sampling.top_p);
-    const Tensor reached = kept.cumsum(1);
-    const Tensor draw_B1 = draws_SB.index_select(0, index_1).view({-1, 1}) * reached.narrow(1, p.size(1) - 1, 1);
-    // The first that goes over the draw; rounding cannot push it out of the nucleus.
-    const Tensor last = kept.gt(0).sum(1, /*keepdim=*/true) - 1;
-    const Tensor place = torch::minimum(reached.le(draw_B1).sum(1, /*keepdim=*/true), last);
-    return order.gather(1, place);
+    const Tensor next_B1 = next_B.unsqueeze(1);
+    chosen_BS.index_copy_(1, step_1, next_B1);
+    tokens_B1.copy_(next_B1);
   }
 
   void take_logits(const Tensor& hidden_BSD) {
@@ -184,9 +189,7 @@ struct Decoder::Impl {
     }
     step_1.add_(1);
     position_1.add_(1);
-    const Tensor next = choose(step_1);
-    chosen_BS.index_copy_(1, step_1, next);
-    tokens_B1.copy_(next);
+    choose();
   }
 
   void step_in_graph(std::int64_t visible) {
@@ -313,8 +316,7 @@ void Decoder::begin(const torch::Tensor& prompt_BS, std::int64_t sequence) {
   }
   impl.step_1.zero_();
   impl.position_1.fill_(length);
-  impl.tokens_B1.copy_(impl.choose(impl.step_1));
-  impl.chosen_BS.narrow(1, 0, 1).copy_(impl.tokens_B1);
+  impl.choose();
   impl.synchronize();
   impl.times.prompt_seconds = seconds_since(started);
   impl.model->set_selector(impl.step_selector);

@@ -2,18 +2,20 @@
 
 #include <algorithm>
 #include <map>
+#include <span>
 
 #include <fmt/format.h>
 
 #include "hestia/core/error.hpp"
+#include "hestia/routing/fold.hpp"
 
 namespace hestia {
 namespace {
 
 using torch::Tensor;
 
-// The steps of one phase of a sequence, int64 [steps, L, K].
-Tensor steps_of(const RoutingTrace& trace, std::int64_t sequence, Phase phase) {
+// The steps of one phase of a sequence, int64 [steps, L, K]; a step of fewer experts names its first once more.
+Tensor steps_of(const RoutingTrace& trace, std::int64_t sequence, Phase phase, std::int64_t top_k) {
   std::map<std::int64_t, std::int64_t> layer_place;
   for (const TraceLayer& layer : trace.layers) {
     layer_place.emplace(layer.layer, static_cast<std::int64_t>(layer_place.size()));
@@ -35,35 +37,31 @@ Tensor steps_of(const RoutingTrace& trace, std::int64_t sequence, Phase phase) {
       layers_seen = 0;
       ++steps;
     }
-    if (layer_place.at(entry.layer) != layers_seen || static_cast<std::int64_t>(entry.count) != trace.top_k) {
+    if (layer_place.at(entry.layer) != layers_seen || entry.count == 0) {
       layers_seen = -1;
       break;
     }
     ++layers_seen;
-    for (const std::uint16_t expert : trace.experts_of(entry)) {
-      experts.push_back(expert);
-    }
+    const std::span<const std::uint16_t> served = trace.experts_of(entry);
+    experts.insert(experts.end(), served.begin(), served.end());
+    experts.insert(experts.end(), static_cast<std::size_t>(top_k) - served.size(), served.front());
   }
   if (layers_seen != num_layers) {
     throw UsageError(fmt::format(
-        "--replay: every step must name {} experts in each of the trace's {} layers, got turn {}, step {} with fewer",
-        trace.top_k, num_layers, sequence, step));
+        "--replay: every step must name experts in each of the trace's {} layers, got turn {}, step {} without some",
+        num_layers, sequence, step));
   }
-  return torch::tensor(experts, torch::kInt64).view({steps, num_layers, trace.top_k});
+  return torch::tensor(experts, torch::kInt64).view({steps, num_layers, top_k});
 }
 
 }  // namespace
 
 DecodeReplay replay_of(const RoutingTrace& trace, const std::vector<std::int64_t>& sequences,
                        const Architecture& architecture) {
-  const auto moe_layers = static_cast<std::int64_t>(architecture.moe_layers().size());
-  const auto trace_layers = static_cast<std::int64_t>(trace.layers.size());
-  if (trace_layers != moe_layers || trace.num_experts != architecture.num_experts ||
-      trace.top_k != architecture.top_k) {
-    throw UsageError(fmt::format(
-        "--replay: the model has {} MoE layers of {} experts, {} per token, got a trace of {} of {}, {} per token; "
-        "replay a trace of this model, or fold it onto the model's shape",
-        moe_layers, architecture.num_experts, architecture.top_k, trace_layers, trace.num_experts, trace.top_k));
+  check_trace_shape(trace, {static_cast<std::int64_t>(architecture.moe_layers().size()), architecture.num_experts});
+  if (trace.top_k > architecture.top_k) {
+    throw UsageError(fmt::format("--replay: the model serves {} experts per token, got a trace with up to {}",
+                                 architecture.top_k, trace.top_k));
   }
   const std::vector<std::int64_t> turns = turns_of(trace);
   std::vector<Tensor> steps, prompts;
@@ -72,8 +70,8 @@ DecodeReplay replay_of(const RoutingTrace& trace, const std::vector<std::int64_t
       throw UsageError(
           fmt::format("--replay: no decode steps of turn {} in the trace, which has {} turns", sequence, turns.size()));
     }
-    steps.push_back(steps_of(trace, sequence, Phase::kDecode));
-    prompts.push_back(steps_of(trace, sequence, Phase::kPrefill));
+    steps.push_back(steps_of(trace, sequence, Phase::kDecode, architecture.top_k));
+    prompts.push_back(steps_of(trace, sequence, Phase::kPrefill, architecture.top_k));
   }
   const auto shortest = [](const std::vector<Tensor>& rows) {
     std::int64_t length = rows.front().size(0);

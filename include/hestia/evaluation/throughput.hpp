@@ -7,6 +7,7 @@
 
 #include "hestia/core/json_lines.hpp"
 #include "hestia/core/recipe.hpp"
+#include "hestia/routing/trace.hpp"
 #include "hestia/trainer/recipes.hpp"
 
 namespace hestia {
@@ -40,6 +41,7 @@ struct BenchOptions {
 /// Section `replay`: experts out of a trace in place of the router's.
 struct BenchReplayOptions {
   std::string trace;  ///< Empty: live routing.
+  bool fold = false;  ///< Onto the model's shape.
   FieldList fields();
 };
 
@@ -56,6 +58,11 @@ struct BenchRecipe {
 /// Reads and checks a bench recipe. Throws UsageError with all problems, each with file:line.
 [[nodiscard]] LoadedRecipe<BenchRecipe> load_bench_recipe(const std::filesystem::path& path,
                                                           const std::vector<std::string>& overrides);
+
+/// The trace to replay, folded where that is asked for (`fold` then says how), and known to fit the model. Throws what
+/// reading, folding and replay_of throw, UsageError for a trace without decode steps.
+[[nodiscard]] RoutingTrace bench_trace(const BenchReplayOptions& replay, const Architecture& architecture,
+                                       std::string& fold);
 
 /// Decodes every arm of the grid and returns one object per arm (docs/decoding.md has the fields). The arms of one
 /// batch and length take turns, after a round that does not count; rates of link and memory are probed before and

@@ -14,18 +14,16 @@
 
 namespace hestia {
 
-/// How the next token follows from the logits z.
+/// How the next token follows from the logits; the exact rule is decode_sample's (hestia/kernels/decode_sample.hpp).
 struct DecodeSampling {
-  /// 0: the highest z, ties to the lower id. Else p = softmax(z / temperature), and a token is drawn from the nucleus.
-  double temperature = 0.0;
-  /// The nucleus: the tokens by falling p (ties to the lower id) whose predecessors together have less than this.
-  double top_p = 1.0;
-  std::uint64_t seed = 1;  ///< Of the draws: one number per row and token, whatever the device.
+  double temperature = 0.0;  ///< 0: the highest logit, ties to the lower id.
+  double top_p = 1.0;        ///< Above 0, to 1: the nucleus that is drawn from.
+  std::uint64_t seed = 1;    ///< Of the draws: the same on every device.
 };
 
 /// Options of a decoder.
 struct DecoderOptions {
-  std::int64_t rows = 1;                  ///< B, sequences decoded together, of one prompt length.
+  std::int64_t rows = 1;                  ///< B, 1 to 32 sequences decoded together, of one prompt length.
   std::int64_t capacity = 0;              ///< Most tokens of a row, prompt included.
   std::optional<SlotCacheOptions> cache;  ///< nullopt: all experts are resident.
   CacheStart start = CacheStart::kCold;
