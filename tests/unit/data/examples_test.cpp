@@ -83,13 +83,18 @@ TEST_CASE("Every template lays a conversation out as its family writes it, answe
       {"chatml",
        "[<|im_start|>]system\nBe brief.[<|im_end|>]\n[<|im_start|>]user\nRed?[<|im_end|>]\n[<|im_start|>]assistant\n"
        "{No.[<|im_end|>]}\n[<|im_start|>]user\nBlue?[<|im_end|>]\n[<|im_start|>]assistant\n{Yes.[<|im_end|>]}"},
+      {"qwen3",
+       "[<|im_start|>]system\nBe brief.[<|im_end|>]\n[<|im_start|>]user\nRed?[<|im_end|>]\n[<|im_start|>]assistant\n"
+       "{No.[<|im_end|>]}\n[<|im_start|>]user\nBlue?[<|im_end|>]\n[<|im_start|>]assistant\n"
+       "[<think>]\n\n[</think>]\n\n{Yes.[<|im_end|>]}"},
       {"mistral", "[bos][INST] Be brief.\n\nRed? [/INST]{ No.[]}[INST] Blue? [/INST]{ Yes.[]}"},
       {"phi3",
        "[<|system|>]Be brief.[<|end|>][<|user|>]Red?[<|end|>][<|assistant|>]{No.[<|end|>]}[<|user|>]Blue?[<|end|>]"
        "[<|assistant|>]{Yes.[<|end|>]}"},
       {"deepseek", "[bos]Be brief.\n\nUser: Red?\n\nAssistant:{ No.[]}User: Blue?\n\nAssistant:{ Yes.[]}"},
       {"harmony",
-       "[<|start|>]developer[<|message|>]# Instructions\n\nBe brief.[<|end|>][<|start|>]user[<|message|>]Red?[<|end|>]"
+       "[<|start|>]developer[<|message|>]# Instructions\n\nBe "
+       "brief.\n\n[<|end|>][<|start|>]user[<|message|>]Red?[<|end|>]"
        "[<|start|>]assistant[<|channel|>]final[<|message|>]{No.}[<|end|>][<|start|>]user[<|message|>]Blue?[<|end|>]"
        "[<|start|>]assistant[<|channel|>]final[<|message|>]{Yes.[<|return|>]}"},
   };
@@ -120,8 +125,69 @@ TEST_CASE("Every template lays a conversation out as its family writes it, answe
     CHECK(written_line(path, kConversation, fixed) == expected.at(name));
   }
   CHECK(template_tokens("chatml") == std::vector<std::string>{"<|im_start|>", "<|im_end|>"});
+  CHECK(template_tokens("qwen3") == std::vector<std::string>{"<|im_start|>", "<|im_end|>", "<think>", "</think>"});
   CHECK(template_tokens("tulu").empty());
   CHECK_THROWS_AS(template_tokens("chatlm"), std::invalid_argument);
+}
+
+// One question and the answers to it and a second one, as `name` lays them out.
+std::string exchange(const std::filesystem::path& path, const std::string& name, const std::string& system,
+                     const std::string& question, const std::string& first, const std::string& last) {
+  const Json messages = {{{"role", "system"}, {"content", system}},
+                         {{"role", "user"}, {"content", question}},
+                         {{"role", "assistant"}, {"content", first}},
+                         {{"role", "user"}, {"content", "And?"}},
+                         {{"role", "assistant"}, {"content", last}}};
+  return written_line(path, {{"messages", messages}}, corpus_of(path, "chat", name));
+}
+
+TEST_CASE("qwen3 learns thoughts before the last answer only, and empty ones are prompt") {
+  const TemporaryFolder folder;
+  const auto path = folder.path() / "a.jsonl";
+  const std::string before =
+      "[<|im_start|>]system\nBe brief.[<|im_end|>]\n[<|im_start|>]user\nRed?[<|im_end|>]\n[<|im_start|>]assistant\n";
+  const std::string between = "[<|im_end|>]}\n[<|im_start|>]user\nAnd?[<|im_end|>]\n[<|im_start|>]assistant\n";
+  const auto laid_out = [&](const std::string& first, const std::string& last) {
+    return exchange(path, "qwen3", "Be brief.", "Red?", first, last);
+  };
+  const std::string plain = before + "{No." + between + "[<think>]\n\n[</think>]\n\n{Yes.[<|im_end|>]}";
+  const std::string thinking = before + "{No." + between + "{[<think>]\nIt is.\n[</think>]\n\nYes.[<|im_end|>]}";
+  CHECK(laid_out("No.", "Yes.") == plain);
+  CHECK(laid_out("<think>\nHm.\n</think>\n\nNo.", "<think>\n\n</think>\n\nYes.") == plain);
+  CHECK(laid_out("No.", "\n\nYes.") == plain);
+  CHECK(laid_out("No.", "<think>\nIt is.\n</think>\n\nYes.") == thinking);
+  CHECK(laid_out("<think>Hm.</think>No.", "<think>It is.</think>Yes.") == thinking);
+  CHECK(laid_out("Hm.</think>No.", "It is.\n</think>Yes.") == thinking);
+  // Without its end it is no thought. Other families know none.
+  CHECK(laid_out("No.", "<think>Yes.") ==
+        before + "{No." + between + "[<think>]\n\n[</think>]\n\n{<think>Yes.[<|im_end|>]}");
+  CHECK(exchange(path, "chatml", "Be brief.", "Red?", "No.", "<think>a</think>Yes.") ==
+        before + "{No." + between + "{<think>a</think>Yes.[<|im_end|>]}");
+}
+
+TEST_CASE("phi3 drops the white space that its tokens swallow") {
+  const TemporaryFolder folder;
+  const auto path = folder.path() / "a.jsonl";
+  CHECK(exchange(path, "phi3", "\n Be brief. ", "\t\xC2\xA0Red?\n", " No.\n", "\n\n\xE3\x80\x80 Yes.") ==
+        "[<|system|>]Be brief. [<|end|>][<|user|>]Red?\n[<|end|>][<|assistant|>]{No.\n[<|end|>]}[<|user|>]And?[<|end|>]"
+        "[<|assistant|>]{Yes.[<|end|>]}");
+}
+
+TEST_CASE("An empty system message is a turn where the family's own template has one") {
+  const TemporaryFolder folder;
+  const auto path = folder.path() / "a.jsonl";
+  const auto begins_with = [&](const std::string& name, const std::string& beginning) {
+    const std::string text = exchange(path, name, "", "Red?", "No.", "Yes.");
+    INFO(text);
+    CHECK(text.starts_with(beginning));
+  };
+  begins_with("phi3", "[<|user|>]Red?");
+  begins_with("harmony", "[<|start|>]user[<|message|>]Red?");
+  begins_with("chatml", "[<|im_start|>]system\n[<|im_end|>]\n[<|im_start|>]user\nRed?");
+  begins_with("qwen3", "[<|im_start|>]system\n[<|im_end|>]\n[<|im_start|>]user\nRed?");
+  begins_with("mistral", "[bos][INST] \n\nRed? [/INST]");
+  begins_with("deepseek", "[bos]\n\nUser: Red?");
+  begins_with("tulu", "[bos]<|system|>\n\n<|user|>\nRed?");
 }
 
 TEST_CASE("Questions and answers are read under the names of the common data sets, or those of the recipe") {
