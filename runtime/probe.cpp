@@ -83,12 +83,15 @@ ProbedRates probe_rates(const ExpertStore& store, torch::Device device, int repe
                                        static_cast<std::size_t>(bytes), cudaMemcpyHostToDevice, stream.stream()));
       }
     });
-    // The same experts as lists of misses.
+    // The same experts as lists of misses, each of one stretch of the store: a layer has no more experts.
+    const std::int64_t stretch = std::min(store.num_blobs(), kSlotCacheMaxExperts);
+    const std::int64_t stretches = store.num_blobs() / stretch;
     const std::int64_t lists = (count + kSlots - 1) / kSlots;
     std::vector<SlotCacheLoad> loads(static_cast<std::size_t>(lists * kSlots));
     for (std::int64_t i = 0; i < lists * kSlots; ++i) {
-      loads[static_cast<std::size_t>(i)] = {static_cast<std::int32_t>(order[static_cast<std::size_t>(i % count)]),
-                                            static_cast<std::int32_t>(i % kSlots), -1};
+      loads[static_cast<std::size_t>(i)] = {
+          static_cast<std::int32_t>(order[static_cast<std::size_t>(i % count)] % stretch),
+          static_cast<std::int32_t>(i % kSlots), -1};
     }
     SlotCacheStep step;
     step.loads = kSlots;
@@ -98,10 +101,10 @@ ProbedRates probe_rates(const ExpertStore& store, torch::Device device, int repe
     C10_CUDA_CHECK(
         cudaMemcpy(load_memory.data_ptr(), loads.data(), loads.size() * sizeof(SlotCacheLoad), cudaMemcpyHostToDevice));
     C10_CUDA_CHECK(cudaMemcpy(step_memory.data_ptr(), &step, sizeof step, cudaMemcpyHostToDevice));
-    const ExpertStoreShape shape{1, store.num_blobs(), store.layout().bytes};
+    const ExpertStoreShape shape{stretches, stretch, store.layout().bytes};
     rates.link_gather = rate_of(static_cast<double>(lists * kSlots * bytes), repeats, stream, [&] {
       for (std::int64_t list = 0; list < lists; ++list) {
-        expert_fetch_cuda(shape, store.device_data(), 0,
+        expert_fetch_cuda(shape, store.device_data(), list % stretches,
                           static_cast<const SlotCacheStep*>(step_memory.const_data_ptr()),
                           static_cast<const SlotCacheLoad*>(load_memory.const_data_ptr()) + list * kSlots, 1,
                           slots.data_ptr(), kExpertFetchBlocks, stream.stream());

