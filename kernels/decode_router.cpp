@@ -87,7 +87,11 @@ void decode_router_cpu(const DecodeRouterShape& shape, const DecodeRouterInputs&
       total += probabilities[e];
     }
     std::for_each(probabilities, probabilities + shape.num_experts, [&](float& p) { p /= total; });
-    const std::vector<std::int32_t> selected = choose(shape, logits, in.resident);
+    std::vector<std::int32_t> selected = choose(shape, logits, in.resident);
+    if (in.forced != nullptr) {
+      const std::int64_t* const row = in.forced + (*in.step % in.num_forced * shape.num_tokens + t) * shape.top_k;
+      std::copy(row, row + shape.top_k, selected.begin());
+    }
     float chosen = 0.0F;
     for (const std::int32_t e : selected) {
       chosen += probabilities[e];

@@ -15,8 +15,8 @@ constexpr int kMaxExperts = 512;
 constexpr int kMaxTopK = 32;
 
 /// The choice for one token by one block, which sees all of its logits.
-__device__ void choose(const DecodeRouterShape& shape, const std::uint8_t* resident, const float* logits,
-                       float* probabilities, std::int32_t* selected, float* weights) {
+__device__ void choose(const DecodeRouterShape& shape, const DecodeRouterInputs& in, std::size_t token,
+                       const float* logits, float* probabilities, std::int32_t* selected, float* weights) {
   __shared__ float z[kMaxExperts];
   __shared__ float p[kMaxExperts];
   __shared__ int adjusted[kMaxExperts];
@@ -58,7 +58,7 @@ __device__ void choose(const DecodeRouterShape& shape, const std::uint8_t* resid
       rank += chosen_before({other, other, j}, own) ? 1 : 0;
     }
     taken[e] = rank < kept ? 1 : 0;
-    adjusted[e] = ordered_logit(resident != nullptr && resident[e] != 0 ? __fadd_rn(z[e], shape.bonus) : z[e]);
+    adjusted[e] = ordered_logit(in.resident != nullptr && in.resident[e] != 0 ? __fadd_rn(z[e], shape.bonus) : z[e]);
   }
   __syncthreads();
   for (int e = thread; e < num_experts; e += kThreads) {
@@ -96,6 +96,13 @@ __device__ void choose(const DecodeRouterShape& shape, const std::uint8_t* resid
     chosen[rank] = e;
   }
   __syncthreads();
+  if (in.forced != nullptr) {
+    const std::int64_t row = *in.step % in.num_forced * shape.num_tokens + static_cast<std::int64_t>(token);
+    for (int k = thread; k < top_k; k += kThreads) {
+      chosen[k] = static_cast<std::int32_t>(in.forced[row * top_k + k]);
+    }
+    __syncthreads();
+  }
   for (int k = thread; k < top_k; k += kThreads) {
     float weight = p[chosen[k]];
     if (shape.normalise_top_k) {
@@ -159,7 +166,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
   if (last) {
-    choose(shape, in.resident, out.logits + token * shape.num_experts, out.probabilities + token * shape.num_experts,
+    choose(shape, in, token, out.logits + token * shape.num_experts, out.probabilities + token * shape.num_experts,
            out.selected + token * shape.top_k, out.weights + token * shape.top_k);
   }
 }

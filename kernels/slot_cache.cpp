@@ -93,6 +93,14 @@ class Step {
         answer->slots[i] = valid ? slot_in_step_[static_cast<std::size_t>(selected[i])] : -1;
         answer->waves[i] = valid ? wave_of_[static_cast<std::size_t>(selected[i])] : -1;
       }
+      if (answer->wave_slots != nullptr) {
+        const std::int64_t num_selected = rows * top_k;
+        const std::int64_t waves = slot_cache_max_waves(shape_, num_selected);
+        for (std::int64_t i = 0; i < waves * num_selected; ++i) {
+          const std::int64_t of = i % num_selected;
+          answer->wave_slots[i] = answer->waves[of] == i / num_selected ? answer->slots[of] : -1;
+        }
+      }
     }
   }
 

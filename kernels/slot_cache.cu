@@ -472,10 +472,19 @@ __device__ void keep_most_used(const Layer& layer, Shared& shared) {
 template <class Index>
 __global__ void __launch_bounds__(kThreads)
     slot_cache_serve_kernel(SlotCacheShape shape, SlotCacheState state, int layer, const Index* selected, int rows,
-                            int top_k, SlotCacheAnswer answer) {
+                            int top_k, int max_waves, SlotCacheAnswer answer) {
   __shared__ Shared shared;
   extern __shared__ unsigned bits[];
   serve(Layer(shape, state, layer), selected, rows, top_k, true, &answer, bits, shared);
+  if (answer.wave_slots == nullptr) {
+    return;
+  }
+  __syncthreads();
+  const int num_selected = rows * top_k;
+  for (int i = static_cast<int>(threadIdx.x); i < max_waves * num_selected; i += kThreads) {
+    const int of = i % num_selected;
+    answer.wave_slots[i] = answer.waves[of] == i / num_selected ? answer.slots[of] : -1;
+  }
 }
 
 template <class Index>
@@ -561,7 +570,8 @@ void slot_cache_serve_cuda(const SlotCacheShape& shape, const SlotCacheState& st
                            void* stream) {
   check_slot_cache_step(shape, layer, rows, top_k);
   slot_cache_serve_kernel<<<1, kThreads, bytes_of_bits(shape), static_cast<cudaStream_t>(stream)>>>(
-      shape, state, static_cast<int>(layer), selected, static_cast<int>(rows), static_cast<int>(top_k), answer);
+      shape, state, static_cast<int>(layer), selected, static_cast<int>(rows), static_cast<int>(top_k),
+      static_cast<int>(slot_cache_max_waves(shape, rows * top_k)), answer);
   check_launch("slot_cache_serve_kernel");
 }
 

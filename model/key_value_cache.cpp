@@ -22,6 +22,14 @@ void KeyValueCache::check(std::int64_t layer, const Tensor& all, const Tensor& m
   }
 }
 
+std::pair<Tensor, Tensor> KeyValueCache::memory(std::int64_t layer) const {
+  const auto index = static_cast<std::size_t>(layer);
+  if (index >= layers_.size() || !layers_[index].key.defined()) {
+    throw std::invalid_argument(fmt::format("key-value cache: layer {} has no tokens yet", layer));
+  }
+  return {layers_[index].key, layers_[index].value};
+}
+
 std::pair<Tensor, Tensor> KeyValueCache::put(std::int64_t layer, const Tensor& key_BH1d, const Tensor& value_BH1d,
                                              const Tensor& position_1, std::int64_t visible) {
   const auto index = static_cast<std::size_t>(layer);

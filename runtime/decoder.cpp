@@ -12,7 +12,9 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include "fused_step.hpp"
 #include "hestia/core/error.hpp"
+#include "hestia/core/log.hpp"
 #include "hestia/core/random.hpp"
 #include "hestia/kernels/decode_experts.hpp"
 #include "hestia/kernels/decode_sample.hpp"
@@ -47,6 +49,7 @@ struct Decoder::Impl {
   std::shared_ptr<Selector> step_selector;
   std::shared_ptr<SlotExecutor> slots;
   std::shared_ptr<PrefillExecutor> prefill;
+  std::unique_ptr<FusedStep> fused;  // null: steps are the model's own
   std::optional<DecodeReplay> replayed;
 
   KeyValueCache cache;
@@ -83,6 +86,16 @@ struct Decoder::Impl {
     prefill = std::make_shared<PrefillExecutor>(architecture, store, device, slots);
     choose_selector();
     rotations = model->rotations(options.capacity);
+    if (device.is_cuda() && options.kernels) {
+      const std::string refusal = fused_step_refusal(model, *slots, options.rows);
+      if (refusal.empty()) {
+        fused = std::make_unique<FusedStep>(model, cache, slots, rotations, options.rows);
+        fused->route_by(options.residency);
+      } else {
+        log_warning(
+            fmt::format("decode kernels do not take this model: {}; steps run slower, through LibTorch", refusal));
+      }
+    }
     const auto integers = torch::TensorOptions().dtype(torch::kInt64).device(device);
     const auto floats = integers.dtype(torch::kFloat32);
     tokens_B1 = torch::zeros({options.rows, 1}, integers);
@@ -175,6 +188,24 @@ struct Decoder::Impl {
   }
 
   void step(std::int64_t visible) {
+    if (fused) {
+      fused->run(tokens_B1, position_1, step_1, logits_BV);
+      if (options.record) {
+        selected_LSBK.index_copy_(1, step_1, fused->selected_LBK().to(torch::kInt64).unsqueeze(1));
+        weights_LSBK.index_copy_(1, step_1, fused->weights_LBK().unsqueeze(1));
+      }
+      if (options.record_logits) {
+        router_logits_LSBE.index_copy_(1, step_1, fused->router_logits_LBE().unsqueeze(1));
+      }
+    } else {
+      step_of_model(visible);
+    }
+    step_1.add_(1);
+    position_1.add_(1);
+    choose();
+  }
+
+  void step_of_model(std::int64_t visible) {
     const ModelOutput output = model->step(tokens_B1, {position_1, rotations, visible}, cache);
     take_logits(output.hidden_BSD);
     for (std::int64_t layer = 0; layer < moe_layers; ++layer) {
@@ -187,9 +218,6 @@ struct Decoder::Impl {
         router_logits_LSBE[layer].index_copy_(0, step_1, record.logits_TE.to(torch::kFloat32).unsqueeze(0));
       }
     }
-    step_1.add_(1);
-    position_1.add_(1);
-    choose();
   }
 
   void step_in_graph(std::int64_t visible) {
@@ -218,8 +246,12 @@ struct Decoder::Impl {
     found->second->replay();
   }
 
-  // The same place in every arm that is compared: results may depend on the number of keys looked at.
+  // The same in every arm that is compared: results may depend on the number of keys looked at. The kernels see for
+  // themselves.
   [[nodiscard]] std::int64_t visible_keys() const {
+    if (fused) {
+      return options.capacity;
+    }
     const std::int64_t wanted = (cache.length() + 1 + kVisibleKeys - 1) / kVisibleKeys * kVisibleKeys;
     return std::min(wanted, options.capacity);
   }
@@ -260,6 +292,9 @@ void Decoder::replay(std::optional<DecodeReplay> replay) {
   impl.replayed = std::move(replay);
   impl.graphs.clear();  // they hold what was served before
   impl.choose_selector();
+  if (impl.fused) {
+    impl.fused->replay(impl.replayed ? std::optional<Tensor>(impl.replayed->steps_LSBK) : std::nullopt);
+  }
 }
 
 void Decoder::begin(const torch::Tensor& prompt_BS, std::int64_t sequence) {
@@ -414,6 +449,10 @@ torch::Tensor Decoder::recorded_logits() const {
 
 const SlotExecutor& Decoder::slots() const noexcept {
   return *impl_->slots;
+}
+
+bool Decoder::in_kernels() const noexcept {
+  return impl_->fused != nullptr;
 }
 
 MoeModel& Decoder::model() noexcept {

@@ -104,7 +104,7 @@ struct SlotExecutor::Impl {
   Tensor hidden_TKF, product_TKD;  // of the decode kernels
 
   // The cache, on the device.
-  Tensor cache_memory, step_memory, loads_memory, slots_TK, waves_TK, resident;
+  Tensor cache_memory, step_memory, loads_memory, slots_TK, waves_TK, wave_slots, resident;
   SlotCacheState state;
   std::int64_t max_waves = 1;
   // Hits compute on the current stream while the first wave of misses is copied on this one.
@@ -118,7 +118,7 @@ struct SlotExecutor::Impl {
   }
   [[nodiscard]] SlotCacheAnswer answer() const {
     return {as<SlotCacheStep>(step_memory), as<SlotCacheLoad>(loads_memory), slots_TK.data_ptr<std::int32_t>(),
-            waves_TK.data_ptr<std::int32_t>()};
+            waves_TK.data_ptr<std::int32_t>(), wave_slots.data_ptr<std::int32_t>()};
   }
 
   void copy_blob(std::int64_t blob, std::int64_t slot) {
@@ -182,17 +182,16 @@ struct SlotExecutor::Impl {
     return product(slots.down_EDF, slots.down_bias_ED, hidden);
   }
 
-  // Serves the step in the tables; true when misses may arrive while hits compute whatever the routing is.
-  void serve(const Tensor& selected_TK, std::int64_t moe_layer) {
-    const std::int64_t tokens = selected_TK.size(0);
-    const auto* ids = selected_TK.const_data_ptr<std::int64_t>();
+  template <class Index>
+  void serve(const Index* selected, std::int64_t tokens, std::int64_t moe_layer) {
     if (device.is_cuda()) {
-      slot_cache_serve_cuda(*shape, state, moe_layer, ids, tokens, top_k, answer(), stream());
+      slot_cache_serve_cuda(*shape, state, moe_layer, selected, tokens, top_k, answer(), stream());
     } else {
-      slot_cache_serve_cpu(*shape, state, moe_layer, ids, tokens, top_k, answer());
+      slot_cache_serve_cpu(*shape, state, moe_layer, selected, tokens, top_k, answer());
     }
   }
 
+  // Whether misses may arrive while hits compute, whatever the routing is.
   [[nodiscard]] bool overlaps(std::int64_t tokens) const {
     return shape->policy != CachePolicyKind::kStatic && std::min(tokens * top_k, shape->num_experts) <= shape->slots;
   }
@@ -216,7 +215,7 @@ struct SlotExecutor::Impl {
       compute(0, [&](std::int64_t i, std::int64_t /*wave*/) { return moe_layer * architecture.num_experts + ids[i]; });
       return combined(y_TKD, weights_TK, x_TD.scalar_type());
     }
-    serve(selected_TK, moe_layer);
+    serve(selected_TK.const_data_ptr<std::int64_t>(), tokens, moe_layer);
     const SlotCacheAnswer said = answer();
     for (std::int64_t wave = 0; wave < said.step->waves; ++wave) {
       if (wave > 0) {
@@ -228,15 +227,11 @@ struct SlotExecutor::Impl {
     return combined(y_TKD, weights_TK, x_TD.scalar_type());
   }
 
-  // Calls compute(slots of the wave, -1 elsewhere, whether it is the last) for every wave that there can be.
-  template <class Compute>
-  void in_waves(const Tensor& selected_TK, std::int64_t moe_layer, Compute compute) {
-    const std::int64_t tokens = selected_TK.size(0);
-    if (!shape) {
-      compute(selected_TK.to(torch::kInt32) + moe_layer * architecture.num_experts, true);
-      return;
-    }
-    serve(selected_TK, moe_layer);
+  // Serves a step and calls compute(int32 [T, K], the slots of the wave, -1 elsewhere; whether it is the last) for
+  // every wave that there can be.
+  template <class Index, class Compute>
+  void in_waves(const Index* selected, std::int64_t tokens, std::int64_t moe_layer, Compute compute) {
+    serve(selected, tokens, moe_layer);
     const SlotCacheAnswer said = answer();
     const auto fetch = [&](std::int64_t wave, void* on) {
       expert_fetch_cuda(store_shape(), store.device_data(), moe_layer, said.step, said.loads, wave,
@@ -250,8 +245,6 @@ struct SlotExecutor::Impl {
       fetch(1, side->stream());
       fetched.record(*side);
     }
-    const Tensor slot = slots_TK.narrow(0, 0, tokens);
-    const Tensor wave_of = waves_TK.narrow(0, 0, tokens);
     const std::int64_t waves = slot_cache_max_waves(*shape, tokens * top_k);
     for (std::int64_t wave = 0; wave < waves; ++wave) {
       if (wave == 1 && overlap) {
@@ -259,35 +252,44 @@ struct SlotExecutor::Impl {
       } else if (wave > 0) {
         fetch(wave, current.stream());
       }
-      compute(slot.masked_fill(wave_of.ne(wave), -1), wave + 1 == waves);
+      compute(said.wave_slots + wave * tokens * top_k, wave + 1 == waves);
     }
   }
 
-  [[nodiscard]] Tensor run_kernels(const Tensor& x_TD, const Tensor& selected_TK, const Tensor& weights_TK,
-                                   std::int64_t moe_layer) {
+  // The decode kernels of one wave; the last one writes out = residual + the mixed products.
+  void wave_in_kernels(const DecodeExpertsShape& sizes, const std::uint16_t* x, const std::int32_t* slot,
+                       const std::uint8_t* pool, bool last, const float* weights, const std::uint16_t* residual,
+                       std::uint16_t* out) const {
+    decode_gate_up_cuda(sizes, x, slot, pool, mutable_bits(hidden_TKF), stream());
+    if (last && sizes.num_tokens == 1) {
+      decode_down_combine_cuda(sizes, bits(hidden_TKF), slot, pool, weights, product_TKD.const_data_ptr<float>(),
+                               residual, out, stream());
+      return;
+    }
+    decode_down_cuda(sizes, bits(hidden_TKF), slot, pool, product_TKD.mutable_data_ptr<float>(), stream());
+    if (last) {
+      decode_combine_cuda(sizes, product_TKD.const_data_ptr<float>(), weights, residual, out, stream());
+    }
+  }
+
+  void run_kernels(const Tensor& x_TD, const Tensor& selected_TK, const Tensor& weights_TK,
+                   const std::uint16_t* residual, std::uint16_t* out, std::int64_t moe_layer) {
     const std::int64_t tokens = x_TD.size(0);
     const DecodeExpertsShape sizes{.num_tokens = tokens,
                                    .top_k = top_k,
                                    .hidden_size = architecture.hidden_size,
                                    .expert_hidden_size = architecture.expert_intermediate_size};
-    const Tensor weight = weights_TK.to(torch::kFloat32).contiguous();
-    Tensor out_TD = torch::empty_like(x_TD);
-    in_waves(selected_TK, moe_layer, [&](const Tensor& slot_TK, bool last) {
-      const auto* slot = slot_TK.const_data_ptr<std::int32_t>();
-      const void* pool = slots_SB.const_data_ptr();
-      decode_gate_up_cuda(sizes, bits(x_TD), slot, pool, mutable_bits(hidden_TKF), stream());
-      if (last && tokens == 1) {
-        decode_down_combine_cuda(sizes, bits(hidden_TKF), slot, pool, weight.const_data_ptr<float>(),
-                                 product_TKD.const_data_ptr<float>(), nullptr, mutable_bits(out_TD), stream());
-        return;
-      }
-      decode_down_cuda(sizes, bits(hidden_TKF), slot, pool, product_TKD.mutable_data_ptr<float>(), stream());
-      if (last) {
-        decode_combine_cuda(sizes, product_TKD.const_data_ptr<float>(), weight.const_data_ptr<float>(), nullptr,
-                            mutable_bits(out_TD), stream());
-      }
+    const auto* selected = selected_TK.const_data_ptr<std::int32_t>();
+    const auto* weights = weights_TK.const_data_ptr<float>();
+    const auto* pool = slots_SB.const_data_ptr<std::uint8_t>();
+    if (!shape) {
+      const auto first = static_cast<std::size_t>(moe_layer * architecture.num_experts);
+      wave_in_kernels(sizes, bits(x_TD), selected, pool + first * store.layout().bytes, true, weights, residual, out);
+      return;
+    }
+    in_waves(selected, tokens, moe_layer, [&](const std::int32_t* slot, bool last) {
+      wave_in_kernels(sizes, bits(x_TD), slot, pool, last, weights, residual, out);
     });
-    return out_TD;
   }
 
   [[nodiscard]] Tensor run_cuda(const ExpertWeights& how, const Tensor& x_TD, const Tensor& selected_TK,
@@ -295,14 +297,21 @@ struct SlotExecutor::Impl {
     const std::int64_t tokens = x_TD.size(0);
     const auto accumulator = x_TD.scalar_type() == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;
     std::vector<Tensor> y_KD(static_cast<std::size_t>(tokens));
-    in_waves(selected_TK, moe_layer, [&](const Tensor& slot_TK, bool /*last*/) {
+    const auto compute = [&](const Tensor& slot_TK) {
       for (std::int64_t t = 0; t < tokens; ++t) {
         Tensor& y = y_KD[static_cast<std::size_t>(t)];
         const Tensor slot_K = slot_TK[t];
         const Tensor found = expert_rows(how, x_TD[t], slot_K.clamp_min(0)).to(accumulator);
         y = y.defined() ? torch::where(slot_K.ge(0).unsqueeze(1), found, y) : found;
       }
-    });
+    };
+    if (!shape) {
+      compute(selected_TK.to(torch::kInt32) + moe_layer * architecture.num_experts);
+    } else {
+      in_waves(selected_TK.const_data_ptr<std::int64_t>(), tokens, moe_layer, [&](const std::int32_t* slot, bool) {
+        compute(torch::from_blob(const_cast<std::int32_t*>(slot), {tokens, top_k}, slots_TK.options()));
+      });
+    }
     return combined(torch::stack(y_KD), weights_TK, x_TD.scalar_type());
   }
 };
@@ -351,6 +360,11 @@ SlotExecutor::SlotExecutor(const Architecture& architecture, ExpertStore store, 
       sizeof(SlotCacheLoad) * static_cast<std::size_t>(std::min(architecture.num_experts, rows * top_k)), device);
   impl.slots_TK = torch::zeros({rows, top_k}, options.dtype(torch::kInt32));
   impl.waves_TK = torch::zeros({rows, top_k}, options.dtype(torch::kInt32));
+  std::int64_t most = 0;  // fewer rows may need more of it, with fewer waves they do not
+  for (std::int64_t tokens = 1; tokens <= rows; ++tokens) {
+    most = std::max(most, slot_cache_max_waves(*impl.shape, tokens * top_k) * tokens * top_k);
+  }
+  impl.wave_slots = torch::zeros({most}, options.dtype(torch::kInt32));
   impl.resident = torch::zeros({impl.shape->num_layers, architecture.num_experts}, options.dtype(torch::kUInt8));
   if (device.is_cuda()) {
     impl.side = c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device.index());
@@ -380,8 +394,25 @@ torch::Tensor SlotExecutor::run(const ExpertWeights& experts, const torch::Tenso
   if (!impl.device.is_cuda()) {
     return impl.run_cpu(experts, x, selected, weights_TK, moe_layer);
   }
-  return impl.kernels ? impl.run_kernels(x, selected, weights_TK, moe_layer)
-                      : impl.run_cuda(experts, x, selected, weights_TK, moe_layer);
+  if (!impl.kernels) {
+    return impl.run_cuda(experts, x, selected, weights_TK, moe_layer);
+  }
+  Tensor out_TD = torch::empty_like(x);
+  impl.run_kernels(x, selected.to(torch::kInt32), weights_TK.to(torch::kFloat32).contiguous(), nullptr,
+                   mutable_bits(out_TD), moe_layer);
+  return out_TD;
+}
+
+bool SlotExecutor::runs_kernels() const noexcept {
+  return impl_->kernels;
+}
+
+void SlotExecutor::decode(const torch::Tensor& x_TD, const torch::Tensor& selected_TK, const torch::Tensor& weights_TK,
+                          const torch::Tensor& out_TD, std::int64_t moe_layer) {
+  if (!impl_->kernels) {
+    throw std::logic_error("slot executor: the decode kernels do not take these experts");
+  }
+  impl_->run_kernels(x_TD, selected_TK, weights_TK, bits(out_TD), mutable_bits(out_TD), moe_layer);
 }
 
 void SlotExecutor::reset(std::int64_t sequence, const std::vector<std::vector<std::uint16_t>>& preload) {

@@ -35,6 +35,11 @@ struct DecodeRouterInputs {
   const float* bias = nullptr;                 ///< float32 [E]; null: none
   /// uint8 [E], 1 where the layer's slot cache holds the expert before this step; all tokens see the same. Null: none.
   const std::uint8_t* resident = nullptr;
+  /// int64 [S, T, K]: expert ids, below E, that are selected in place of the rule's, from row `*step` modulo S on, in
+  /// their order (a trace that is replayed); they weigh what the router says of them. Null: none.
+  const std::int64_t* forced = nullptr;
+  std::int64_t num_forced = 0;         ///< S
+  const std::int64_t* step = nullptr;  ///< int64 [1], from 0
 };
 
 /// What comes out, each overwritten.

@@ -80,6 +80,9 @@ struct SlotCacheAnswer {
   SlotCacheLoad* loads = nullptr;  ///< [min(E, rows * K)]: entries past step->loads are left alone
   std::int32_t* slots = nullptr;   ///< [rows, K]: slot of each selected expert in its wave; -1 where there was none
   std::int32_t* waves = nullptr;   ///< [rows, K]: its wave, or -1
+  /// [most waves, rows, K], most waves as slot_cache_max_waves says: of each wave the slots that are served in it, -1
+  /// elsewhere. Null: not written.
+  std::int32_t* wave_slots = nullptr;
 };
 
 /// Throws UsageError when a number of `shape` is out of range, the policy cannot be served (belady), or stress is asked

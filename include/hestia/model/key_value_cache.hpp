@@ -32,6 +32,9 @@ class KeyValueCache {
   [[nodiscard]] std::pair<torch::Tensor, torch::Tensor> put(std::int64_t layer, const torch::Tensor& key_BH1d,
                                                             const torch::Tensor& value_BH1d,
                                                             const torch::Tensor& position_1, std::int64_t visible);
+  /// The whole memory of a model layer, [B, H, capacity, d] and [B, H, capacity, dv], contiguous; the first length()
+  /// tokens have a meaning. Throws std::invalid_argument for a layer without tokens.
+  [[nodiscard]] std::pair<torch::Tensor, torch::Tensor> memory(std::int64_t layer) const;
   /// Counts `tokens` more, once every layer has them.
   void advance(std::int64_t tokens);
 

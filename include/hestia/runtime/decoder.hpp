@@ -33,6 +33,10 @@ struct DecoderOptions {
   DecodeSampling sampling;
   /// On a GPU: steps are captured in CUDA graphs, one for each range of key counts. Off: every launch by itself.
   bool graph = true;
+  /// On a GPU: whole steps run in the decode kernels where these take the model (OLMoE, Qwen3-MoE, Mixtral in
+  /// bfloat16); a warning says where they do not. Off: the model's own operations, with the experts in the kernels that
+  /// take them.
+  bool kernels = true;
   bool record = false;         ///< Keep the routing of prompt and steps.
   bool record_logits = false;  ///< And the router logits.
 };
@@ -85,6 +89,8 @@ class Decoder {
   /// unless they are recorded.
   [[nodiscard]] torch::Tensor recorded_logits() const;
   [[nodiscard]] const SlotExecutor& slots() const noexcept;
+  /// Whether whole steps run in the decode kernels.
+  [[nodiscard]] bool in_kernels() const noexcept;
   [[nodiscard]] MoeModel& model() noexcept;
 
  private:

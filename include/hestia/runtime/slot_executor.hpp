@@ -63,6 +63,14 @@ class SlotExecutor : public Executor {
                                   const torch::Tensor& selected_TK, const torch::Tensor& weights_TK,
                                   std::int64_t moe_layer) override;
 
+  /// Whether steps run in the decode kernels.
+  [[nodiscard]] bool runs_kernels() const noexcept;
+  /// One step of a layer in the decode kernels, with the residual in place: out_TD += the experts' mixed outputs,
+  /// rounded once. x_TD, out_TD: bfloat16 [T, D]; selected_TK: int32; weights_TK: float32; all contiguous, on the GPU.
+  /// Throws std::logic_error unless runs_kernels().
+  void decode(const torch::Tensor& x_TD, const torch::Tensor& selected_TK, const torch::Tensor& weights_TK,
+              const torch::Tensor& out_TD, std::int64_t moe_layer);
+
   /// Empties the cache, counts included, as before the first step of `sequence` (which seeds `random`), and loads the
   /// first slots of `preload` when it is not empty: experts per MoE layer, best first. In one pool the best of each
   /// layer come before the second of each. Synchronises with the device.

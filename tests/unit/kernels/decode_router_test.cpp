@@ -18,6 +18,8 @@ struct Case {
   std::vector<float> router;
   std::vector<float> bias;
   std::vector<std::uint8_t> resident;
+  std::vector<std::int64_t> forced = {};  // of steps, rows and ranks; empty: none
+  std::int64_t step = 0;
 };
 
 Case random_case(SplitMix64& random, std::int64_t tokens, std::int64_t hidden, std::int64_t experts,
@@ -60,13 +62,21 @@ Result run(const Case& c, bool with_bias, bool with_resident, bool gpu) {
   Guarded<float> router(c.router, gpu);
   Guarded<float> bias(c.bias, gpu);
   Guarded<std::uint8_t> resident(c.resident, gpu);
+  Guarded<std::int64_t> forced(c.forced, gpu);
+  Guarded<std::int64_t> step({c.step}, gpu);
   Guarded<std::uint16_t> normal(Bits(c.hidden.size(), 0), gpu);
   Guarded<float> logits(std::vector<float>(scores), gpu);
   Guarded<float> probabilities(std::vector<float>(scores), gpu);
   Guarded<std::int32_t> selected(std::vector<std::int32_t>(choices, -1), gpu);
   Guarded<float> weights(std::vector<float>(choices), gpu);
-  const DecodeRouterInputs in{hidden.data(), norm_weight.data(), router.data(), with_bias ? bias.data() : nullptr,
-                              with_resident ? resident.data() : nullptr};
+  const DecodeRouterInputs in{hidden.data(),
+                              norm_weight.data(),
+                              router.data(),
+                              with_bias ? bias.data() : nullptr,
+                              with_resident ? resident.data() : nullptr,
+                              c.forced.empty() ? nullptr : forced.data(),
+                              static_cast<std::int64_t>(c.forced.size() / choices),
+                              step.data()};
   const DecodeRouterOutputs out{normal.data(), logits.data(), probabilities.data(), selected.data(), weights.data()};
   bool counters_zero = true;
   if (gpu) {
@@ -193,7 +203,48 @@ void check_prior_off(SplitMix64& random, bool gpu) {
   CHECK(run(c, false, true, gpu) == plain);
 }
 
+// Experts of a trace in place of the rule's: in the trace's order, from the first step again behind the last.
+void check_forced(SplitMix64& random, bool gpu) {
+  Case c = random_case(random, 3, 72, 20, 4);
+  c.shape.normalise_top_k = true;
+  const Result plain = run(c, false, false, gpu);
+  for (int i = 0; i < 5 * 3 * 4; ++i) {
+    c.forced.push_back(static_cast<std::int64_t>(random.below(20)));
+  }
+  for (const std::int64_t step : {0, 4, 5, 13}) {
+    c.step = step;
+    const Result forced = run(c, false, false, gpu);
+    CHECK(forced.guards_whole);
+    CHECK(forced.logits == plain.logits);
+    CHECK(forced.probabilities == plain.probabilities);
+    for (std::size_t t = 0; t < 3; ++t) {
+      const std::int64_t* const row = c.forced.data() + (static_cast<std::size_t>(step % 5) * 3 + t) * 4;
+      double sum = 0.0;
+      for (std::size_t k = 0; k < 4; ++k) {
+        sum += static_cast<double>(plain.probabilities[t * 20 + static_cast<std::size_t>(row[k])]);
+      }
+      for (std::size_t k = 0; k < 4; ++k) {
+        REQUIRE(forced.selected[t * 4 + k] == row[k]);
+        const double p = static_cast<double>(plain.probabilities[t * 20 + static_cast<std::size_t>(row[k])]);
+        CHECK(static_cast<double>(forced.weights[t * 4 + k]) == Approx(p / sum).epsilon(1e-5));
+      }
+    }
+  }
+}
+
 }  // namespace
+
+TEST_CASE("decode router: a trace's experts are served in place of the rule's") {
+  SplitMix64 random(26);
+  check_forced(random, false);
+}
+
+TEST_CASE("decode router: CUDA serves a trace's experts in place of the rule's", "[gpu]") {
+  if (gpu_ready()) {
+    SplitMix64 random(26);
+    check_forced(random, true);
+  }
+}
 
 TEST_CASE("decode router: the plain loop equals the definition in double precision") {
   SplitMix64 random(21);

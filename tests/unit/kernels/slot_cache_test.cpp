@@ -30,12 +30,24 @@ struct Answer {
       : loads(static_cast<std::size_t>(std::min(shape.num_experts, num_selected)) + 1,
               {kUnwritten, kUnwritten, kUnwritten}),
         slots(static_cast<std::size_t>(num_selected) + 1, kUnwritten),
-        waves(slots) {}
-  [[nodiscard]] SlotCacheAnswer view() { return {&step, loads.data(), slots.data(), waves.data()}; }
+        waves(slots),
+        wave_slots(static_cast<std::size_t>(slot_cache_max_waves(shape, num_selected) * num_selected) + 1, kUnwritten) {
+  }
+  [[nodiscard]] SlotCacheAnswer view() { return {&step, loads.data(), slots.data(), waves.data(), wave_slots.data()}; }
+  /// Each wave's own slots, by the plain lists.
+  void check_wave_slots() const {
+    const std::size_t num_selected = slots.size() - 1;
+    for (std::size_t i = 0; i + 1 < wave_slots.size(); ++i) {
+      const std::size_t of = i % num_selected;
+      REQUIRE(wave_slots[i] == (waves[of] == static_cast<std::int32_t>(i / num_selected) ? slots[of] : -1));
+    }
+    REQUIRE(wave_slots.back() == kUnwritten);
+  }
   SlotCacheStep step;
   std::vector<SlotCacheLoad> loads;  // one more than may be written, like the others
   std::vector<std::int32_t> slots;
   std::vector<std::int32_t> waves;
+  std::vector<std::int32_t> wave_slots;
 };
 
 /// A cache in host memory, and what lies in every slot.
@@ -93,6 +105,7 @@ void serve_and_check(Cache& cache, std::int64_t layer, const std::vector<Index>&
   const std::int64_t residents = cache.state.groups[layer / shape.layers_per_group].num_residents;
   Answer answer(shape, count);
   slot_cache_serve_cpu(shape, cache.state, layer, selected.data(), count / top_k, top_k, answer.view());
+  answer.check_wave_slots();
   const SlotCacheStep& step = answer.step;
   const auto is_expert = [&](Index id) { return id >= 0 && id < shape.num_experts; };
 
@@ -619,13 +632,17 @@ struct DeviceAnswer {
         step(std::vector{clean.step}),
         loads(clean.loads),
         slots(clean.slots),
-        waves(clean.waves) {}
-  [[nodiscard]] SlotCacheAnswer view() const { return {step.data(), loads.data(), slots.data(), waves.data()}; }
+        waves(clean.waves),
+        wave_slots(clean.wave_slots) {}
+  [[nodiscard]] SlotCacheAnswer view() const {
+    return {step.data(), loads.data(), slots.data(), waves.data(), wave_slots.data()};
+  }
   void check_against(const Answer& expected) const {
     const SlotCacheStep found = step.get().front();
     REQUIRE(std::memcmp(&found, &expected.step, sizeof found) == 0);
     REQUIRE(slots.get() == expected.slots);
     REQUIRE(waves.get() == expected.waves);
+    REQUIRE(wave_slots.get() == expected.wave_slots);
     const std::vector<SlotCacheLoad> found_loads = loads.get();
     REQUIRE(std::memcmp(found_loads.data(), expected.loads.data(), found_loads.size() * sizeof(SlotCacheLoad)) == 0);
   }
@@ -634,6 +651,7 @@ struct DeviceAnswer {
   DeviceArray<SlotCacheLoad> loads;
   DeviceArray<std::int32_t> slots;
   DeviceArray<std::int32_t> waves;
+  DeviceArray<std::int32_t> wave_slots;
 };
 
 /// The cache on the device holds the bits of the one on the host.

@@ -61,6 +61,38 @@ Architecture kernel_architecture() {
   return a;
 }
 
+// The other families that whole steps run in kernels for: norms of heads, windows; weights of the chosen only.
+Architecture qwen3_architecture() {
+  Architecture a = kernel_architecture();
+  const Architecture family = family_defaults("qwen3_moe");
+  a.family = family.family;
+  a.model_type = family.model_type;
+  a.query_key_norm = family.query_key_norm;
+  a.query_key_norm_heads = family.query_key_norm_heads;
+  a.norm = family.norm;
+  a.clip_qkv.reset();
+  a.head_dim = 24;
+  a.sliding_window = 4;
+  a.windowed_layers = {false, true, false};
+  return a;
+}
+
+Architecture mixtral_architecture() {
+  Architecture a = kernel_architecture();
+  const Architecture family = family_defaults("mixtral");
+  a.family = family.family;
+  a.model_type = family.model_type;
+  a.query_key_norm = family.query_key_norm;
+  a.routing = family.routing;
+  a.norm = family.norm;
+  a.clip_qkv.reset();
+  a.attention_bias = false;
+  a.normalise_top_k = family.normalise_top_k;
+  a.num_experts = 8;
+  a.top_k = 2;
+  return a;
+}
+
 Tensor prompt_of(const Architecture& a, std::int64_t rows = 1, std::int64_t length = 5, std::uint64_t seed = 71) {
   return random_integers(a.vocab_size, {rows, length}, seed);
 }
@@ -94,14 +126,17 @@ std::int64_t loads_of(const std::vector<SlotCacheCounts>& counts) {
   return loads;
 }
 
-void check_same_bits(const Architecture& a, torch::Dtype dtype, torch::Device device) {
+void check_same_bits(const Architecture& a, torch::Dtype dtype, torch::Device device, bool kernels = true) {
   const OffloadedModel offloaded = make_offloaded(a, dtype, device);
   for (const std::int64_t rows : {1, 3}) {
     const Tensor prompt = prompt_of(a, rows);
-    const Run resident = run(offloaded, {}, prompt, 12);
+    DecoderOptions all;
+    all.kernels = kernels;
+    const Run resident = run(offloaded, all, prompt, 12);
     CHECK(resident.counts.empty());
     REQUIRE(resident.tokens.sizes() == at::IntArrayRef({rows, 13}));
-    const auto check = [&](const DecoderOptions& options) {
+    const auto check = [&](DecoderOptions options) {
+      options.kernels = kernels;
       const Run found = run(offloaded, options, prompt, 12);
       CAPTURE(rows, options.cache->slots.per_layer, options.cache->slots.pool, options.graph,
               policy_name(options.cache->policy));
@@ -213,9 +248,9 @@ void check_every_policy_and_start(torch::Dtype dtype, torch::Device device) {
   }
 }
 
-void check_replay(torch::Device device, CacheStart start) {
+void check_replay(torch::Device device, CacheStart start, torch::Dtype dtype) {
   const Architecture a = kernel_architecture();
-  const OffloadedModel offloaded = make_offloaded(a, torch::kFloat32, device);
+  const OffloadedModel offloaded = make_offloaded(a, dtype, device);
   constexpr std::int64_t kSteps = 14;
   // Different experts in each step.
   const Tensor steps_LSBK =
@@ -277,9 +312,9 @@ void check_replay(torch::Device device, CacheStart start) {
   CHECK_THROWS_AS(decoder.replay(DecodeReplay{steps_LSBK.narrow(3, 0, 2), {}}), std::invalid_argument);
 }
 
-void check_residency(torch::Device device) {
+void check_residency(torch::Device device, torch::Dtype dtype) {
   const Architecture a = kernel_architecture();
-  const OffloadedModel offloaded = make_offloaded(a, torch::kFloat32, device);
+  const OffloadedModel offloaded = make_offloaded(a, dtype, device);
   const Tensor prompt = prompt_of(a);
   DecoderOptions options;
   options.capacity = 40;
@@ -355,7 +390,14 @@ TEST_CASE("on the GPU, decoding with few slots gives the bits of all resident, i
   if (!gpu_ready()) {
     return;
   }
-  check_same_bits(kernel_architecture(), torch::kBFloat16, kGpu);
+  check_same_bits(GENERATE(kernel_architecture(), qwen3_architecture(), mixtral_architecture()), torch::kBFloat16, kGpu,
+                  GENERATE(true, false));
+}
+
+TEST_CASE("on the GPU, every family decodes to the same bits with few slots", "[gpu]") {
+  if (!gpu_ready()) {
+    return;
+  }
   check_same_bits(GENERATE(small_architecture(), mixed_architecture(), deepseek_architecture(), gpt_oss_architecture()),
                   GENERATE(torch::kFloat32, torch::kBFloat16), kGpu);
 }
@@ -379,8 +421,8 @@ TEST_CASE("the decoder on the GPU says what the model says on the CPU", "[gpu]")
   if (!gpu_ready()) {
     return;
   }
-  Architecture a = GENERATE(kernel_architecture(), small_architecture(), mixed_architecture(), deepseek_architecture(),
-                            gpt_oss_architecture());
+  Architecture a = GENERATE(kernel_architecture(), qwen3_architecture(), mixtral_architecture(), small_architecture(),
+                            mixed_architecture(), deepseek_architecture(), gpt_oss_architecture());
   const torch::Dtype dtype = GENERATE(torch::kFloat64, torch::kFloat32, torch::kBFloat16);
   if (dtype == torch::kBFloat16) {
     // Rounding may choose another expert, which is no error: with all of them chosen there is none.
@@ -391,6 +433,13 @@ TEST_CASE("the decoder on the GPU says what the model says on the CPU", "[gpu]")
   const Tensor prompt = prompt_of(a, 2);
   DecoderOptions options;
   options.cache = slots_of(3);
+  options.kernels = GENERATE(true, false);
+  {
+    // Whole steps run in kernels for the families that they take.
+    options.capacity = 8;
+    const bool sizes = a.hidden_size == 64 && dtype == torch::kBFloat16;
+    CHECK(Decoder(make_offloaded(a, dtype, kGpu), options).in_kernels() == (sizes && options.kernels));
+  }
   const Run found = run(make_offloaded(a, dtype, kGpu), options, prompt, 9);
   const Tensor expected = plain_logits(a, dtype, prompt, found.tokens);
   if (dtype == torch::kBFloat16) {
@@ -412,22 +461,22 @@ TEST_CASE("counts on the GPU are the simulator's on the recorded trace, for ever
 }
 
 TEST_CASE("replay serves the trace's experts, whatever the router says") {
-  check_replay(kCpu, GENERATE(CacheStart::kCold, CacheStart::kPrefill));
+  check_replay(kCpu, GENERATE(CacheStart::kCold, CacheStart::kPrefill), torch::kFloat32);
 }
 
 TEST_CASE("replay on the GPU serves the trace's experts", "[gpu]") {
   if (gpu_ready()) {
-    check_replay(kGpu, GENERATE(CacheStart::kCold, CacheStart::kPrefill));
+    check_replay(kGpu, GENERATE(CacheStart::kCold, CacheStart::kPrefill), GENERATE(torch::kFloat32, torch::kBFloat16));
   }
 }
 
 TEST_CASE("residency-aware routing sees the slots of the moment; off, it is plain routing") {
-  check_residency(kCpu);
+  check_residency(kCpu, torch::kFloat32);
 }
 
 TEST_CASE("residency-aware routing on the GPU sees the slots of the moment", "[gpu]") {
   if (gpu_ready()) {
-    check_residency(kGpu);
+    check_residency(kGpu, GENERATE(torch::kFloat32, torch::kBFloat16));
   }
 }
 
