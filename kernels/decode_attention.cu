@@ -5,6 +5,7 @@
 
 #include "decode_checks.hpp"
 #include "decode_norm.cuh"
+#include "dependent.cuh"
 #include "launch.cuh"
 
 namespace hestia {
@@ -44,6 +45,7 @@ __global__ void __launch_bounds__(kThreads)
     append_kernel(DecodeAttentionShape shape, DecodeAppendInputs in, DecodeKeyValues cache, std::uint16_t* queries) {
   __shared__ float width_parts[kWarps];
   __shared__ float head_parts[kWarps];
+  after_kernel_before();
   const int thread = static_cast<int>(threadIdx.x);
   const int d = static_cast<int>(shape.head_dim);
   const int half = d / 2;
@@ -184,6 +186,7 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ float mixed[kWarps][kHeads][kLanes * 8];
   __shared__ float2 softmax[kWarps][kHeads];
   __shared__ bool last;
+  after_kernel_before();
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / kDecodeWarp;
   const int lane = thread % kDecodeWarp;
@@ -380,11 +383,12 @@ __global__ void __launch_bounds__(kThreads)
 template <int kLanes>
 void launch(const DecodeAttentionShape& shape, const Sizes& sizes, const std::uint16_t* queries,
             const DecodeKeyValues& cache, const std::int64_t* position, const std::uint16_t* sinks, std::uint16_t* out,
-            const Workspace& workspace, cudaStream_t stream) {
+            const Workspace& workspace, void* stream) {
   const dim3 grid(static_cast<unsigned>(sizes.cut.stretches), static_cast<unsigned>(sizes.num_keys * sizes.cut.groups),
                   static_cast<unsigned>(shape.num_tokens));
   const auto start = [&](auto* kernel) {
-    kernel<<<grid, kThreads, 0, stream>>>(sizes, queries, cache, position, sinks, out, workspace);
+    launch_kernel("attention_kernel", kernel, grid, kThreads, 0, stream, shape.dependent, sizes, queries, cache,
+                  position, sinks, out, workspace);
   };
   switch (sizes.cut.heads) {
     case 1:
@@ -396,7 +400,6 @@ void launch(const DecodeAttentionShape& shape, const Sizes& sizes, const std::ui
     default:
       start(attention_kernel<kLanes, kMaxHeads>);
   }
-  check_launch("attention_kernel");
 }
 
 }  // namespace
@@ -406,8 +409,7 @@ void decode_append_cuda(const DecodeAttentionShape& shape, const DecodeAppendInp
   check_decode_append(shape);
   const dim3 grid(static_cast<unsigned>(shape.num_heads + 2 * shape.num_key_value_heads),
                   static_cast<unsigned>(shape.num_tokens));
-  append_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(shape, in, cache, queries);
-  check_launch("append_kernel");
+  launch_kernel("append_kernel", append_kernel, grid, kThreads, 0, stream, shape.dependent, shape, in, cache, queries);
 }
 
 std::size_t decode_attention_workspace(const DecodeAttentionShape& shape) {
@@ -437,8 +439,9 @@ void decode_attention_cuda(const DecodeAttentionShape& shape, const std::uint16_
       softmax_at + aligned(heads * static_cast<std::size_t>(sizes.cut.stretches) * sizeof(float2));
   const Workspace parts{reinterpret_cast<unsigned*>(bytes), reinterpret_cast<float2*>(bytes + softmax_at),
                         reinterpret_cast<float*>(bytes + mixed_at)};
-  const auto on = static_cast<cudaStream_t>(stream);
-  const auto start = [&](auto* launcher) { launcher(shape, sizes, queries, cache, position, sinks, out, parts, on); };
+  const auto start = [&](auto* launcher) {
+    launcher(shape, sizes, queries, cache, position, sinks, out, parts, stream);
+  };
   if (sizes.d <= 32) {
     start(launch<4>);
   } else if (sizes.d <= 64) {

@@ -2,6 +2,7 @@
 
 #include "decode_checks.hpp"
 #include "decode_norm.cuh"
+#include "dependent.cuh"
 #include "launch.cuh"
 
 namespace hestia {
@@ -111,6 +112,7 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(Sizes sizes, DecodeLin
   for (int s = 0; s < kDepth; ++s) {
     load_step(s, w[s]);
   }
+  after_kernel_before();
 
   const auto* const x = reinterpret_cast<const uint4*>(in.x);
   const uint4* rows[kGroups];
@@ -215,15 +217,12 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(Sizes sizes, DecodeLin
 }
 
 template <int kTiles, int kGroups, int kDepth, class Out>
-void launch(const Sizes& sizes, const DecodeLinearInputs& in, Out* out, cudaStream_t stream) {
+void launch(const Sizes& sizes, const DecodeLinearInputs& in, Out* out, void* stream, bool dependent) {
   const int rows = kTiles * kTile;
   const auto grid = static_cast<unsigned>((sizes.output_size + rows - 1) / rows);
-  if (in.norm_weight != nullptr) {
-    linear_kernel<kTiles, kGroups, kDepth, true><<<grid, kThreads, 0, stream>>>(sizes, in, out);
-  } else {
-    linear_kernel<kTiles, kGroups, kDepth, false><<<grid, kThreads, 0, stream>>>(sizes, in, out);
-  }
-  check_launch("linear_kernel");
+  auto* const kernel = in.norm_weight != nullptr ? linear_kernel<kTiles, kGroups, kDepth, true, Out>
+                                                 : linear_kernel<kTiles, kGroups, kDepth, false, Out>;
+  launch_kernel("linear_kernel", kernel, grid, kThreads, 0, stream, dependent, sizes, in, out);
 }
 
 template <class Out>
@@ -233,14 +232,16 @@ void linear(const DecodeLinearShape& shape, const DecodeLinearInputs& in, Out* o
   const int steps = (chunks + kStepChunks - 1) / kStepChunks;
   const Sizes sizes{static_cast<int>(shape.num_tokens),          chunks,     static_cast<int>(shape.output_size),
                     (steps + 2 * kWarps - 1) / (2 * kWarps) * 2, shape.norm, shape.norm_eps};
-  const auto on = static_cast<cudaStream_t>(stream);
   const bool few = shape.output_size <= kFewTiles * kTile;
   if (shape.num_tokens <= kColumns) {
-    few ? launch<1, 1, 8>(sizes, in, out, on) : launch<1, 1, 4>(sizes, in, out, on);
+    few ? launch<1, 1, 8>(sizes, in, out, stream, shape.dependent)
+        : launch<1, 1, 4>(sizes, in, out, stream, shape.dependent);
   } else if (shape.num_tokens <= 2 * kColumns) {
-    few ? launch<1, 2, 8>(sizes, in, out, on) : launch<2, 2, 4>(sizes, in, out, on);
+    few ? launch<1, 2, 8>(sizes, in, out, stream, shape.dependent)
+        : launch<2, 2, 4>(sizes, in, out, stream, shape.dependent);
   } else {
-    few ? launch<1, 4, 8>(sizes, in, out, on) : launch<2, 4, 4>(sizes, in, out, on);
+    few ? launch<1, 4, 8>(sizes, in, out, stream, shape.dependent)
+        : launch<2, 4, 4>(sizes, in, out, stream, shape.dependent);
   }
 }
 

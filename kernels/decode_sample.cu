@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "dependent.cuh"
 #include "launch.cuh"
 #include "sample_rules.hpp"
 
@@ -32,6 +33,7 @@ template <class Index>
 __global__ void __launch_bounds__(kGreedyThreads)
     greedy_kernel(int size, const float* logits, Index* ids, Greedy* workspace) {
   __shared__ Wide of_warp[kGreedyThreads / kWarp];
+  after_kernel_before();
   const int thread = static_cast<int>(threadIdx.x);
   const std::size_t t = blockIdx.y;
   const float* const row = logits + t * size;
@@ -183,6 +185,7 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ Nucleus found;
   __shared__ float largest_of_warp[kWarps];
   __shared__ Wide of_warp[kWarps];
+  after_kernel_before();
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / kWarp;
   const int lane = thread % kWarp;
@@ -256,15 +259,13 @@ void decode_sample_cuda(const DecodeSampleShape& shape, const DecodeSampleInputs
                         void* stream) {
   check_decode_sample(shape);
   const auto rows = static_cast<unsigned>(shape.num_tokens);
-  const auto on = static_cast<cudaStream_t>(stream);
   if (shape.temperature == 0.0F) {
     const dim3 grid(static_cast<unsigned>((shape.vocabulary + kGreedyTokens - 1) / kGreedyTokens), rows);
-    greedy_kernel<<<grid, kGreedyThreads, 0, on>>>(static_cast<int>(shape.vocabulary), in.logits, ids,
-                                                   static_cast<Greedy*>(workspace));
-    check_launch("greedy_kernel");
+    launch_kernel("greedy_kernel", greedy_kernel<Index>, grid, kGreedyThreads, 0, stream, shape.dependent,
+                  static_cast<int>(shape.vocabulary), in.logits, ids, static_cast<Greedy*>(workspace));
   } else {
-    sample_kernel<<<rows, kThreads, 0, on>>>(shape, in, sample_factor(shape.temperature), ids);
-    check_launch("sample_kernel");
+    launch_kernel("sample_kernel", sample_kernel<Index>, rows, kThreads, 0, stream, shape.dependent, shape, in,
+                  sample_factor(shape.temperature), ids);
   }
 }
 

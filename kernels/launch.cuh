@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <string>
 
 #include <cuda_runtime.h>
@@ -15,6 +16,25 @@ inline void check_launch(const char* kernel) {
     throw RunError(std::string(kernel) + ": the kernel did not start, got " + cudaGetErrorName(error) + " (" +
                    cudaGetErrorString(error) + "); check the GPU with nvidia-smi or run on the CPU");
   }
+}
+
+/// Launches `kernel`. `dependent`: it may start before the kernel before it on `stream` has ended, whose end it awaits
+/// itself (dependent.cuh); needs compute capability 9.0. Throws as check_launch does.
+template <class... Parameters, class... Arguments>
+void launch_kernel(const char* name, void (*kernel)(Parameters...), dim3 grid, unsigned threads, std::size_t shared,
+                   void* stream, bool dependent, const Arguments&... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = dependent ? 1 : 0;
+  (void)cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);  // check_launch sees the error
+  check_launch(name);
 }
 
 }  // namespace hestia

@@ -20,6 +20,9 @@ struct DecodeAttentionShape {
   std::int64_t head_dim = 0;             ///< d, a multiple of 8, to 256
   std::int64_t capacity = 0;             ///< C, tokens that a row of the key-value cache holds
   bool one_position = false;             ///< All rows are at one position: `position` is [1] instead of [T].
+  /// The kernels may start before the one before them on the stream has ended; they await that end themselves. Compute
+  /// capability 9.0 or higher; no effect on the CPU.
+  bool dependent = false;
   // decode_append
   DecodeHeadNorm norm = DecodeHeadNorm::kNone;
   float norm_eps = 1e-5F;

@@ -13,6 +13,9 @@ struct DecodeLinearShape {
   std::int64_t output_size = 0;        ///< N, from 1
   DecodeNorm norm = DecodeNorm::kRms;  ///< With a norm_weight.
   float norm_eps = 1e-5F;
+  /// The kernel may start before the one before it on the stream has ended; it awaits that end itself, weights already
+  /// on their way. So that kernel must not write `weight`. Compute capability 9.0 or higher; no effect on the CPU.
+  bool dependent = false;
 };
 
 /// What goes in. bfloat16 values are their bits.

@@ -12,6 +12,9 @@ struct DecodeSampleShape {
   float temperature = 0.0F;     ///< 0: the highest logit
   float top_p = 1.0F;           ///< Above 0, to 1; 1: the whole vocabulary
   bool one_step = false;        ///< All rows are at one step: `step` is [1] instead of [T].
+  /// The kernel may start before the one before it on the stream has ended; it awaits that end itself. Compute
+  /// capability 9.0 or higher; no effect on the CPU.
+  bool dependent = false;
 };
 
 /// What goes in.

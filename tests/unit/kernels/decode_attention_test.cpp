@@ -422,6 +422,7 @@ TEST_CASE("decode attention: one captured step serves a growing context", "[gpu]
   Case c = random_case(random, {3, 8, 2, 128, 150});
   c.shape.norm = DecodeHeadNorm::kHeads;
   c.shape.window = 60;
+  c.shape.dependent = true;
   Guarded<std::uint16_t> projected(c.projected, true);
   Guarded<std::uint16_t> query_norm(c.query_norm, true);
   Guarded<std::uint16_t> key_norm(c.key_norm, true);

@@ -225,3 +225,35 @@ TEST_CASE("decode linear: a captured product is the same with every launch of it
     CHECK(run<std::uint16_t>(c, kAll, true, true).out == run<std::uint16_t>(c, kAll, true).out);
   }
 }
+
+TEST_CASE("decode linear: dependent launches await one another", "[gpu]") {
+  if (!gpu_ready()) {
+    return;
+  }
+  SplitMix64 random(35);
+  for (const std::int64_t tokens : {1, 9, 32}) {
+    Case c = random_case(random, tokens, 1536, 1536);
+    const auto chain = [&](bool dependent) {
+      c.shape.dependent = dependent;
+      Guarded<std::uint16_t> norm_weight(c.norm_weight, true);
+      Guarded<std::uint16_t> weight(c.weight, true);
+      Guarded<std::uint16_t> even(c.x, true);
+      Guarded<std::uint16_t> odd(c.residual, true);
+      // Each product reads what the one before it wrote, and writes what that one read.
+      Captured products([&](void* stream) {
+        for (int i = 0; i < 20; ++i) {
+          const std::uint16_t* const x = i % 2 == 0 ? even.data() : odd.data();
+          decode_linear_cuda(c.shape, {x, norm_weight.data(), weight.data(), nullptr, nullptr},
+                             i % 2 == 0 ? odd.data() : even.data(), stream);
+        }
+      });
+      for (int repeat = 0; repeat < 5; ++repeat) {
+        products.replay();
+      }
+      CHECK(even.guards_whole());
+      CHECK(odd.guards_whole());
+      return even.values();
+    };
+    CHECK(chain(true) == chain(false));
+  }
+}

@@ -307,6 +307,7 @@ TEST_CASE("decode sample: a captured draw goes on with the step", "[gpu]") {
   SplitMix64 random(57);
   for (const Setting& setting : {Setting{0.0F, 1.0F}, Setting{1.0F, 1.0F}, Setting{0.8F, 0.9F}}) {
     Case c = random_case(random, 5, 3001, 0.0);
+    c.shape.dependent = true;
     c.shape.temperature = setting.temperature;
     c.shape.top_p = setting.top_p;
     const auto replayed = run<std::int32_t>(c, true, 20);
