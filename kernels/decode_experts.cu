@@ -1,6 +1,7 @@
 #include "hestia/kernels/decode_experts.hpp"
 
 #include "decode_dot.cuh"
+#include "dependent.cuh"
 #include "launch.cuh"
 
 namespace hestia {
@@ -15,6 +16,7 @@ struct Sizes {
   int top_k;
   int hidden;         // H
   int expert_hidden;  // F
+  bool dependent;     // DecodeExpertsShape::dependent
   ExpertBlob blob;
 };
 
@@ -113,6 +115,7 @@ __global__ void __launch_bounds__(kWarps* kDecodeWarp)
     gate_up_kernel(Sizes sizes, const std::uint16_t* x, const std::int32_t* slots, const void* pool, std::uint16_t* h) {
   __shared__ int pairs[kGrouped ? kMaxPairs : 1];
   __shared__ int shared_count;
+  after_kernel_before();
   const int slot = slots[blockIdx.y];
   const int count = pairs_of_block<kGrouped>(slots, sizes.num_pairs, slot, pairs, &shared_count);
   const int f = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kDecodeWarp;
@@ -124,6 +127,20 @@ __global__ void __launch_bounds__(kWarps* kDecodeWarp)
   const std::uint16_t* const up = matrix(pool, sizes, slot, sizes.blob.up) + row;
   for_runs_of_pairs<kGrouped>(
       count, [&]<int R>(int first) { gate_up_rows<R>(sizes, x, gate, up, pairs, first, count, f, h); });
+}
+
+/// Brings rows [i, i + kDownRows) of down into L2, one warp, if its kernel waits for another meanwhile.
+__device__ void prefetch_down(const Sizes& sizes, const std::uint16_t* down, int i) {
+  if (!sizes.dependent || i >= sizes.hidden) {
+    return;
+  }
+  constexpr std::size_t kLine = 128;
+  const auto* const first =
+      reinterpret_cast<const unsigned char*>(down + static_cast<std::size_t>(i) * sizes.expert_hidden);
+  const std::size_t bytes = static_cast<std::size_t>(min(kDownRows, sizes.hidden - i)) * sizes.expert_hidden * 2;
+  for (std::size_t at = threadIdx.x % kDecodeWarp * kLine; at < bytes; at += kDecodeWarp * kLine) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(first + at));
+  }
 }
 
 /// Products of rows [i, i + kDownRows) of down with R vectors; a row past the last repeats it.
@@ -170,10 +187,14 @@ __global__ void __launch_bounds__(kWarps* kDecodeWarp)
   const int slot = slots[blockIdx.y];
   const int count = pairs_of_block<kGrouped>(slots, sizes.num_pairs, slot, pairs, &shared_count);
   const int i = (static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kDecodeWarp) * kDownRows;
+  const std::uint16_t* const down = matrix(pool, sizes, slot, sizes.blob.down);
+  if (count > 0) {
+    prefetch_down(sizes, down, i);
+  }
+  after_kernel_before();
   if (i >= sizes.hidden) {
     return;
   }
-  const std::uint16_t* const down = matrix(pool, sizes, slot, sizes.blob.down);
   for_runs_of_pairs<kGrouped>(count,
                               [&]<int R>(int first) { down_rows<R>(sizes, h, down, pairs, first, count, i, y); });
 }
@@ -185,6 +206,7 @@ __device__ std::uint16_t with_residual(float sum, const std::uint16_t* residual,
 // residual and out may be one, so neither is __restrict__.
 __global__ void combine_kernel(Sizes sizes, const float* y, const float* weights, const std::uint16_t* residual,
                                std::uint16_t* out) {
+  after_kernel_before();
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (i >= sizes.hidden) {
     return;
@@ -208,6 +230,10 @@ __global__ void __launch_bounds__(kDecodeMaxTopK* kDecodeWarp)
   const int i = static_cast<int>(blockIdx.x) * kDownRows;
   const std::size_t first = static_cast<std::size_t>(blockIdx.y) * sizes.top_k;
   const int slot = slots[first + k];
+  if (slot >= 0) {
+    prefetch_down(sizes, matrix(pool, sizes, slot, sizes.blob.down), i);
+  }
+  after_kernel_before();
   if (slot >= 0) {
     const std::uint16_t* const rows[1] = {h + (first + k) * sizes.expert_hidden};
     float sums[kDownRows][1];
@@ -236,8 +262,12 @@ __global__ void __launch_bounds__(kDecodeMaxTopK* kDecodeWarp)
 }
 
 Sizes sizes_of(const DecodeExpertsShape& shape) {
-  return {static_cast<int>(shape.num_tokens * shape.top_k), static_cast<int>(shape.top_k),
-          static_cast<int>(shape.hidden_size), static_cast<int>(shape.expert_hidden_size), expert_blob(shape)};
+  return {static_cast<int>(shape.num_tokens * shape.top_k),
+          static_cast<int>(shape.top_k),
+          static_cast<int>(shape.hidden_size),
+          static_cast<int>(shape.expert_hidden_size),
+          shape.dependent,
+          expert_blob(shape)};
 }
 
 unsigned tiles(std::int64_t rows, std::int64_t rows_per_block) {
@@ -250,26 +280,18 @@ void decode_gate_up_cuda(const DecodeExpertsShape& shape, const std::uint16_t* x
                          const void* pool, std::uint16_t* h, void* stream) {
   const Sizes sizes = sizes_of(shape);
   const dim3 grid(tiles(sizes.expert_hidden, kWarps), static_cast<unsigned>(sizes.num_pairs));
-  const auto on = static_cast<cudaStream_t>(stream);
-  if (shape.num_tokens == 1) {
-    gate_up_kernel<false><<<grid, kWarps * kDecodeWarp, 0, on>>>(sizes, x, slots, pool, h);
-  } else {
-    gate_up_kernel<true><<<grid, kWarps * kDecodeWarp, 0, on>>>(sizes, x, slots, pool, h);
-  }
-  check_launch("gate_up_kernel");
+  auto* const kernel = shape.num_tokens == 1 ? gate_up_kernel<false> : gate_up_kernel<true>;
+  launch_kernel("gate_up_kernel", kernel, grid, kWarps * kDecodeWarp, 0, stream, shape.dependent, sizes, x, slots, pool,
+                h);
 }
 
 void decode_down_cuda(const DecodeExpertsShape& shape, const std::uint16_t* h, const std::int32_t* slots,
                       const void* pool, float* y, void* stream) {
   const Sizes sizes = sizes_of(shape);
   const dim3 grid(tiles(sizes.hidden, kWarps * kDownRows), static_cast<unsigned>(sizes.num_pairs));
-  const auto on = static_cast<cudaStream_t>(stream);
-  if (shape.num_tokens == 1) {
-    down_kernel<false><<<grid, kWarps * kDecodeWarp, 0, on>>>(sizes, h, slots, pool, y);
-  } else {
-    down_kernel<true><<<grid, kWarps * kDecodeWarp, 0, on>>>(sizes, h, slots, pool, y);
-  }
-  check_launch("down_kernel");
+  auto* const kernel = shape.num_tokens == 1 ? down_kernel<false> : down_kernel<true>;
+  launch_kernel("down_kernel", kernel, grid, kWarps * kDecodeWarp, 0, stream, shape.dependent, sizes, h, slots, pool,
+                y);
 }
 
 void decode_combine_cuda(const DecodeExpertsShape& shape, const float* y, const float* weights,
@@ -277,8 +299,8 @@ void decode_combine_cuda(const DecodeExpertsShape& shape, const float* y, const 
   const Sizes sizes = sizes_of(shape);
   constexpr int kThreads = 256;
   const dim3 grid(tiles(sizes.hidden, kThreads), static_cast<unsigned>(shape.num_tokens));
-  combine_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(sizes, y, weights, residual, out);
-  check_launch("combine_kernel");
+  launch_kernel("combine_kernel", combine_kernel, grid, kThreads, 0, stream, shape.dependent, sizes, y, weights,
+                residual, out);
 }
 
 void decode_down_combine_cuda(const DecodeExpertsShape& shape, const std::uint16_t* h, const std::int32_t* slots,
@@ -286,9 +308,8 @@ void decode_down_combine_cuda(const DecodeExpertsShape& shape, const std::uint16
                               std::uint16_t* out, void* stream) {
   const Sizes sizes = sizes_of(shape);
   const dim3 grid(tiles(sizes.hidden, kDownRows), static_cast<unsigned>(shape.num_tokens));
-  down_combine_kernel<<<grid, static_cast<unsigned>(sizes.top_k * kDecodeWarp), 0, static_cast<cudaStream_t>(stream)>>>(
-      sizes, h, slots, pool, weights, y, residual, out);
-  check_launch("down_combine_kernel");
+  launch_kernel("down_combine_kernel", down_combine_kernel, grid, static_cast<unsigned>(sizes.top_k * kDecodeWarp), 0,
+                stream, shape.dependent, sizes, h, slots, pool, weights, y, residual, out);
 }
 
 }  // namespace hestia

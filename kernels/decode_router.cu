@@ -2,6 +2,7 @@
 
 #include "decode_checks.hpp"
 #include "decode_norm.cuh"
+#include "dependent.cuh"
 #include "hestia/core/error.hpp"
 #include "hestia/routing/residency.hpp"
 #include "launch.cuh"
@@ -13,6 +14,7 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kDecodeWarp;
 constexpr int kMaxExperts = 512;
 constexpr int kMaxTopK = 32;
+constexpr int kAhead = 8;  // chunks of a router row that a lane has in flight, the first from before the norm
 
 /// The choice for one token by one block, which sees all of its logits.
 __device__ void choose(const DecodeRouterShape& shape, const DecodeRouterInputs& in, std::size_t token,
@@ -127,6 +129,19 @@ __global__ void __launch_bounds__(kThreads)
   const int hidden = static_cast<int>(shape.hidden_size);
   const std::size_t token = blockIdx.y;
   const int thread = static_cast<int>(threadIdx.x);
+  const int expert = static_cast<int>(blockIdx.x) * kWarps + thread / kDecodeWarp;
+  const int lane = thread % kDecodeWarp;
+  const int chunks = expert < shape.num_experts ? hidden / 4 : 0;
+  const auto* const row = reinterpret_cast<const float4*>(in.router + static_cast<std::size_t>(expert) * hidden);
+  float4 ahead[kAhead];
+#pragma unroll
+  for (int a = 0; a < kAhead; ++a) {
+    const int chunk = lane + a * kDecodeWarp;
+    if (chunk < chunks) {
+      ahead[a] = __ldg(row + chunk);
+    }
+  }
+  after_kernel_before();
   block_rms_norm<kThreads>(in.hidden + token * hidden, in.norm_weight, hidden, shape.norm_eps, shape.norm, normal,
                            partial);
   __syncthreads();
@@ -135,20 +150,25 @@ __global__ void __launch_bounds__(kThreads)
       reinterpret_cast<uint4*>(out.normal + token * hidden)[chunk] = shared[chunk];
     }
   }
-  const int expert = static_cast<int>(blockIdx.x) * kWarps + thread / kDecodeWarp;
-  const int lane = thread % kDecodeWarp;
   if (expert < shape.num_experts) {
-    const auto* const row = reinterpret_cast<const float4*>(in.router + static_cast<std::size_t>(expert) * hidden);
     const auto* const x = reinterpret_cast<const uint2*>(normal);
     float sum = 0.0F;
-#pragma unroll 8
-    for (int chunk = lane; chunk < hidden / 4; chunk += kDecodeWarp) {
-      const float4 w = __ldg(row + chunk);
-      const uint2 v = x[chunk];
-      sum = __fmaf_rn(w.x, __uint_as_float(v.x << 16), sum);
-      sum = __fmaf_rn(w.y, __uint_as_float(v.x & 0xffff0000U), sum);
-      sum = __fmaf_rn(w.z, __uint_as_float(v.y << 16), sum);
-      sum = __fmaf_rn(w.w, __uint_as_float(v.y & 0xffff0000U), sum);
+    for (int base = lane; base < chunks; base += kAhead * kDecodeWarp) {
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) {
+        const int chunk = base + a * kDecodeWarp;
+        if (chunk < chunks) {
+          const float4 w = ahead[a];
+          const uint2 v = x[chunk];
+          sum = __fmaf_rn(w.x, __uint_as_float(v.x << 16), sum);
+          sum = __fmaf_rn(w.y, __uint_as_float(v.x & 0xffff0000U), sum);
+          sum = __fmaf_rn(w.z, __uint_as_float(v.y << 16), sum);
+          sum = __fmaf_rn(w.w, __uint_as_float(v.y & 0xffff0000U), sum);
+          if (chunk + kAhead * kDecodeWarp < chunks) {
+            ahead[a] = __ldg(row + chunk + kAhead * kDecodeWarp);
+          }
+        }
+      }
     }
     sum = decode_warp_sum(sum);
     if (lane == 0) {
@@ -184,9 +204,8 @@ void decode_router_cuda(const DecodeRouterShape& shape, const DecodeRouterInputs
   check_decode_range("decode router", "the hidden size", shape.hidden_size, 16 * 1024);
   const dim3 grid(static_cast<unsigned>((shape.num_experts + kWarps - 1) / kWarps),
                   static_cast<unsigned>(shape.num_tokens));
-  router_kernel<<<grid, kThreads, row_bytes, static_cast<cudaStream_t>(stream)>>>(shape, in, out,
-                                                                                  static_cast<unsigned*>(workspace));
-  check_launch("router_kernel");
+  launch_kernel("router_kernel", router_kernel, grid, kThreads, row_bytes, stream, shape.dependent, shape, in, out,
+                static_cast<unsigned*>(workspace));
 }
 
 }  // namespace hestia

@@ -22,6 +22,10 @@ struct DecodeExpertsShape {
   std::int64_t hidden_size = 0;         ///< H, a multiple of 8
   std::int64_t expert_hidden_size = 0;  ///< F, a multiple of 8
   ExpertFormat format = ExpertFormat::kBfloat16;
+  /// The kernels may start before the one before them on the stream has ended; they await that end themselves, those of
+  /// down while their weights come into L2: the kernel right before decode_down and decode_down_combine must not write
+  /// `slots`. Compute capability 9.0 or higher; no effect on the CPU.
+  bool dependent = false;
 };
 
 /// One expert's blob: where its three row-major matrices begin. gate and up [F, H], down [H, F], contiguous in the

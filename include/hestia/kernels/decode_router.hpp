@@ -25,6 +25,10 @@ struct DecodeRouterShape {
   /// 0 is plain Top-K, bit by bit.
   float bonus = 0.0F;
   std::int64_t always_keep = 0;  ///< J: experts chosen by the logit alone before residency has a say.
+  /// The kernel may start before the one before it on the stream has ended; it awaits that end itself, the router's
+  /// weights already on their way. So that kernel must not write `router`. Compute capability 9.0 or higher; no effect
+  /// on the CPU.
+  bool dependent = false;
 };
 
 /// What goes in. bfloat16 values are their bits.

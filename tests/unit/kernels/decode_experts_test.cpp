@@ -228,8 +228,8 @@ TEST_CASE("decode experts: pairs without a slot are neither written nor added") 
 
 TEST_CASE("decode experts: sizes that the kernels do not take are refused by name") {
   const DecodeExpertsShape good{.num_tokens = 1, .top_k = 8, .hidden_size = 64, .expert_hidden_size = 32};
-  CHECK(expert_blob(good).bytes == 3 * 64 * 32 * 2);
-  CHECK(expert_blob(good).down == 2 * 64 * 32 * 2);
+  CHECK(expert_blob(good).bytes == std::size_t{3} * 64 * 32 * 2);
+  CHECK(expert_blob(good).down == std::size_t{2} * 64 * 32 * 2);
   const auto refused = [&](auto change, const std::string& text) {
     DecodeExpertsShape shape = good;
     change(shape);
@@ -301,5 +301,54 @@ TEST_CASE("decode experts: slots, waves and other rows do not change a bit on CU
       CHECK(one.out == expected);
       CHECK(one.fused == expected);
     }
+  }
+}
+
+TEST_CASE("decode experts: dependent launches await one another", "[gpu]") {
+  if (!gpu_ready()) {
+    return;
+  }
+  SplitMix64 random(16);
+  for (const Size& s : {Size{1, 8, 512, 264, 12}, Size{5, 3, 264, 520, 6}}) {
+    CAPTURE(s.tokens, s.top_k, s.hidden, s.expert_hidden, s.experts);
+    Case c = random_case(random, s.tokens, s.top_k, s.hidden, s.expert_hidden, s.experts);
+    std::for_each(c.weights.begin(), c.weights.end(), [](float& weight) { weight *= 0.1F; });  // layers stay finite
+    const Pool pool = pool_of(c, random, s.experts);
+    std::vector<std::int32_t> table;
+    for (const std::int32_t expert : c.chosen) {
+      table.push_back(pool.slot_of[static_cast<std::size_t>(expert)]);
+    }
+    const auto chain = [&](bool dependent) {
+      c.shape.dependent = dependent;
+      Guarded<std::uint16_t> x(c.x, true);
+      Guarded<std::uint16_t> blobs(pool.blobs, true);
+      Guarded<std::int32_t> slots(table, true);
+      Guarded<float> weights(c.weights, true);
+      Guarded<std::uint16_t> residual(c.residual, true);
+      Guarded<std::uint16_t> h(Bits(c.pairs() * c.expert_hidden(), kUntouchedBits), true);
+      Guarded<float> y(std::vector<float>(c.pairs() * c.hidden(), kUntouched), true);
+      // Each product reads what the one before it wrote; the mix of the experts is the next input.
+      Captured layers([&](void* stream) {
+        for (int i = 0; i < 10; ++i) {
+          decode_gate_up_cuda(c.shape, x.data(), slots.data(), blobs.data(), h.data(), stream);
+          if (i % 2 == 0) {
+            decode_down_combine_cuda(c.shape, h.data(), slots.data(), blobs.data(), weights.data(), nullptr,
+                                     residual.data(), x.data(), stream);
+          } else {
+            decode_down_cuda(c.shape, h.data(), slots.data(), blobs.data(), y.data(), stream);
+            decode_combine_cuda(c.shape, y.data(), weights.data(), residual.data(), x.data(), stream);
+          }
+        }
+      });
+      layers.replay();
+      CHECK(h.guards_whole());
+      CHECK(y.guards_whole());
+      CHECK(x.guards_whole());
+      return x.values();
+    };
+    const Bits plain = chain(false);
+    CHECK(chain(true) == plain);
+    CHECK(plain != c.residual);
+    CHECK(std::none_of(plain.begin(), plain.end(), [](std::uint16_t bits) { return std::isnan(wide(bits)); }));
   }
 }

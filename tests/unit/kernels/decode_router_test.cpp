@@ -183,6 +183,7 @@ void check_all(SplitMix64& random, bool gpu) {
       c.shape.routed_scale = variant == 3 ? 2.5F : 1.0F;
       c.shape.bonus = variant % 2 == 1 ? 1.5F : 0.0F;
       c.shape.always_keep = variant;
+      c.shape.dependent = variant == 2;
       const bool with_bias = variant >= 2;
       check(c, run(c, with_bias, variant % 2 == 1, gpu), with_bias, variant % 2 == 1);
     }
