@@ -394,6 +394,7 @@ void run_generate(const GenerateArguments& arguments) {
       {"text", stream ? Json(stream->text()) : Json()},
       {"stop", stop},
       {"cuda_graph", device.is_cuda() && options.graph},
+      {"kernels", decoder.in_kernels()},
       {"traced", traced},
       {"ttft_seconds", times.prompt_seconds},
       {"decode_steps", times.steps},

@@ -49,6 +49,8 @@ FieldList BenchOptions::fields() {
   list.add("repeats", repeats, "timed rounds, after one that is not", {.low = 1});
   list.add("seed", seed, "of the random prompts", {.low = 0});
   list.add("graph", graph, "capture steps in CUDA graphs");
+  list.add("kernels", kernels, "whole steps in the decode kernels where these take the model");
+  list.add("start_early", start_early, "decode kernels may start before the one before them ends");
   return list;
 }
 
@@ -293,6 +295,8 @@ class Bench {
           options.preload.assign(a.moe_layers().size(), all);
         }
         options.graph = recipe_.bench.graph;
+        options.kernels = recipe_.bench.kernels;
+        options.start_early = recipe_.bench.start_early;
         Arm arm;
         arm.slots = slots;
         arm.policy = options.cache ? policy : "";
@@ -312,6 +316,7 @@ class Bench {
         options.rows = batch;
         options.capacity = prompt_tokens + new_tokens;
         options.graph = recipe_.bench.graph;
+        options.kernels = recipe_.bench.kernels;
         asked = requests(options, prompt, new_tokens, replay);
       }
       count_round(arm, prompt, new_tokens, bound, asked);
@@ -430,6 +435,8 @@ class Bench {
         {"new_tokens", new_tokens},
         {"fetch", arm.policy.empty() ? "" : "gather"},
         {"graph", recipe_.bench.graph && device_.is_cuda()},
+        {"kernels", arm.decoder->in_kernels()},
+        {"start_early", arm.decoder->in_kernels() && recipe_.bench.start_early},
         {"tokens_per_second", rate},
         {"tokens_per_second_low", *std::min_element(arm.rates.begin(), arm.rates.end())},
         {"tokens_per_second_high", *std::max_element(arm.rates.begin(), arm.rates.end())},

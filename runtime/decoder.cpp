@@ -91,6 +91,7 @@ struct Decoder::Impl {
       if (refusal.empty()) {
         fused = std::make_unique<FusedStep>(model, cache, slots, rotations, options.rows);
         fused->route_by(options.residency);
+        fused->start_early(options.start_early);
       } else {
         log_warning(
             fmt::format("decode kernels do not take this model: {}; steps run slower, through LibTorch", refusal));

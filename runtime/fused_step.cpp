@@ -4,6 +4,7 @@
 #include <map>
 #include <utility>
 
+#include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAStream.h>
 #include <fmt/format.h>
 
@@ -101,6 +102,7 @@ struct FusedStep::Impl {
   KeyValueCache* cache = nullptr;
   std::shared_ptr<SlotExecutor> slots;
   std::int64_t rows = 0;
+  bool early = false;
   Architecture architecture;
   std::vector<Layer> layers;
   Parts outside;
@@ -128,13 +130,15 @@ struct FusedStep::Impl {
                                   .input_size = weight.size(1),
                                   .output_size = weight.size(0),
                                   .norm = norm(),
-                                  .norm_eps = static_cast<float>(architecture.norm_eps)};
+                                  .norm_eps = static_cast<float>(architecture.norm_eps),
+                                  .dependent = early};
     decode_linear_cuda(shape, {bits(x), bits(norm_weight), bits(weight), bits(bias), bits(residual)}, out, stream);
   }
 
   void run_layer(std::int64_t index, const Tensor& position_1, const Tensor& step_1, void* stream) {
     Layer& layer = layers[static_cast<std::size_t>(index)];
     const Architecture& a = architecture;
+    layer.attention.dependent = early;
     linear(hidden_TD, part(layer.parts, P::kInputNorm), layer.query_key_value, layer.query_key_value_bias, {},
            mutable_bits(projected), stream);
     const DecodeKeyValues memory{mutable_bits(layer.keys), mutable_bits(layer.values)};
@@ -155,7 +159,8 @@ struct FusedStep::Impl {
                             .norm = norm(),
                             .norm_eps = static_cast<float>(a.norm_eps),
                             .normalise_top_k = a.normalise_top_k || a.routing == RoutingKind::kSoftmaxOfChosen,
-                            .routed_scale = static_cast<float>(a.routed_scale)};
+                            .routed_scale = static_cast<float>(a.routed_scale),
+                            .dependent = early};
     DecodeRouterInputs in{.hidden = bits(hidden_TD),
                           .norm_weight = bits(part(layer.parts, P::kPostAttentionNorm)),
                           .router = part(layer.parts, P::kRouter).const_data_ptr<float>()};
@@ -244,6 +249,12 @@ FusedStep::~FusedStep() = default;
 
 void FusedStep::replay(std::optional<torch::Tensor> steps_LSBK) {
   impl_->replayed = std::move(steps_LSBK);
+}
+
+void FusedStep::start_early(bool allowed) {
+  const auto* properties = at::cuda::getDeviceProperties(impl_->model->device().index());
+  impl_->early = allowed && properties->major >= 9;
+  impl_->slots->start_early(impl_->early);
 }
 
 void FusedStep::route_by(std::optional<ResidencyRule> rule) {

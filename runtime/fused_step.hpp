@@ -33,6 +33,9 @@ class FusedStep {
 
   /// Experts of a trace, int64 [MoE layers, steps, B, K] on the GPU; nullopt: the router's.
   void replay(std::optional<torch::Tensor> steps_LSBK);
+  /// Whether kernels may start before the one before them ends, with weights on their way (compute capability 9.0 has
+  /// it); at first they may where the GPU has it. The same bits either way.
+  void start_early(bool allowed);
   /// nullopt: plain routing.
   void route_by(std::optional<ResidencyRule> rule);
 

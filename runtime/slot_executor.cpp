@@ -101,6 +101,7 @@ struct SlotExecutor::Impl {
   Tensor slots_SB;  // uint8 [slots, bytes]: on a GPU its own memory, on the CPU with all resident the store's
   ExpertWeights slots;
   bool kernels = false;
+  bool early = false;
   Tensor hidden_TKF, product_TKD;  // of the decode kernels
 
   // The cache, on the device.
@@ -260,7 +261,10 @@ struct SlotExecutor::Impl {
   void wave_in_kernels(const DecodeExpertsShape& sizes, const std::uint16_t* x, const std::int32_t* slot,
                        const std::uint8_t* pool, bool last, const float* weights, const std::uint16_t* residual,
                        std::uint16_t* out) const {
-    decode_gate_up_cuda(sizes, x, slot, pool, mutable_bits(hidden_TKF), stream());
+    DecodeExpertsShape first = sizes;
+    // Slots and weights of a wave are written by what comes just before it.
+    first.dependent = sizes.dependent && !shape;
+    decode_gate_up_cuda(first, x, slot, pool, mutable_bits(hidden_TKF), stream());
     if (last && sizes.num_tokens == 1) {
       decode_down_combine_cuda(sizes, bits(hidden_TKF), slot, pool, weights, product_TKD.const_data_ptr<float>(),
                                residual, out, stream());
@@ -278,7 +282,8 @@ struct SlotExecutor::Impl {
     const DecodeExpertsShape sizes{.num_tokens = tokens,
                                    .top_k = top_k,
                                    .hidden_size = architecture.hidden_size,
-                                   .expert_hidden_size = architecture.expert_intermediate_size};
+                                   .expert_hidden_size = architecture.expert_intermediate_size,
+                                   .dependent = early};
     const auto* selected = selected_TK.const_data_ptr<std::int32_t>();
     const auto* weights = weights_TK.const_data_ptr<float>();
     const auto* pool = slots_SB.const_data_ptr<std::uint8_t>();
@@ -405,6 +410,10 @@ torch::Tensor SlotExecutor::run(const ExpertWeights& experts, const torch::Tenso
 
 bool SlotExecutor::runs_kernels() const noexcept {
   return impl_->kernels;
+}
+
+void SlotExecutor::start_early(bool allowed) {
+  impl_->early = allowed;
 }
 
 void SlotExecutor::decode(const torch::Tensor& x_TD, const torch::Tensor& selected_TK, const torch::Tensor& weights_TK,

@@ -35,6 +35,8 @@ struct BenchOptions {
   std::int64_t repeats = 5;
   std::int64_t seed = 1;  ///< Of the random prompts.
   bool graph = true;
+  bool kernels = true;      ///< DecoderOptions::kernels
+  bool start_early = true;  ///< DecoderOptions::start_early
   FieldList fields();
 };
 

@@ -37,6 +37,7 @@ struct DecoderOptions {
   /// bfloat16); a warning says where they do not. Off: the model's own operations, with the experts in the kernels that
   /// take them.
   bool kernels = true;
+  bool start_early = true;     ///< Decode kernels may start before the one before them ends, on GPUs that have it.
   bool record = false;         ///< Keep the routing of prompt and steps.
   bool record_logits = false;  ///< And the router logits.
 };

@@ -65,6 +65,8 @@ class SlotExecutor : public Executor {
 
   /// Whether steps run in the decode kernels.
   [[nodiscard]] bool runs_kernels() const noexcept;
+  /// Whether a decode kernel may start before the one before it ends; at first it may not. Compute capability 9.0.
+  void start_early(bool allowed);
   /// One step of a layer in the decode kernels, with the residual in place: out_TD += the experts' mixed outputs,
   /// rounded once. x_TD, out_TD: bfloat16 [T, D]; selected_TK: int32; weights_TK: float32; all contiguous, on the GPU.
   /// Throws std::logic_error unless runs_kernels().
