@@ -34,9 +34,28 @@ template <int kThreads>
 __device__ void block_rms_norm(const std::uint16_t* x, const std::uint16_t* weight, int size, float eps,
                                DecodeNorm norm, std::uint16_t* out, float* partial) {
   constexpr int kWarps = kThreads / kDecodeWarp;
+  constexpr int kHeld = 2;  // chunks per thread that are read once, weights too before the sum is known
   const int thread = static_cast<int>(threadIdx.x);
+  const int chunks = size / 8;
+  uint4 held[kHeld];
+  uint4 held_weight[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int chunk = thread + i * kThreads;
+    if (chunk < chunks) {
+      held[i] = *reinterpret_cast<const uint4*>(x + chunk * 8);
+      held_weight[i] = *reinterpret_cast<const uint4*>(weight + chunk * 8);
+    }
+  }
   float sum = 0.0F;
-  for (int chunk = thread; chunk < size / 8; chunk += kThreads) {
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    if (thread + i * kThreads < chunks) {
+      sum = add_products(held[i], held[i], sum);
+    }
+  }
+#pragma unroll 1
+  for (int chunk = thread + kHeld * kThreads; chunk < chunks; chunk += kThreads) {
     const uint4 values = *reinterpret_cast<const uint4*>(x + chunk * 8);
     sum = add_products(values, values, sum);
   }
@@ -51,7 +70,15 @@ __device__ void block_rms_norm(const std::uint16_t* x, const std::uint16_t* weig
     sum = __fadd_rn(sum, partial[warp]);
   }
   const float inverse = inverse_rms(sum, size, eps);
-  for (int chunk = thread; chunk < size / 8; chunk += kThreads) {
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int chunk = thread + i * kThreads;
+    if (chunk < chunks) {
+      *reinterpret_cast<uint4*>(out + chunk * 8) = normalised(held[i], held_weight[i], inverse, norm);
+    }
+  }
+#pragma unroll 1
+  for (int chunk = thread + kHeld * kThreads; chunk < chunks; chunk += kThreads) {
     const uint4 v = *reinterpret_cast<const uint4*>(x + chunk * 8);
     const uint4 w = *reinterpret_cast<const uint4*>(weight + chunk * 8);
     *reinterpret_cast<uint4*>(out + chunk * 8) = normalised(v, w, inverse, norm);

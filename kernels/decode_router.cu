@@ -1,5 +1,7 @@
 #include "hestia/kernels/decode_router.hpp"
 
+#include <algorithm>
+
 #include "decode_checks.hpp"
 #include "decode_norm.cuh"
 #include "dependent.cuh"
@@ -14,178 +16,220 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kDecodeWarp;
 constexpr int kMaxExperts = 512;
 constexpr int kMaxTopK = 32;
-constexpr int kAhead = 8;  // chunks of a router row that a lane has in flight, the first from before the norm
+constexpr int kRankThreads = kThreads - kDecodeWarp;  // two per expert; the last warp computes the softmax meanwhile
+constexpr int kAhead = 16;                            // 16 bytes of its row, times this, that a lane asks for early
+constexpr std::int64_t kSpread = 128;                 // blocks to spread few rows over: about one per SM
+
+/// Adds one to `counter` and returns what it held: what the thread wrote before is seen by those that count after it.
+__device__ unsigned count_up(unsigned* counter) {
+  unsigned before = 0;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+
+/// Calls ranked(e, the number of experts j with before(j, e)) for every expert, in one of the kRankThreads threads.
+template <class Before, class Ranked>
+__device__ void rank_experts(int num_experts, const Before& before, const Ranked& ranked) {
+  const int thread = static_cast<int>(threadIdx.x);
+#pragma unroll 1
+  for (int first = 0; first < num_experts; first += kRankThreads / 2) {
+    const int e = first + thread / 2;
+    int rank = 0;
+    if (e < num_experts) {
+#pragma unroll 8
+      for (int j = thread % 2; j < num_experts; j += 2) {
+        rank += before(j, e) ? 1 : 0;
+      }
+    }
+    rank += __shfl_xor_sync(0xffffffffU, rank, 1);
+    if (e < num_experts && thread % 2 == 0) {
+      ranked(e, rank);
+    }
+  }
+}
+
+/// Softmax of the logits of one token, by one warp; p: shared.
+__device__ void softmax(const float* logits, int num_experts, float* p, float* probabilities) {
+  const int lane = static_cast<int>(threadIdx.x) % kDecodeWarp;
+  float largest = -INFINITY;
+#pragma unroll 2
+  for (int e = lane; e < num_experts; e += kDecodeWarp) {
+    p[e] = __ldcg(logits + e);
+    largest = fmaxf(largest, p[e]);
+  }
+  for (int offset = kDecodeWarp / 2; offset > 0; offset /= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffU, largest, offset));
+  }
+  float sum = 0.0F;
+#pragma unroll 2
+  for (int e = lane; e < num_experts; e += kDecodeWarp) {
+    p[e] = expf(__fsub_rn(p[e], largest));
+    sum = __fadd_rn(sum, p[e]);
+  }
+  const float total = decode_warp_sum(sum);
+#pragma unroll 2
+  for (int e = lane; e < num_experts; e += kDecodeWarp) {
+    p[e] = __fdiv_rn(p[e], total);
+    probabilities[e] = p[e];
+  }
+}
 
 /// The choice for one token by one block, which sees all of its logits.
-__device__ void choose(const DecodeRouterShape& shape, const DecodeRouterInputs& in, std::size_t token,
+__device__ void choose(const DecodeRouterShape& shape, const DecodeRouterInputs& inputs, std::size_t token,
                        const float* logits, float* probabilities, std::int32_t* selected, float* weights) {
-  __shared__ float z[kMaxExperts];
+  __shared__ std::int32_t own[kMaxExperts];  // ordered logits, without the bonus and with it
+  __shared__ std::int32_t adjusted[kMaxExperts];
   __shared__ float p[kMaxExperts];
-  __shared__ int adjusted[kMaxExperts];
-  __shared__ unsigned char taken[kMaxExperts];
-  __shared__ float total;
+  __shared__ std::int32_t place[kMaxExperts];         // by the logit alone
+  __shared__ std::int32_t at_place[kMaxExperts];      // the expert there
+  __shared__ unsigned in[kMaxExperts / kDecodeWarp];  // a bit per place: chosen
   __shared__ std::int32_t chosen[kMaxTopK];
   const int num_experts = static_cast<int>(shape.num_experts);
   const int top_k = static_cast<int>(shape.top_k);
   const int kept = static_cast<int>(min(shape.always_keep, shape.top_k));
+  const std::uint8_t* const resident = inputs.resident;
+  const bool prior = resident != nullptr && shape.bonus > 0.0F && kept < top_k;
   const int thread = static_cast<int>(threadIdx.x);
+#pragma unroll 1
   for (int e = thread; e < num_experts; e += kThreads) {
-    z[e] = __ldcg(logits + e);  // written by other blocks
-  }
-  __syncthreads();
-  if (thread < kDecodeWarp) {
-    float largest = z[thread < num_experts ? thread : 0];
-    for (int e = thread + kDecodeWarp; e < num_experts; e += kDecodeWarp) {
-      largest = fmaxf(largest, z[e]);
-    }
-    for (int offset = kDecodeWarp / 2; offset > 0; offset /= 2) {
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffU, largest, offset));
-    }
-    float sum = 0.0F;
-    for (int e = thread; e < num_experts; e += kDecodeWarp) {
-      p[e] = expf(__fsub_rn(z[e], largest));
-      sum = __fadd_rn(sum, p[e]);
-    }
-    sum = decode_warp_sum(sum);
-    if (thread == 0) {
-      total = sum;
-    }
-  }
-  // Ranks by the logit alone: the first `kept` are in. E is small, so all pairs are compared.
-  for (int e = thread; e < num_experts; e += kThreads) {
-    const ResidencyCandidate own{ordered_logit(z[e]), ordered_logit(z[e]), e};
-    int rank = 0;
-    for (int j = 0; j < num_experts; ++j) {
-      const std::int32_t other = ordered_logit(z[j]);
-      rank += chosen_before({other, other, j}, own) ? 1 : 0;
-    }
-    taken[e] = rank < kept ? 1 : 0;
-    adjusted[e] = ordered_logit(in.resident != nullptr && in.resident[e] != 0 ? __fadd_rn(z[e], shape.bonus) : z[e]);
-  }
-  __syncthreads();
-  for (int e = thread; e < num_experts; e += kThreads) {
-    if (taken[e] == 1) {
-      continue;
-    }
-    const ResidencyCandidate own{adjusted[e], ordered_logit(z[e]), e};
-    int rank = kept;
-    for (int j = 0; j < num_experts; ++j) {
-      rank += (taken[j] & 1) == 0 && chosen_before({adjusted[j], ordered_logit(z[j]), j}, own) ? 1 : 0;
-    }
-    if (rank < top_k) {
-      chosen[rank] = e;
+    const bool is_resident = prior && resident[e] != 0;
+    const float z = __ldcg(logits + e);  // written by other blocks
+    own[e] = ordered_logit(z);
+    if (prior) {
+      adjusted[e] = is_resident ? ordered_logit(__fadd_rn(z, shape.bonus)) : own[e];
+      in[e / kDecodeWarp] = 0;
     }
   }
   __syncthreads();
-  for (int k = kept + thread; k < top_k; k += kThreads) {
-    taken[chosen[k]] = 1;
-  }
-  for (int e = thread; e < num_experts; e += kThreads) {
-    p[e] = __fdiv_rn(p[e], total);
-    probabilities[e] = p[e];
-  }
-  __syncthreads();
-  for (int e = thread; e < num_experts; e += kThreads) {
-    if (taken[e] == 0) {
-      continue;
-    }
-    const ResidencyCandidate own{ordered_logit(z[e]), ordered_logit(z[e]), e};
-    int rank = 0;
-    for (int j = 0; j < num_experts; ++j) {
-      const std::int32_t other = ordered_logit(z[j]);
-      rank += taken[j] == 1 && chosen_before({other, other, j}, own) ? 1 : 0;
-    }
-    chosen[rank] = e;
+  // E is small, so all pairs are compared.
+  if (thread >= kRankThreads) {
+    softmax(logits, num_experts, p, probabilities);
+  } else {
+    const auto before = [&](int j, int e) { return chosen_before({own[j], own[j], j}, {own[e], own[e], e}); };
+    rank_experts(num_experts, before, [&](int e, int rank) {
+      place[e] = rank;
+      at_place[rank] = e;
+    });
   }
   __syncthreads();
-  if (in.forced != nullptr) {
-    const std::int64_t row = *in.step % in.num_forced * shape.num_tokens + static_cast<std::int64_t>(token);
-    for (int k = thread; k < top_k; k += kThreads) {
-      chosen[k] = static_cast<std::int32_t>(in.forced[row * top_k + k]);
+  const std::int32_t* by_logit = at_place;
+  if (prior) {
+    if (thread < kRankThreads) {
+      // Equal ones stand in the order of their places: by their own logit, then by their index.
+      const auto before = [&](int j, int e) {
+        const bool second = chosen_before({adjusted[j], 0, place[j]}, {adjusted[e], 0, place[e]});
+        return second && place[j] >= kept;
+      };
+      rank_experts(num_experts, before, [&](int e, int rank) {
+        if (place[e] < kept || rank < top_k - kept) {
+          atomicOr(&in[place[e] / kDecodeWarp], 1U << (place[e] % kDecodeWarp));
+        }
+      });
     }
     __syncthreads();
+#pragma unroll 1
+    for (int at = thread; at < num_experts; at += kThreads) {
+      const unsigned bit = 1U << (at % kDecodeWarp);
+      if ((in[at / kDecodeWarp] & bit) != 0) {
+        int k = __popc(in[at / kDecodeWarp] & (bit - 1U));
+#pragma unroll 1
+        for (int word = 0; word < at / kDecodeWarp; ++word) {
+          k += __popc(in[word]);
+        }
+        chosen[k] = at_place[at];
+      }
+    }
+    __syncthreads();
+    by_logit = chosen;
   }
-  for (int k = thread; k < top_k; k += kThreads) {
-    float weight = p[chosen[k]];
+  if (thread < kDecodeWarp) {
+    int e = by_logit[thread < top_k ? thread : 0];
+    if (inputs.forced != nullptr) {
+      const std::int64_t row = *inputs.step % inputs.num_forced * shape.num_tokens + static_cast<std::int64_t>(token);
+      e = static_cast<int>(inputs.forced[row * top_k + (thread < top_k ? thread : 0)]);
+    }
+    float weight = p[e];
     if (shape.normalise_top_k) {
       float sum = 0.0F;
-      for (int j = 0; j < top_k; ++j) {
-        sum = __fadd_rn(sum, p[chosen[j]]);
+      for (int k = 0; k < top_k; ++k) {
+        sum = __fadd_rn(sum, __shfl_sync(0xffffffffU, weight, k));
       }
       weight = __fdiv_rn(weight, sum);
     }
-    selected[k] = chosen[k];
-    weights[k] = __fmul_rn(weight, shape.routed_scale);
+    if (thread < top_k) {
+      selected[thread] = e;
+      weights[thread] = __fmul_rn(weight, shape.routed_scale);
+    }
   }
 }
 
-/// Grid: (tiles of kWarps experts, T). Dynamic shared memory: the normalised row.
+/// Grid: (tiles of `tile` <= kWarps experts, T). Dynamic shared memory: the normalised row.
 __global__ void __launch_bounds__(kThreads)
-    router_kernel(DecodeRouterShape shape, DecodeRouterInputs in, DecodeRouterOutputs out, unsigned* ended) {
+    router_kernel(DecodeRouterShape shape, DecodeRouterInputs in, DecodeRouterOutputs out, unsigned* ended, int tile) {
   extern __shared__ uint4 shared[];
   __shared__ float partial[kWarps];
-  __shared__ bool last;
   auto* const normal = reinterpret_cast<std::uint16_t*>(shared);
   const int hidden = static_cast<int>(shape.hidden_size);
   const std::size_t token = blockIdx.y;
   const int thread = static_cast<int>(threadIdx.x);
-  const int expert = static_cast<int>(blockIdx.x) * kWarps + thread / kDecodeWarp;
+  const int warp = thread / kDecodeWarp;
   const int lane = thread % kDecodeWarp;
-  const int chunks = expert < shape.num_experts ? hidden / 4 : 0;
-  const auto* const row = reinterpret_cast<const float4*>(in.router + static_cast<std::size_t>(expert) * hidden);
-  float4 ahead[kAhead];
+  const int expert = static_cast<int>(blockIdx.x) * tile + warp;
+  const bool has_expert = warp < tile && expert < shape.num_experts;
+  const auto* const row =
+      reinterpret_cast<const float4*>(in.router + static_cast<std::size_t>(has_expert ? expert : 0) * hidden);
+  const int chunks = hidden / 4;
+  const float bias = in.bias != nullptr && has_expert ? in.bias[expert] : 0.0F;
+  float4 ahead[kAhead];  // on its way while the norm is computed
 #pragma unroll
-  for (int a = 0; a < kAhead; ++a) {
-    const int chunk = lane + a * kDecodeWarp;
-    if (chunk < chunks) {
-      ahead[a] = __ldg(row + chunk);
+  for (int i = 0; i < kAhead; ++i) {
+    const int chunk = lane + i * kDecodeWarp;
+    if (has_expert && chunk < chunks) {
+      ahead[i] = __ldg(row + chunk);
     }
   }
   after_kernel_before();
   block_rms_norm<kThreads>(in.hidden + token * hidden, in.norm_weight, hidden, shape.norm_eps, shape.norm, normal,
                            partial);
   __syncthreads();
+  bool last = false;
+  if (has_expert) {
+    const auto* const x = reinterpret_cast<const uint2*>(normal);
+    float sum = 0.0F;
+    const auto add = [&](const float4& w, int chunk) {
+      const uint2 v = x[chunk];
+      sum = __fmaf_rn(w.x, __uint_as_float(v.x << 16), sum);
+      sum = __fmaf_rn(w.y, __uint_as_float(v.x & 0xffff0000U), sum);
+      sum = __fmaf_rn(w.z, __uint_as_float(v.y << 16), sum);
+      sum = __fmaf_rn(w.w, __uint_as_float(v.y & 0xffff0000U), sum);
+    };
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int chunk = lane + i * kDecodeWarp;
+      if (chunk < chunks) {
+        add(ahead[i], chunk);
+      }
+    }
+#pragma unroll 8
+    for (int chunk = lane + kAhead * kDecodeWarp; chunk < chunks; chunk += kDecodeWarp) {
+      add(__ldg(row + chunk), chunk);
+    }
+    sum = decode_warp_sum(sum);
+    if (lane == 0) {
+      out.logits[token * shape.num_experts + expert] = in.bias == nullptr ? sum : __fadd_rn(sum, bias);
+      last = count_up(ended + token) == shape.num_experts - 1;
+      if (last) {
+        ended[token] = 0;
+      }
+    }
+  }
   if (blockIdx.x == 0) {
+#pragma unroll 1
     for (int chunk = thread; chunk < hidden / 8; chunk += kThreads) {
       reinterpret_cast<uint4*>(out.normal + token * hidden)[chunk] = shared[chunk];
     }
   }
-  if (expert < shape.num_experts) {
-    const auto* const x = reinterpret_cast<const uint2*>(normal);
-    float sum = 0.0F;
-    for (int base = lane; base < chunks; base += kAhead * kDecodeWarp) {
-#pragma unroll
-      for (int a = 0; a < kAhead; ++a) {
-        const int chunk = base + a * kDecodeWarp;
-        if (chunk < chunks) {
-          const float4 w = ahead[a];
-          const uint2 v = x[chunk];
-          sum = __fmaf_rn(w.x, __uint_as_float(v.x << 16), sum);
-          sum = __fmaf_rn(w.y, __uint_as_float(v.x & 0xffff0000U), sum);
-          sum = __fmaf_rn(w.z, __uint_as_float(v.y << 16), sum);
-          sum = __fmaf_rn(w.w, __uint_as_float(v.y & 0xffff0000U), sum);
-          if (chunk + kAhead * kDecodeWarp < chunks) {
-            ahead[a] = __ldg(row + chunk + kAhead * kDecodeWarp);
-          }
-        }
-      }
-    }
-    sum = decode_warp_sum(sum);
-    if (lane == 0) {
-      out.logits[token * shape.num_experts + expert] = in.bias == nullptr ? sum : __fadd_rn(sum, in.bias[expert]);
-      __threadfence();
-    }
-  }
-  __syncthreads();
-  if (thread == 0) {
-    last = atomicAdd(ended + token, 1U) == gridDim.x - 1;
-    if (last) {
-      ended[token] = 0;
-      __threadfence();
-    }
-  }
-  __syncthreads();
-  if (last) {
+  if (__syncthreads_or(last ? 1 : 0) != 0) {
     choose(shape, in, token, out.logits + token * shape.num_experts, out.probabilities + token * shape.num_experts,
            out.selected + token * shape.top_k, out.weights + token * shape.top_k);
   }
@@ -202,10 +246,12 @@ void decode_router_cuda(const DecodeRouterShape& shape, const DecodeRouterInputs
   check_decode_router(shape);
   const std::size_t row_bytes = static_cast<std::size_t>(shape.hidden_size) * sizeof(std::uint16_t);
   check_decode_range("decode router", "the hidden size", shape.hidden_size, 16 * 1024);
-  const dim3 grid(static_cast<unsigned>((shape.num_experts + kWarps - 1) / kWarps),
+  const std::int64_t tile =
+      std::min<std::int64_t>((shape.num_tokens * shape.num_experts + kSpread - 1) / kSpread, kWarps);
+  const dim3 grid(static_cast<unsigned>((shape.num_experts + tile - 1) / tile),
                   static_cast<unsigned>(shape.num_tokens));
   launch_kernel("router_kernel", router_kernel, grid, kThreads, row_bytes, stream, shape.dependent, shape, in, out,
-                static_cast<unsigned*>(workspace));
+                static_cast<unsigned*>(workspace), static_cast<int>(tile));
 }
 
 }  // namespace hestia
