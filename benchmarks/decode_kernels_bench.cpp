@@ -27,6 +27,7 @@
 #include "hestia/kernels/decode_experts.hpp"
 #include "hestia/kernels/decode_router.hpp"
 #include "hestia/kernels/expert_fetch.hpp"
+#include "hestia/kernels/expert_formats.hpp"
 #include "hestia/kernels/memory_probe.hpp"
 #include "hestia/kernels/slot_cache.hpp"
 #include "hestia/kernels/soft_cache.hpp"
@@ -41,6 +42,7 @@ struct Options {
   std::int64_t expert_hidden = 1024;
   std::int64_t experts = 64;
   std::int64_t top_k = 8;
+  std::vector<std::string> formats = expert_format_names();
   std::vector<std::int64_t> tokens = {1, 8, 32};
   std::vector<std::int64_t> misses = {0, 1, 2, 4, 8};
   std::vector<std::int64_t> fetch_blocks = {8, kExpertFetchBlocks, 32, 64};
@@ -165,7 +167,7 @@ class Graph {
 enum class Bound { kNone, kMemory, kLink };
 
 /// Something to time: `launch(i)` for i below `launches`.
-struct Arm {  // NOLINT(bugprone-exception-escape): moving JSON asserts
+struct Arm {  // NOLINT(bugprone-exception-escape): the check takes Json's move for one that throws
   Json labels;
   Bound bound = Bound::kNone;
   double bytes = 0.0;  ///< That a launch has to move, on average.
@@ -178,13 +180,15 @@ struct Arm {  // NOLINT(bugprone-exception-escape): moving JSON asserts
   std::vector<double> alone;     ///< The same without a graph.
 };
 
+/// All arms of one expert format; the kernels that know no experts only `with_others`.
 class Bench {
  public:
-  explicit Bench(const Options& options)
+  Bench(const Options& options, ExpertFormat format, const PinnedPool& pool, bool with_others)
       : options_(options),
+        format_(format),
+        pool_(pool),
         blob_(expert_blob(shape(1))),
-        layers_(static_cast<std::int64_t>(options.pool_gb * 1e9) /
-                (options.experts * static_cast<std::int64_t>(blob_.bytes))),
+        layers_(static_cast<std::int64_t>(pool.bytes() / blob_.bytes) / options.experts),
         num_slots_(static_cast<std::int64_t>(options.weights_gb * 1e9 / static_cast<double>(blob_.bytes))),
         random_(7) {
     if (layers_ < 1 || num_slots_ > layers_ * options.experts || num_slots_ < options.experts) {
@@ -193,11 +197,8 @@ class Bench {
           "bytes in the pool and {} on the GPU; change --pool-gb or --weights-gb",
           layers_ * options.experts, blob_.bytes, num_slots_));
     }
-    const auto threads = options.threads > 0 ? options.threads : std::max(1U, std::thread::hardware_concurrency());
-    pool_ = std::make_unique<PinnedPool>(static_cast<std::size_t>(layers_ * options.experts) * blob_.bytes,
-                                         static_cast<std::size_t>(threads));
     weights_ = std::make_unique<DeviceMemory>(weight_bytes());
-    require_cuda(cudaMemcpy(weights_->as<void>(), pool_->host(), weight_bytes(), cudaMemcpyHostToDevice), "copy");
+    require_cuda(cudaMemcpy(weights_->as<void>(), pool_.host(), weight_bytes(), cudaMemcpyHostToDevice), "copy");
     require_cuda(cudaStreamCreate(&stream_), "stream");
     require_cuda(cudaEventCreate(&begin_), "event");
     require_cuda(cudaEventCreate(&end_), "event");
@@ -207,10 +208,14 @@ class Bench {
     add_probes();
     for (const std::int64_t tokens : options.tokens) {
       add_experts(tokens);
-      add_router(tokens);
-      add_cache(tokens, false);
+      if (with_others) {
+        add_router(tokens);
+        add_cache(tokens, false);
+      }
     }
-    add_cache(1, true);
+    if (with_others) {
+      add_cache(1, true);
+    }
     for (const std::int64_t misses : options.misses) {
       for (const std::int64_t blocks : options.fetch_blocks) {
         add_fetch(misses, blocks);
@@ -224,22 +229,6 @@ class Bench {
     cudaEventDestroy(begin_);
     cudaEventDestroy(end_);
     cudaStreamDestroy(stream_);
-  }
-
-  [[nodiscard]] Json machine() const {
-    cudaDeviceProp properties{};
-    require_cuda(cudaGetDeviceProperties(&properties, 0), "GPU");
-    return {{"gpu", properties.name},
-            {"multiprocessors", properties.multiProcessorCount},
-            {"l2_bytes", properties.l2CacheSize},
-            {"hidden", options_.hidden},
-            {"expert_hidden", options_.expert_hidden},
-            {"experts", options_.experts},
-            {"top_k", options_.top_k},
-            {"expert_bytes", blob_.bytes},
-            {"pool_bytes", pool_->bytes()},
-            {"rotating_weight_bytes", weight_bytes()},
-            {"repeats", options_.repeats}};
   }
 
   /// Two rounds to warm up, then `repeats` rounds over all arms.
@@ -269,7 +258,8 @@ class Bench {
     const double memory_rate = arms_[0].bytes / median(arms_[0].in_graph) / 1e3;  // GB/s
     const double link_rate = arms_[1].bytes / median(arms_[1].alone) / 1e3;       // other experts every time
     for (const Arm& arm : arms_) {
-      Json line = arm.labels;
+      Json line = {{"format", expert_format_name(format_)}, {"expert_bytes", blob_.bytes}};
+      line.update(arm.labels);
       const double middle = median(arm.in_graph);
       line["launches"] = arm.launches;
       line["us"] = middle;
@@ -297,7 +287,8 @@ class Bench {
     return {.num_tokens = tokens,
             .top_k = options_.top_k,
             .hidden_size = options_.hidden,
-            .expert_hidden_size = options_.expert_hidden};
+            .expert_hidden_size = options_.expert_hidden,
+            .format = format_};
   }
   [[nodiscard]] std::size_t weight_bytes() const { return static_cast<std::size_t>(num_slots_) * blob_.bytes; }
 
@@ -351,9 +342,9 @@ class Bench {
     link.bytes = static_cast<double>(blob_.bytes);
     link.launches = 16;
     link.launch = [this](std::int64_t i) {
-      const auto expert = static_cast<std::size_t>(random_.below(pool_->bytes() / blob_.bytes));
+      const auto expert = static_cast<std::size_t>(random_.below(pool_.bytes() / blob_.bytes));
       require_cuda(cudaMemcpyAsync(weights_->as<void>(static_cast<std::size_t>(i) * blob_.bytes),
-                                   pool_->host() + expert * blob_.bytes, blob_.bytes, cudaMemcpyHostToDevice, stream_),
+                                   pool_.host() + expert * blob_.bytes, blob_.bytes, cudaMemcpyHostToDevice, stream_),
                    "copy");
     };
   }
@@ -522,7 +513,7 @@ class Bench {
     arm.bytes = static_cast<double>(misses) * static_cast<double>(blob_.bytes);
     arm.launches = options_.fetches;
     arm.launch = [=, this](std::int64_t i) {
-      expert_fetch_cuda(of, pool_->device(), layer[static_cast<std::size_t>(i)], step->as<SlotCacheStep>(),
+      expert_fetch_cuda(of, pool_.device(), layer[static_cast<std::size_t>(i)], step->as<SlotCacheStep>(),
                         loads->as<SlotCacheLoad>(static_cast<std::size_t>(i * what.wave_size) * sizeof(SlotCacheLoad)),
                         1, weights_->as<void>(), blocks, stream_);
     };
@@ -542,11 +533,12 @@ class Bench {
   }
 
   Options options_;
+  ExpertFormat format_;
+  const PinnedPool& pool_;
   ExpertBlob blob_;
   std::int64_t layers_;     // of the pool
   std::int64_t num_slots_;  // blobs on the GPU
   SplitMix64 random_;
-  std::unique_ptr<PinnedPool> pool_;
   std::unique_ptr<DeviceMemory> weights_;
   std::vector<std::int32_t> slot_order_;
   cudaStream_t stream_ = nullptr;
@@ -573,6 +565,7 @@ int main(int argc, char** argv) {
     app.add_option("--expert-hidden", options.expert_hidden, "hidden size of an expert")->capture_default_str();
     app.add_option("--experts", options.experts, "experts per layer")->capture_default_str();
     app.add_option("--top-k", options.top_k, "experts per token")->capture_default_str();
+    app.add_option("--formats", options.formats, "of the experts")->delimiter(',')->capture_default_str();
     app.add_option("--tokens", options.tokens, "rows of a step")->delimiter(',')->capture_default_str();
     app.add_option("--misses", options.misses, "experts per fetch")->delimiter(',')->capture_default_str();
     app.add_option("--fetch-blocks", options.fetch_blocks, "blocks of a fetch")->delimiter(',')->capture_default_str();
@@ -590,17 +583,33 @@ int main(int argc, char** argv) {
     for (int i = 0; i < argc; ++i) {
       command += (i == 0 ? "" : " ") + std::string(argv[i]);  // NOLINT(cppcoreguidelines-pro-bounds-pointer-arithmetic)
     }
-    Bench bench(options);
-    Json head = {{"benchmark", "decode kernels"},
-                 {"version", program_version()},
-                 {"commit", program_commit()},
-                 {"command", command},
-                 {"machine", machine_info()}};
-    head.update(bench.machine());
+    cudaDeviceProp properties{};
+    require_cuda(cudaGetDeviceProperties(&properties, 0), "GPU");
+    const auto threads = options.threads > 0 ? options.threads : std::max(1U, std::thread::hardware_concurrency());
+    const PinnedPool pool(static_cast<std::size_t>(options.pool_gb * 1e9) / 4096 * 4096,
+                          static_cast<std::size_t>(threads));
+    const Json head = {{"benchmark", "decode kernels"},
+                       {"version", program_version()},
+                       {"commit", program_commit()},
+                       {"command", command},
+                       {"machine", machine_info()},
+                       {"gpu", properties.name},
+                       {"multiprocessors", properties.multiProcessorCount},
+                       {"l2_bytes", properties.l2CacheSize},
+                       {"hidden", options.hidden},
+                       {"expert_hidden", options.expert_hidden},
+                       {"experts", options.experts},
+                       {"top_k", options.top_k},
+                       {"pool_bytes", pool.bytes()},
+                       {"rotating_weight_gb", options.weights_gb},
+                       {"repeats", options.repeats}};
     std::cout << head.dump() << "\n";
-    bench.run();
-    for (const Json& line : bench.results()) {
-      std::cout << line.dump() << "\n";
+    for (std::size_t i = 0; i < options.formats.size(); ++i) {
+      Bench bench(options, expert_format_from_name(options.formats[i]), pool, i == 0);
+      bench.run();
+      for (const Json& line : bench.results()) {
+        std::cout << line.dump() << "\n";
+      }
     }
     return 0;
   } catch (const std::exception& error) {

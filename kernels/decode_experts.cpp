@@ -1,9 +1,12 @@
 #include "hestia/kernels/decode_experts.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
+#include "expert_layout.hpp"
 #include "hestia/core/float_bits.hpp"
 
 namespace hestia {
@@ -25,18 +28,43 @@ void check_aligned(const char* name, std::int64_t value) {
   }
 }
 
-float dot(const std::uint16_t* a, const std::uint16_t* b, std::int64_t size) {
-  float sum = 0.0F;
-  for (std::int64_t i = 0; i < size; ++i) {
-    sum += bfloat16_bits_to_float(a[i]) * bfloat16_bits_to_float(b[i]);
+/// Products of the rows of one expert's matrix with a vector.
+class MatrixRows {
+ public:
+  MatrixRows(const DecodeExpertsShape& shape, const void* pool, std::size_t blob_bytes, std::int32_t slot,
+             std::size_t values, std::size_t scales, std::int64_t inputs)
+      : format_(shape.format),
+        values_(static_cast<const unsigned char*>(pool) + static_cast<std::size_t>(slot) * blob_bytes + values),
+        scales_(static_cast<const unsigned char*>(pool) + static_cast<std::size_t>(slot) * blob_bytes + scales),
+        weights_(static_cast<std::size_t>(inputs)) {}
+
+  /// Row `row` times `vector`: one after the other, in float32.
+  float dot(std::int64_t row, const std::uint16_t* vector) {
+    dequantise_row(format_, values_, scales_, row, static_cast<std::int64_t>(weights_.size()), weights_.data());
+    float sum = 0.0F;
+    for (std::size_t i = 0; i < weights_.size(); ++i) {
+      sum += weights_[i] * bfloat16_bits_to_float(vector[i]);
+    }
+    return sum;
   }
-  return sum;
+
+ private:
+  ExpertFormat format_;
+  const unsigned char* values_;
+  const unsigned char* scales_;
+  std::vector<float> weights_;
+};
+
+MatrixRows gate_rows(const DecodeExpertsShape& shape, const void* pool, const ExpertBlob& blob, std::int32_t slot) {
+  return {shape, pool, blob.bytes, slot, blob.gate, blob.gate_scales, shape.hidden_size};
 }
 
-/// A matrix of the blob in `slot`, as bits.
-const std::uint16_t* matrix(const void* pool, const ExpertBlob& blob, std::int32_t slot, std::size_t offset) {
-  const auto* const bytes = static_cast<const unsigned char*>(pool);
-  return reinterpret_cast<const std::uint16_t*>(bytes + static_cast<std::size_t>(slot) * blob.bytes + offset);
+MatrixRows up_rows(const DecodeExpertsShape& shape, const void* pool, const ExpertBlob& blob, std::int32_t slot) {
+  return {shape, pool, blob.bytes, slot, blob.up, blob.up_scales, shape.hidden_size};
+}
+
+MatrixRows down_rows(const DecodeExpertsShape& shape, const void* pool, const ExpertBlob& blob, std::int32_t slot) {
+  return {shape, pool, blob.bytes, slot, blob.down, blob.down_scales, shape.expert_hidden_size};
 }
 
 std::uint16_t with_residual(float sum, const std::uint16_t* residual, std::int64_t at) {
@@ -50,9 +78,22 @@ ExpertBlob expert_blob(const DecodeExpertsShape& shape) {
   check_range("experts per token", shape.top_k, kDecodeMaxTopK);
   check_aligned("the hidden size", shape.hidden_size);
   check_aligned("the experts' hidden size", shape.expert_hidden_size);
-  const std::size_t matrix_bytes =
-      static_cast<std::size_t>(shape.hidden_size) * static_cast<std::size_t>(shape.expert_hidden_size) * 2;
-  return {.gate = 0, .up = matrix_bytes, .down = 2 * matrix_bytes, .bytes = 3 * matrix_bytes};
+  ExpertBlob blob;
+  const auto add = [&](std::int64_t rows, std::int64_t inputs, std::size_t& values, std::size_t& scales) {
+    values = blob.bytes;
+    if (shape.format == ExpertFormat::kBfloat16) {
+      blob.bytes += static_cast<std::size_t>(rows * inputs) * 2;
+      return;
+    }
+    const TileCounts counts = tile_counts(rows, inputs);
+    const auto tiles = static_cast<std::size_t>(counts.rows * counts.groups);
+    scales = values + tiles * static_cast<std::size_t>(tile_loads(shape.format)) * kTileLoad;
+    blob.bytes = scales + tiles * kTileRows * static_cast<std::size_t>(scale_bytes(shape.format));
+  };
+  add(shape.expert_hidden_size, shape.hidden_size, blob.gate, blob.gate_scales);
+  add(shape.expert_hidden_size, shape.hidden_size, blob.up, blob.up_scales);
+  add(shape.hidden_size, shape.expert_hidden_size, blob.down, blob.down_scales);
+  return blob;
 }
 
 void decode_gate_up_cpu(const DecodeExpertsShape& shape, const std::uint16_t* x, const std::int32_t* slots,
@@ -63,11 +104,11 @@ void decode_gate_up_cpu(const DecodeExpertsShape& shape, const std::uint16_t* x,
       continue;
     }
     const std::uint16_t* const row = x + pair / shape.top_k * shape.hidden_size;
-    const std::uint16_t* const gates = matrix(pool, blob, slots[pair], blob.gate);
-    const std::uint16_t* const ups = matrix(pool, blob, slots[pair], blob.up);
+    MatrixRows gates = gate_rows(shape, pool, blob, slots[pair]);
+    MatrixRows ups = up_rows(shape, pool, blob, slots[pair]);
     for (std::int64_t f = 0; f < shape.expert_hidden_size; ++f) {
-      const float gate = dot(gates + f * shape.hidden_size, row, shape.hidden_size);
-      const float up = dot(ups + f * shape.hidden_size, row, shape.hidden_size);
+      const float gate = gates.dot(f, row);
+      const float up = ups.dot(f, row);
       h[pair * shape.expert_hidden_size + f] = float_to_bfloat16_bits(gate / (1.0F + std::exp(-gate)) * up);
     }
   }
@@ -80,10 +121,9 @@ void decode_down_cpu(const DecodeExpertsShape& shape, const std::uint16_t* h, co
     if (slots[pair] < 0) {
       continue;
     }
-    const std::uint16_t* const down = matrix(pool, blob, slots[pair], blob.down);
+    MatrixRows down = down_rows(shape, pool, blob, slots[pair]);
     for (std::int64_t i = 0; i < shape.hidden_size; ++i) {
-      y[pair * shape.hidden_size + i] =
-          dot(down + i * shape.expert_hidden_size, h + pair * shape.expert_hidden_size, shape.expert_hidden_size);
+      y[pair * shape.hidden_size + i] = down.dot(i, h + pair * shape.expert_hidden_size);
     }
   }
 }
@@ -108,21 +148,22 @@ void decode_down_combine_cpu(const DecodeExpertsShape& shape, const std::uint16_
                              std::uint16_t* out) {
   const ExpertBlob blob = expert_blob(shape);
   for (std::int64_t t = 0; t < shape.num_tokens; ++t) {
-    for (std::int64_t i = 0; i < shape.hidden_size; ++i) {
-      float sum = 0.0F;
-      for (std::int64_t k = 0; k < shape.top_k; ++k) {
-        const std::int64_t pair = t * shape.top_k + k;
-        if (slots[pair] >= 0) {
-          const std::uint16_t* const down = matrix(pool, blob, slots[pair], blob.down);
-          sum = std::fma(
-              weights[pair],
-              dot(down + i * shape.expert_hidden_size, h + pair * shape.expert_hidden_size, shape.expert_hidden_size),
-              sum);
-        } else if (y != nullptr) {
-          sum = std::fma(weights[pair], y[pair * shape.hidden_size + i], sum);
-        }
+    std::vector<float> sums(static_cast<std::size_t>(shape.hidden_size), 0.0F);
+    for (std::int64_t pair = t * shape.top_k; pair < (t + 1) * shape.top_k; ++pair) {
+      if (slots[pair] < 0 && y == nullptr) {
+        continue;
       }
-      out[t * shape.hidden_size + i] = with_residual(sum, residual, t * shape.hidden_size + i);
+      MatrixRows down = down_rows(shape, pool, blob, std::max(slots[pair], 0));
+      for (std::int64_t i = 0; i < shape.hidden_size; ++i) {
+        float& sum = sums[static_cast<std::size_t>(i)];
+        const float product =
+            slots[pair] >= 0 ? down.dot(i, h + pair * shape.expert_hidden_size) : y[pair * shape.hidden_size + i];
+        sum = std::fma(weights[pair], product, sum);
+      }
+    }
+    for (std::int64_t i = 0; i < shape.hidden_size; ++i) {
+      out[t * shape.hidden_size + i] =
+          with_residual(sums[static_cast<std::size_t>(i)], residual, t * shape.hidden_size + i);
     }
   }
 }

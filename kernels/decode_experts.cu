@@ -1,6 +1,8 @@
 #include "hestia/kernels/decode_experts.hpp"
 
 #include "decode_dot.cuh"
+#include "decode_pairs.cuh"
+#include "decode_quantised.hpp"
 #include "dependent.cuh"
 #include "launch.cuh"
 
@@ -9,57 +11,10 @@ namespace {
 
 constexpr int kWarps = 8;     // of a block
 constexpr int kDownRows = 2;  // of down per warp
-constexpr int kMaxPairs = static_cast<int>(kDecodeMaxTokens * kDecodeMaxTopK);
 
-struct Sizes {
-  int num_pairs;  // T * K
-  int top_k;
-  int hidden;         // H
-  int expert_hidden;  // F
-  bool dependent;     // DecodeExpertsShape::dependent
-  ExpertBlob blob;
-};
-
-__device__ const std::uint16_t* matrix(const void* pool, const Sizes& sizes, int slot, std::size_t offset) {
+__device__ const std::uint16_t* matrix(const void* pool, const DecodeSizes& sizes, int slot, std::size_t offset) {
   return reinterpret_cast<const std::uint16_t*>(static_cast<const unsigned char*>(pool) +
                                                 static_cast<std::size_t>(slot) * sizes.blob.bytes + offset);
-}
-
-/// The (t, k) pairs that this block serves: none unless pair blockIdx.y is the first of its slot, then all of that
-/// slot. `pairs` and `count` are shared. Returns their number, the same to all threads. Without kGrouped, that pair
-/// alone.
-template <bool kGrouped>
-__device__ int pairs_of_block(const std::int32_t* slots, int num_pairs, int slot, int* pairs, int* count) {
-  const int own = static_cast<int>(blockIdx.y);
-  if (slot < 0) {
-    return 0;
-  }
-  if constexpr (!kGrouped) {
-    if (threadIdx.x == 0) {
-      pairs[0] = own;
-    }
-    __syncthreads();
-    return 1;
-  } else {
-    if (threadIdx.x < kDecodeWarp) {
-      const int lane = static_cast<int>(threadIdx.x);
-      int found = 0;
-      for (int base = 0; base < num_pairs; base += kDecodeWarp) {
-        const int pair = base + lane;
-        const unsigned same = __ballot_sync(0xffffffffU, pair < num_pairs && slots[pair] == slot);
-        if ((same >> lane & 1U) != 0) {
-          pairs[found + __popc(same & ((1U << lane) - 1U))] = pair;
-        }
-        found += __popc(same);
-      }
-      __syncwarp();
-      if (lane == 0) {
-        *count = pairs[0] == own ? found : 0;
-      }
-    }
-    __syncthreads();
-    return *count;
-  }
 }
 
 /// Calls body.operator()<R>(first) for runs of up to 8 pairs, R the smallest of 1, 2, 4, 8 that holds the run.
@@ -87,7 +42,7 @@ __device__ void for_runs_of_pairs(int count, const Body& body) {
 
 /// One warp, row f of gate and up, R pairs beginning at `first`; those past `count` repeat the last and are not stored.
 template <int R>
-__device__ void gate_up_rows(const Sizes& sizes, const std::uint16_t* x, const std::uint16_t* gate,
+__device__ void gate_up_rows(const DecodeSizes& sizes, const std::uint16_t* x, const std::uint16_t* gate,
                              const std::uint16_t* up, const int* pairs, int first, int count, int f, std::uint16_t* h) {
   const std::uint16_t* rows[R];
 #pragma unroll
@@ -112,7 +67,8 @@ __device__ void gate_up_rows(const Sizes& sizes, const std::uint16_t* x, const s
 /// Grid: (tiles of kWarps rows, T * K).
 template <bool kGrouped>
 __global__ void __launch_bounds__(kWarps* kDecodeWarp)
-    gate_up_kernel(Sizes sizes, const std::uint16_t* x, const std::int32_t* slots, const void* pool, std::uint16_t* h) {
+    gate_up_kernel(DecodeSizes sizes, const std::uint16_t* x, const std::int32_t* slots, const void* pool,
+                   std::uint16_t* h) {
   __shared__ int pairs[kGrouped ? kMaxPairs : 1];
   __shared__ int shared_count;
   after_kernel_before();
@@ -130,7 +86,7 @@ __global__ void __launch_bounds__(kWarps* kDecodeWarp)
 }
 
 /// Brings rows [i, i + kDownRows) of down into L2, one warp, if its kernel waits for another meanwhile.
-__device__ void prefetch_down(const Sizes& sizes, const std::uint16_t* down, int i) {
+__device__ void prefetch_down(const DecodeSizes& sizes, const std::uint16_t* down, int i) {
   if (!sizes.dependent || i >= sizes.hidden) {
     return;
   }
@@ -145,8 +101,8 @@ __device__ void prefetch_down(const Sizes& sizes, const std::uint16_t* down, int
 
 /// Products of rows [i, i + kDownRows) of down with R vectors; a row past the last repeats it.
 template <int R>
-__device__ void down_dots(const Sizes& sizes, const std::uint16_t* down, int i, const std::uint16_t* const (&rows)[R],
-                          float (&sums)[kDownRows][R]) {
+__device__ void down_dots(const DecodeSizes& sizes, const std::uint16_t* down, int i,
+                          const std::uint16_t* const (&rows)[R], float (&sums)[kDownRows][R]) {
   const std::uint16_t* weights[kDownRows];
 #pragma unroll
   for (int m = 0; m < kDownRows; ++m) {
@@ -156,7 +112,7 @@ __device__ void down_dots(const Sizes& sizes, const std::uint16_t* down, int i, 
 }
 
 template <int R>
-__device__ void down_rows(const Sizes& sizes, const std::uint16_t* h, const std::uint16_t* down, const int* pairs,
+__device__ void down_rows(const DecodeSizes& sizes, const std::uint16_t* h, const std::uint16_t* down, const int* pairs,
                           int first, int count, int i, float* y) {
   const std::uint16_t* rows[R];
 #pragma unroll
@@ -181,7 +137,7 @@ __device__ void down_rows(const Sizes& sizes, const std::uint16_t* h, const std:
 /// Grid: (tiles of kWarps * kDownRows rows, T * K).
 template <bool kGrouped>
 __global__ void __launch_bounds__(kWarps* kDecodeWarp)
-    down_kernel(Sizes sizes, const std::uint16_t* h, const std::int32_t* slots, const void* pool, float* y) {
+    down_kernel(DecodeSizes sizes, const std::uint16_t* h, const std::int32_t* slots, const void* pool, float* y) {
   __shared__ int pairs[kGrouped ? kMaxPairs : 1];
   __shared__ int shared_count;
   const int slot = slots[blockIdx.y];
@@ -199,12 +155,8 @@ __global__ void __launch_bounds__(kWarps* kDecodeWarp)
                               [&]<int R>(int first) { down_rows<R>(sizes, h, down, pairs, first, count, i, y); });
 }
 
-__device__ std::uint16_t with_residual(float sum, const std::uint16_t* residual, std::size_t at) {
-  return bfloat16_bits(residual == nullptr ? sum : __fadd_rn(bfloat16_value(residual[at]), sum));
-}
-
 // residual and out may be one, so neither is __restrict__.
-__global__ void combine_kernel(Sizes sizes, const float* y, const float* weights, const std::uint16_t* residual,
+__global__ void combine_kernel(DecodeSizes sizes, const float* y, const float* weights, const std::uint16_t* residual,
                                std::uint16_t* out) {
   after_kernel_before();
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
@@ -222,7 +174,7 @@ __global__ void combine_kernel(Sizes sizes, const float* y, const float* weights
 
 /// Grid: (tiles of kDownRows rows, T); block: one warp per expert of the token.
 __global__ void __launch_bounds__(kDecodeMaxTopK* kDecodeWarp)
-    down_combine_kernel(Sizes sizes, const std::uint16_t* h, const std::int32_t* slots, const void* pool,
+    down_combine_kernel(DecodeSizes sizes, const std::uint16_t* h, const std::int32_t* slots, const void* pool,
                         const float* weights, const float* y, const std::uint16_t* residual, std::uint16_t* out) {
   __shared__ float products[kDownRows][kDecodeMaxTopK];
   const int k = static_cast<int>(threadIdx.x) / kDecodeWarp;
@@ -261,24 +213,15 @@ __global__ void __launch_bounds__(kDecodeMaxTopK* kDecodeWarp)
   }
 }
 
-Sizes sizes_of(const DecodeExpertsShape& shape) {
-  return {static_cast<int>(shape.num_tokens * shape.top_k),
-          static_cast<int>(shape.top_k),
-          static_cast<int>(shape.hidden_size),
-          static_cast<int>(shape.expert_hidden_size),
-          shape.dependent,
-          expert_blob(shape)};
-}
-
-unsigned tiles(std::int64_t rows, std::int64_t rows_per_block) {
-  return static_cast<unsigned>((rows + rows_per_block - 1) / rows_per_block);
-}
-
 }  // namespace
 
 void decode_gate_up_cuda(const DecodeExpertsShape& shape, const std::uint16_t* x, const std::int32_t* slots,
                          const void* pool, std::uint16_t* h, void* stream) {
-  const Sizes sizes = sizes_of(shape);
+  if (shape.format != ExpertFormat::kBfloat16) {
+    quantised_gate_up(shape, x, slots, pool, h, stream);
+    return;
+  }
+  const DecodeSizes sizes = decode_sizes(shape);
   const dim3 grid(tiles(sizes.expert_hidden, kWarps), static_cast<unsigned>(sizes.num_pairs));
   auto* const kernel = shape.num_tokens == 1 ? gate_up_kernel<false> : gate_up_kernel<true>;
   launch_kernel("gate_up_kernel", kernel, grid, kWarps * kDecodeWarp, 0, stream, shape.dependent, sizes, x, slots, pool,
@@ -287,7 +230,11 @@ void decode_gate_up_cuda(const DecodeExpertsShape& shape, const std::uint16_t* x
 
 void decode_down_cuda(const DecodeExpertsShape& shape, const std::uint16_t* h, const std::int32_t* slots,
                       const void* pool, float* y, void* stream) {
-  const Sizes sizes = sizes_of(shape);
+  if (shape.format != ExpertFormat::kBfloat16) {
+    quantised_down(shape, h, slots, pool, y, stream);
+    return;
+  }
+  const DecodeSizes sizes = decode_sizes(shape);
   const dim3 grid(tiles(sizes.hidden, kWarps * kDownRows), static_cast<unsigned>(sizes.num_pairs));
   auto* const kernel = shape.num_tokens == 1 ? down_kernel<false> : down_kernel<true>;
   launch_kernel("down_kernel", kernel, grid, kWarps * kDecodeWarp, 0, stream, shape.dependent, sizes, h, slots, pool,
@@ -296,7 +243,7 @@ void decode_down_cuda(const DecodeExpertsShape& shape, const std::uint16_t* h, c
 
 void decode_combine_cuda(const DecodeExpertsShape& shape, const float* y, const float* weights,
                          const std::uint16_t* residual, std::uint16_t* out, void* stream) {
-  const Sizes sizes = sizes_of(shape);
+  const DecodeSizes sizes = decode_sizes(shape);
   constexpr int kThreads = 256;
   const dim3 grid(tiles(sizes.hidden, kThreads), static_cast<unsigned>(shape.num_tokens));
   launch_kernel("combine_kernel", combine_kernel, grid, kThreads, 0, stream, shape.dependent, sizes, y, weights,
@@ -306,7 +253,11 @@ void decode_combine_cuda(const DecodeExpertsShape& shape, const float* y, const 
 void decode_down_combine_cuda(const DecodeExpertsShape& shape, const std::uint16_t* h, const std::int32_t* slots,
                               const void* pool, const float* weights, const float* y, const std::uint16_t* residual,
                               std::uint16_t* out, void* stream) {
-  const Sizes sizes = sizes_of(shape);
+  if (shape.format != ExpertFormat::kBfloat16) {
+    quantised_down_combine(shape, h, slots, pool, weights, y, residual, out, stream);
+    return;
+  }
+  const DecodeSizes sizes = decode_sizes(shape);
   const dim3 grid(tiles(sizes.hidden, kDownRows), static_cast<unsigned>(shape.num_tokens));
   launch_kernel("down_combine_kernel", down_combine_kernel, grid, static_cast<unsigned>(sizes.top_k * kDecodeWarp), 0,
                 stream, shape.dependent, sizes, h, slots, pool, weights, y, residual, out);

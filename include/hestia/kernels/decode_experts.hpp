@@ -5,10 +5,18 @@
 
 namespace hestia {
 
-/// How the matrices of a routed expert lie in memory.
+/// How the matrices of a routed expert are stored. Integers come in groups of kExpertGroup inputs of a row, the last
+/// one possibly shorter, with a bfloat16 scale (and minimum) each; a weight is q * scale, or minimum + q * scale, in
+/// float32. hestia/kernels/expert_formats.hpp packs them and says how they are chosen.
 enum class ExpertFormat : std::int32_t {
-  kBfloat16,
+  kBfloat16,        ///< Row-major bfloat16.
+  kInt8,            ///< Signed 8 bits, symmetric: 8.125 bits a weight.
+  kInt4,            ///< 4 bits from -8 to 7, symmetric: 4.125 bits a weight.
+  kInt4Asymmetric,  ///< 4 bits from 0 to 15, with a minimum: 4.25 bits a weight.
 };
+
+/// Weights of a row that share a scale.
+inline constexpr std::int64_t kExpertGroup = 128;
 
 /// Most rows of a decode step.
 inline constexpr std::int64_t kDecodeMaxTokens = 32;
@@ -28,12 +36,16 @@ struct DecodeExpertsShape {
   bool dependent = false;
 };
 
-/// One expert's blob: where its three row-major matrices begin. gate and up [F, H], down [H, F], contiguous in the
-/// order of use.
+/// One expert's blob: where its three matrices begin, in the order of use. gate and up [F, H], down [H, F]; row-major
+/// in bfloat16, in tiles of 16 rows and one group else (kernels/expert_layout.hpp), rows and groups filled up with
+/// zeros.
 struct ExpertBlob {
-  std::size_t gate = 0;  ///< Byte offset of a matrix in the blob.
+  std::size_t gate = 0;  ///< Byte offset of a matrix in the blob, a multiple of 16.
   std::size_t up = 0;
   std::size_t down = 0;
+  std::size_t gate_scales = 0;  ///< Byte offset of its scales; 0 in bfloat16.
+  std::size_t up_scales = 0;
+  std::size_t down_scales = 0;
   std::size_t bytes = 0;  ///< Of the whole blob, a multiple of 16: slot s begins at s * bytes.
 };
 
@@ -44,7 +56,7 @@ struct ExpertBlob {
 // holds the k-th expert of row t, negative: not served in this wave. `pool`: blobs one behind the other, aligned to 16.
 // bfloat16 values are their bits. A row's result depends on its own x, experts and weights alone, bit by bit: not on
 // slot numbers, on the wave that an expert is served in, on T or on the other rows. Sums are float32 in a fixed order
-// (the CPU's, one after the other, is another one than the GPU's).
+// (the CPU's, one after the other, is another one than the GPU's). Stored integers are dequantised in registers.
 //
 // With waves: decode_gate_up and decode_down for each wave as its experts arrive (a slot may be overwritten as soon as
 // its wave's decode_down is through, so products are kept for each k), then decode_combine. The last wave, or the only
@@ -73,16 +85,18 @@ void decode_down_combine_cpu(const DecodeExpertsShape& shape, const std::uint16_
 // each, no allocation, fit for capture in a graph. x, h, y, residual and out aligned to 16. They throw RunError with
 // the CUDA error when the launch fails, or when Hestia was built without its CUDA kernels.
 
-/// One warp per row of gate and up; for T > 1 rows with the same slot read its weights together, up to 8 at once.
+/// One warp per row of gate and up, or one block per 16 rows of integers, on tensor cores (sums of a group in their
+/// float32, groups in float32); for T > 1 rows with the same slot read its weights together, up to 8 at once.
 void decode_gate_up_cuda(const DecodeExpertsShape& shape, const std::uint16_t* x, const std::int32_t* slots,
                          const void* pool, std::uint16_t* h, void* stream);
-/// One warp per two rows of down; shared among rows in the same way.
+/// One warp per two rows of down, or one block per 32 rows of integers; shared among rows in the same way.
 void decode_down_cuda(const DecodeExpertsShape& shape, const std::uint16_t* h, const std::int32_t* slots,
                       const void* pool, float* y, void* stream);
 /// One thread per element.
 void decode_combine_cuda(const DecodeExpertsShape& shape, const float* y, const float* weights,
                          const std::uint16_t* residual, std::uint16_t* out, void* stream);
-/// One warp per expert and two rows of down; every row reads its experts for itself, so it is for T = 1 or few.
+/// One warp per expert and two rows of down, or one block per 16 rows of integers; every row reads its experts for
+/// itself, so it is for T = 1 or few.
 void decode_down_combine_cuda(const DecodeExpertsShape& shape, const std::uint16_t* h, const std::int32_t* slots,
                               const void* pool, const float* weights, const float* y, const std::uint16_t* residual,
                               std::uint16_t* out, void* stream);

@@ -5,17 +5,25 @@
 #include <numeric>
 
 #include "decode_support.hpp"
+#include "hestia/kernels/expert_formats.hpp"
 
 using namespace hestia;
 using namespace hestia::testing;
 
 namespace {
 
+constexpr std::uint16_t kUntouchedBits = 0x1234;
+constexpr float kUntouched = -77.0F;
+
+const std::vector<ExpertFormat> kFormats = {ExpertFormat::kBfloat16, ExpertFormat::kInt8, ExpertFormat::kInt4,
+                                            ExpertFormat::kInt4Asymmetric};
+
 struct Case {
   DecodeExpertsShape shape;
   std::int64_t num_experts = 0;
-  std::vector<Bits> experts;         // one blob each
-  std::vector<std::int32_t> chosen;  // [T, K]
+  std::vector<Bits> experts;                   // one blob each
+  std::vector<std::vector<float>> weights_of;  // what the blobs stand for: gate, up, down
+  std::vector<std::int32_t> chosen;            // [T, K]
   Bits x;
   std::vector<float> weights;
   Bits residual;
@@ -25,13 +33,30 @@ struct Case {
   [[nodiscard]] std::size_t expert_hidden() const { return static_cast<std::size_t>(shape.expert_hidden_size); }
 };
 
-Case random_case(SplitMix64& random, std::int64_t tokens, std::int64_t top_k, std::int64_t hidden,
+Case random_case(SplitMix64& random, ExpertFormat format, std::int64_t tokens, std::int64_t top_k, std::int64_t hidden,
                  std::int64_t expert_hidden, std::int64_t num_experts) {
   Case c;
-  c.shape = {.num_tokens = tokens, .top_k = top_k, .hidden_size = hidden, .expert_hidden_size = expert_hidden};
+  c.shape = {.num_tokens = tokens,
+             .top_k = top_k,
+             .hidden_size = hidden,
+             .expert_hidden_size = expert_hidden,
+             .format = format};
   c.num_experts = num_experts;
+  const std::size_t matrix = c.hidden() * c.expert_hidden();
   for (std::int64_t e = 0; e < num_experts; ++e) {
-    c.experts.push_back(random_bits(random, 3 * c.hidden() * c.expert_hidden(), 2.0 / std::sqrt(double(hidden))));
+    // Not around 0, so that a minimum has something to do, and each row and group of another size.
+    Bits weights = random_bits(random, 3 * matrix, 2.0 / std::sqrt(double(hidden)));
+    for (std::size_t i = 0; i < weights.size(); ++i) {
+      const double factor = 0.5 + static_cast<double>(i / 64 % 7) / 7.0;
+      weights[i] =
+          float_to_bfloat16_bits(static_cast<float>((wide(weights[i]) + 0.3 / std::sqrt(double(hidden))) * factor));
+    }
+    Bits blob(expert_blob(c.shape).bytes / 2, kUntouchedBits);
+    quantise_expert(c.shape, weights.data(), weights.data() + matrix, weights.data() + 2 * matrix, blob.data());
+    std::vector<float> stored(3 * matrix);
+    dequantise_expert(c.shape, blob.data(), stored.data(), stored.data() + matrix, stored.data() + 2 * matrix);
+    c.experts.push_back(std::move(blob));
+    c.weights_of.push_back(std::move(stored));
   }
   for (std::int64_t t = 0; t < tokens; ++t) {
     std::vector<std::int32_t> order(static_cast<std::size_t>(num_experts));
@@ -69,9 +94,6 @@ Pool pool_of(const Case& c, SplitMix64& random, std::int64_t slots) {
   }
   return pool;
 }
-
-constexpr std::uint16_t kUntouchedBits = 0x1234;
-constexpr float kUntouched = -77.0F;
 
 struct Result {
   Bits h;
@@ -139,17 +161,17 @@ std::vector<double> by_definition(const Case& c) {
     std::vector<double> sum(c.hidden(), 0.0);
     for (std::size_t k = 0; k < static_cast<std::size_t>(c.shape.top_k); ++k) {
       const std::size_t pair = t * static_cast<std::size_t>(c.shape.top_k) + k;
-      const Bits& expert = c.experts[static_cast<std::size_t>(c.chosen[pair])];
+      const std::vector<float>& expert = c.weights_of[static_cast<std::size_t>(c.chosen[pair])];
       for (std::size_t f = 0; f < c.expert_hidden(); ++f) {
         double gate = 0.0;
         double up = 0.0;
         for (std::size_t i = 0; i < c.hidden(); ++i) {
-          gate += wide(expert[f * c.hidden() + i]) * wide(c.x[t * c.hidden() + i]);
-          up += wide(expert[matrix + f * c.hidden() + i]) * wide(c.x[t * c.hidden() + i]);
+          gate += double(expert[f * c.hidden() + i]) * wide(c.x[t * c.hidden() + i]);
+          up += double(expert[matrix + f * c.hidden() + i]) * wide(c.x[t * c.hidden() + i]);
         }
         const double h = gate / (1.0 + std::exp(-gate)) * up * static_cast<double>(c.weights[pair]);
         for (std::size_t i = 0; i < c.hidden(); ++i) {
-          sum[i] += h * wide(expert[2 * matrix + i * c.expert_hidden() + f]);
+          sum[i] += h * double(expert[2 * matrix + i * c.expert_hidden() + f]);
         }
       }
     }
@@ -184,13 +206,24 @@ struct Size {
 const std::vector<Size> kSizes = {{1, 1, 8, 8, 1},     {1, 8, 264, 40, 9}, {2, 3, 24, 520, 5}, {5, 2, 1160, 72, 4},
                                   {32, 4, 40, 104, 6}, {32, 1, 16, 24, 1}, {7, 32, 32, 16, 40}};
 
+/// Every size in every format.
+std::vector<std::pair<Size, ExpertFormat>> all_cases(const std::vector<Size>& sizes) {
+  std::vector<std::pair<Size, ExpertFormat>> cases;
+  for (const Size& size : sizes) {
+    for (const ExpertFormat format : kFormats) {
+      cases.emplace_back(size, format);
+    }
+  }
+  return cases;
+}
+
 }  // namespace
 
 TEST_CASE("decode experts: the plain loop equals the definition in double precision") {
   SplitMix64 random(11);
-  for (const Size& s : kSizes) {
-    CAPTURE(s.tokens, s.top_k, s.hidden, s.expert_hidden, s.experts);
-    const Case c = random_case(random, s.tokens, s.top_k, s.hidden, s.expert_hidden, s.experts);
+  for (const auto& [s, format] : all_cases(kSizes)) {
+    CAPTURE(s.tokens, s.top_k, s.hidden, s.expert_hidden, s.experts, expert_format_name(format));
+    const Case c = random_case(random, format, s.tokens, s.top_k, s.hidden, s.expert_hidden, s.experts);
     const Result result = run_at_once(c, pool_of(c, random, s.experts + 2), false);
     CHECK(worst(result.out, by_definition(c)) < 2.0);
     CHECK(result.fused == result.out);
@@ -200,22 +233,24 @@ TEST_CASE("decode experts: the plain loop equals the definition in double precis
 
 TEST_CASE("decode experts: slots and waves leave the plain loop's bits as they are") {
   SplitMix64 random(12);
-  const Case c = random_case(random, 4, 5, 72, 40, 8);
-  const Result at_once = run_at_once(c, pool_of(c, random, 8), false);
-  std::vector<int> wave_of(c.pairs());
-  for (int& wave : wave_of) {
-    wave = static_cast<int>(random.below(3));
+  for (const ExpertFormat format : kFormats) {
+    const Case c = random_case(random, format, 4, 5, 72, 40, 8);
+    const Result at_once = run_at_once(c, pool_of(c, random, 8), false);
+    std::vector<int> wave_of(c.pairs());
+    for (int& wave : wave_of) {
+      wave = static_cast<int>(random.below(3));
+    }
+    const Result in_waves = run(c, pool_of(c, random, 13), wave_of, 3, false);
+    CHECK(in_waves.h == at_once.h);
+    CHECK(in_waves.y == at_once.y);
+    CHECK(in_waves.out == at_once.out);
+    CHECK(in_waves.fused == at_once.out);
   }
-  const Result in_waves = run(c, pool_of(c, random, 13), wave_of, 3, false);
-  CHECK(in_waves.h == at_once.h);
-  CHECK(in_waves.y == at_once.y);
-  CHECK(in_waves.out == at_once.out);
-  CHECK(in_waves.fused == at_once.out);
 }
 
 TEST_CASE("decode experts: pairs without a slot are neither written nor added") {
   SplitMix64 random(13);
-  Case c = random_case(random, 2, 3, 24, 16, 4);
+  Case c = random_case(random, ExpertFormat::kInt4, 2, 3, 24, 16, 4);
   std::vector<int> wave_of(c.pairs(), 0);
   wave_of[1] = 1;  // never served
   const Result part = run(c, pool_of(c, random, 4), wave_of, 1, false);
@@ -249,9 +284,9 @@ TEST_CASE("decode experts: CUDA equals the plain loop", "[gpu]") {
   SplitMix64 random(14);
   std::vector<Size> sizes = kSizes;
   sizes.push_back({3, 8, 2048, 1024, 16});
-  for (const Size& s : sizes) {
-    CAPTURE(s.tokens, s.top_k, s.hidden, s.expert_hidden, s.experts);
-    const Case c = random_case(random, s.tokens, s.top_k, s.hidden, s.expert_hidden, s.experts);
+  for (const auto& [s, format] : all_cases(sizes)) {
+    CAPTURE(s.tokens, s.top_k, s.hidden, s.expert_hidden, s.experts, expert_format_name(format));
+    const Case c = random_case(random, format, s.tokens, s.top_k, s.hidden, s.expert_hidden, s.experts);
     const Pool pool = pool_of(c, random, s.experts + 2);
     const Result gpu = run_at_once(c, pool, true);
     CHECK(gpu.guards_whole);
@@ -266,9 +301,9 @@ TEST_CASE("decode experts: slots, waves and other rows do not change a bit on CU
     return;
   }
   SplitMix64 random(15);
-  for (const Size& s : {Size{32, 8, 264, 136, 16}, Size{9, 3, 2048, 1024, 5}, Size{32, 2, 128, 1288, 2}}) {
-    CAPTURE(s.tokens, s.top_k, s.hidden, s.expert_hidden, s.experts);
-    const Case c = random_case(random, s.tokens, s.top_k, s.hidden, s.expert_hidden, s.experts);
+  for (const auto& [s, format] : all_cases({{32, 8, 264, 136, 16}, {9, 3, 2048, 1024, 5}, {32, 2, 128, 1288, 2}})) {
+    CAPTURE(s.tokens, s.top_k, s.hidden, s.expert_hidden, s.experts, expert_format_name(format));
+    const Case c = random_case(random, format, s.tokens, s.top_k, s.hidden, s.expert_hidden, s.experts);
     const Result at_once = run_at_once(c, pool_of(c, random, s.experts), true);
     for (int num_waves = 1; num_waves <= 4; ++num_waves) {
       std::vector<int> wave_of(c.pairs());
