@@ -2,8 +2,9 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
+#include <bit>
 #include <cstring>
+#include <numeric>
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -37,50 +38,127 @@ float write_bfloat16(unsigned char* at, float value) {
   return bfloat16_bits_to_float(bits);
 }
 
+/// One group of a row on its way into its tile. All loops run over a whole group, so that they vectorise.
 struct Group {
   std::array<float, kTileInputs> weights{};
-  std::array<float, kTileInputs> integers{};
-  std::size_t size = 0;
+  std::array<unsigned char, kTileInputs> codes{};  // as stored, one each
+  double error = 0.0;                              // sum of squares, like whole
+  double whole = 0.0;
 };
 
-/// Chooses scale (and minimum) of a group, writes them, and sets its integers.
-void quantise_group(ExpertFormat format, Group& group, unsigned char* scales) {
-  float lowest = group.weights[0];
-  float highest = group.weights[0];
-  for (std::size_t i = 1; i < group.size; ++i) {
-    lowest = std::min(lowest, group.weights[i]);
-    highest = std::max(highest, group.weights[i]);
+constexpr std::size_t kLanes = 8;  // of sums and extremes
+
+/// Reads `size` bfloat16 weights, filled up with the first of them. False when one is not finite.
+bool read_group(const std::uint16_t* weights, std::size_t size, Group& group) {
+  std::array<std::uint16_t, kTileInputs> bits{};
+  std::memcpy(bits.data(), weights, size * sizeof bits[0]);
+  std::fill(bits.begin() + static_cast<std::ptrdiff_t>(size), bits.end(), bits[0]);
+  unsigned not_finite = 0;
+  for (std::size_t i = 0; i < bits.size(); ++i) {
+    not_finite |= (bits[i] & 0x7f80U) == 0x7f80U ? 1U : 0U;
+    group.weights[i] = std::bit_cast<float>(std::uint32_t{bits[i]} << 16U);
   }
-  const float largest = std::max(-lowest, highest);
+  return not_finite == 0;
+}
+
+/// Chooses scale (and minimum) of a group, writes them, and sets its codes and error.
+template <ExpertFormat kFormat>
+void quantise_group(std::size_t size, Group& group, unsigned char* scales) {
+  std::array<float, kLanes> low{};
+  std::array<float, kLanes> high{};
+  low.fill(group.weights[0]);
+  high.fill(group.weights[0]);
+  for (std::size_t i = 0; i < group.weights.size(); i += kLanes) {
+    for (std::size_t lane = 0; lane < kLanes; ++lane) {
+      low[lane] = std::min(low[lane], group.weights[i + lane]);
+      high[lane] = std::max(high[lane], group.weights[i + lane]);
+    }
+  }
+  const float lowest = *std::min_element(low.begin(), low.end());
+  const float highest = *std::max_element(high.begin(), high.end());
   float minimum = 0.0F;
   float scale = 0.0F;
   float least = 0.0F;
   float most = 0.0F;
-  if (format == ExpertFormat::kInt8) {
-    scale = write_bfloat16(scales, largest / 127.0F);
+  float offset = 0.0F;  // of a code
+  if constexpr (kFormat == ExpertFormat::kInt8) {
+    scale = write_bfloat16(scales, std::max(-lowest, highest) / 127.0F);
     least = -127.0F;
     most = 127.0F;
-  } else if (format == ExpertFormat::kInt4) {
+  } else if constexpr (kFormat == ExpertFormat::kInt4) {
     scale = write_bfloat16(scales, (highest > -lowest ? -highest : -lowest) / 8.0F);
     least = -8.0F;
     most = 7.0F;
+    offset = 8.0F;
   } else {
     minimum = write_bfloat16(scales + 2, lowest);
     scale = write_bfloat16(scales, (highest - minimum) / 15.0F);
     most = 15.0F;
   }
-  for (std::size_t i = 0; i < group.size; ++i) {
-    const float quotient = scale == 0.0F ? 0.0F : (group.weights[i] - minimum) / scale;
-    group.integers[i] = rounded(std::min(std::max(quotient, least), most));
+  const float divisor = scale == 0.0F ? 1.0F : scale;  // then all weights are too small to reach 1
+  std::fill(group.weights.begin() + static_cast<std::ptrdiff_t>(size), group.weights.end(), 0.0F);
+  std::array<float, kTileInputs> differences{};
+  for (std::size_t i = 0; i < group.weights.size(); ++i) {
+    const float integer = rounded(std::min(std::max((group.weights[i] - minimum) / divisor, least), most));
+    group.codes[i] = static_cast<unsigned char>(static_cast<int>(integer + offset));
+    differences[i] = group.weights[i] - (minimum + integer * scale);
   }
+  std::fill(group.codes.begin() + static_cast<std::ptrdiff_t>(size), group.codes.end(), static_cast<unsigned char>(0));
+  std::fill(differences.begin() + static_cast<std::ptrdiff_t>(size), differences.end(), 0.0F);
+  std::array<double, kLanes> errors{};
+  std::array<double, kLanes> wholes{};
+  for (std::size_t i = 0; i < group.weights.size(); i += kLanes) {
+    for (std::size_t lane = 0; lane < kLanes; ++lane) {
+      const auto difference = static_cast<double>(differences[i + lane]);
+      const auto weight = static_cast<double>(group.weights[i + lane]);
+      errors[lane] += difference * difference;
+      wholes[lane] += weight * weight;
+    }
+  }
+  group.error = std::accumulate(errors.begin(), errors.end(), 0.0);
+  group.whole = std::accumulate(wholes.begin(), wholes.end(), 0.0);
 }
 
-void put(ExpertFormat format, float integer, const TilePlace& place, unsigned char* tile) {
-  if (format == ExpertFormat::kInt8) {
-    tile[place.byte] = static_cast<unsigned char>(static_cast<std::int8_t>(integer));
-  } else {
-    const auto bits = static_cast<unsigned>(integer + (format == ExpertFormat::kInt4 ? 8.0F : 0.0F));
-    tile[place.byte] = static_cast<unsigned char>(tile[place.byte] | bits << (place.high ? 4U : 0U));
+/// The bytes of row 0 of a tile, from tile_place: which inputs a byte holds; those of another row lie
+/// tile_place(row, 0) behind.
+template <ExpertFormat kFormat>
+struct RowBytes {
+  static constexpr bool kPairs = kFormat != ExpertFormat::kInt8;
+  static constexpr std::size_t kCount = kPairs ? kTileInputs / 2 : kTileInputs;
+  std::array<std::uint16_t, kCount> offset{};
+  std::array<std::uint8_t, kCount> low{};
+  std::array<std::uint8_t, kCount> high{};
+
+  constexpr RowBytes() {
+    std::size_t count = 0;
+    for (std::size_t input = 0; input < kTileInputs; ++input) {
+      const TilePlace place = tile_place(kFormat, 0, static_cast<std::int64_t>(input));
+      if (place.high) {
+        continue;
+      }
+      offset[count] = static_cast<std::uint16_t>(place.byte);
+      low[count] = static_cast<std::uint8_t>(input);
+      for (std::size_t other = 0; kPairs && other < kTileInputs; ++other) {
+        const TilePlace above = tile_place(kFormat, 0, static_cast<std::int64_t>(other));
+        if (above.high && above.byte == place.byte) {
+          high[count] = static_cast<std::uint8_t>(other);
+        }
+      }
+      ++count;
+    }
+  }
+};
+
+/// Writes the codes of a group; `row_in_tile`: where the row's first byte lies.
+template <ExpertFormat kFormat>
+void write_codes(const Group& group, unsigned char* row_in_tile) {
+  static constexpr RowBytes<kFormat> kBytes;
+  for (std::size_t i = 0; i < kBytes.kCount; ++i) {
+    unsigned byte = group.codes[kBytes.low[i]];
+    if constexpr (kBytes.kPairs) {
+      byte |= static_cast<unsigned>(group.codes[kBytes.high[i]]) << 4U;
+    }
+    row_in_tile[kBytes.offset[i]] = static_cast<unsigned char>(byte);
   }
 }
 
@@ -104,43 +182,51 @@ std::size_t tile_bytes(ExpertFormat format) {
 }
 
 /// Packs a matrix; returns its error.
-double quantise_matrix(ExpertFormat format, const char* name, const std::uint16_t* weights, std::int64_t rows,
-                       std::int64_t inputs, unsigned char* values, unsigned char* scales) {
+template <ExpertFormat kFormat>
+double quantise_matrix(const char* name, const std::uint16_t* weights, std::int64_t rows, std::int64_t inputs,
+                       unsigned char* values, unsigned char* scales) {
   const TileCounts tiles = tile_counts(rows, inputs);
   const auto num_tiles = static_cast<std::size_t>(tiles.rows * tiles.groups);
   // Rows past the last keep a scale of 0; inputs past the last meet activations of 0.
-  std::memset(values, 0, num_tiles * tile_bytes(format));
-  std::memset(scales, 0, num_tiles * kTileRows * static_cast<std::size_t>(scale_bytes(format)));
+  std::memset(values, 0, num_tiles * tile_bytes(kFormat));
+  std::memset(scales, 0, num_tiles * kTileRows * static_cast<std::size_t>(scale_bytes(kFormat)));
   double error = 0.0;
   double whole = 0.0;
   Group group;
   for (std::int64_t row = 0; row < rows; ++row) {
+    const std::int64_t row_byte = tile_place(kFormat, row % kTileRows, 0).byte;
     for (std::int64_t g = 0; g < tiles.groups; ++g) {
       const std::int64_t first = g * kTileInputs;
-      group.size = static_cast<std::size_t>(std::min<std::int64_t>(kTileInputs, inputs - first));
-      for (std::size_t i = 0; i < group.size; ++i) {
-        group.weights[i] = bfloat16_bits_to_float(weights[row * inputs + first + static_cast<std::int64_t>(i)]);
-        if (!std::isfinite(group.weights[i])) {
-          throw InputError(fmt::format(
-              "expert weights: {} holds a value that is not finite in row {}, column {}, got {}; use a checkpoint "
-              "without such values, or bf16 experts",
-              name, row, first + static_cast<std::int64_t>(i), group.weights[i]));
-        }
+      const auto size = static_cast<std::size_t>(std::min<std::int64_t>(kTileInputs, inputs - first));
+      const std::uint16_t* const of_group = weights + row * inputs + first;
+      if (!read_group(of_group, size, group)) {
+        const auto* const at =
+            std::find_if(of_group, of_group + size, [](std::uint16_t bits) { return (bits & 0x7f80U) == 0x7f80U; });
+        throw InputError(fmt::format(
+            "expert weights: {} holds a value that is not finite in row {}, column {}, got {}; use a checkpoint "
+            "without such values, or bf16 experts",
+            name, row, first + (at - of_group), bfloat16_bits_to_float(*at)));
       }
       const std::int64_t tile = row / kTileRows * tiles.groups + g;
-      unsigned char* const scale = scales + (tile * kTileRows + row % kTileRows) * scale_bytes(format);
-      unsigned char* const tile_values = values + static_cast<std::size_t>(tile) * tile_bytes(format);
-      quantise_group(format, group, scale);
-      for (std::size_t i = 0; i < group.size; ++i) {
-        put(format, group.integers[i], tile_place(format, row % kTileRows, static_cast<std::int64_t>(i)), tile_values);
-        const double weight = static_cast<double>(group.weights[i]);
-        const double difference = weight - static_cast<double>(dequantised(format, group.integers[i], scale));
-        error += difference * difference;
-        whole += weight * weight;
-      }
+      quantise_group<kFormat>(size, group, scales + (tile * kTileRows + row % kTileRows) * scale_bytes(kFormat));
+      write_codes<kFormat>(group, values + static_cast<std::size_t>(tile) * tile_bytes(kFormat) + row_byte);
+      error += group.error;
+      whole += group.whole;
     }
   }
   return whole > 0.0 ? error / whole : 0.0;
+}
+
+template <ExpertFormat kFormat>
+ExpertError quantise_matrices(const DecodeExpertsShape& shape, const std::uint16_t* gate, const std::uint16_t* up,
+                              const std::uint16_t* down, const ExpertBlob& at, unsigned char* blob) {
+  const std::int64_t hidden = shape.hidden_size;
+  const std::int64_t expert_hidden = shape.expert_hidden_size;
+  ExpertError error;
+  error.gate = quantise_matrix<kFormat>("gate", gate, expert_hidden, hidden, blob + at.gate, blob + at.gate_scales);
+  error.up = quantise_matrix<kFormat>("up", up, expert_hidden, hidden, blob + at.up, blob + at.up_scales);
+  error.down = quantise_matrix<kFormat>("down", down, hidden, expert_hidden, blob + at.down, blob + at.down_scales);
+  return error;
 }
 
 }  // namespace
@@ -169,21 +255,20 @@ ExpertError quantise_expert(const DecodeExpertsShape& shape, const std::uint16_t
                             const std::uint16_t* down, void* blob) {
   const ExpertBlob at = expert_blob(shape);
   auto* const bytes = static_cast<unsigned char*>(blob);
-  if (shape.format == ExpertFormat::kBfloat16) {
-    std::memcpy(bytes + at.gate, gate, at.up - at.gate);
-    std::memcpy(bytes + at.up, up, at.down - at.up);
-    std::memcpy(bytes + at.down, down, at.bytes - at.down);
-    return {};
+  switch (shape.format) {
+    case ExpertFormat::kBfloat16:
+      std::memcpy(bytes + at.gate, gate, at.up - at.gate);
+      std::memcpy(bytes + at.up, up, at.down - at.up);
+      std::memcpy(bytes + at.down, down, at.bytes - at.down);
+      break;
+    case ExpertFormat::kInt8:
+      return quantise_matrices<ExpertFormat::kInt8>(shape, gate, up, down, at, bytes);
+    case ExpertFormat::kInt4:
+      return quantise_matrices<ExpertFormat::kInt4>(shape, gate, up, down, at, bytes);
+    case ExpertFormat::kInt4Asymmetric:
+      return quantise_matrices<ExpertFormat::kInt4Asymmetric>(shape, gate, up, down, at, bytes);
   }
-  const std::int64_t hidden = shape.hidden_size;
-  const std::int64_t expert_hidden = shape.expert_hidden_size;
-  ExpertError error;
-  error.gate =
-      quantise_matrix(shape.format, "gate", gate, expert_hidden, hidden, bytes + at.gate, bytes + at.gate_scales);
-  error.up = quantise_matrix(shape.format, "up", up, expert_hidden, hidden, bytes + at.up, bytes + at.up_scales);
-  error.down =
-      quantise_matrix(shape.format, "down", down, hidden, expert_hidden, bytes + at.down, bytes + at.down_scales);
-  return error;
+  return {};
 }
 
 void dequantise_row(ExpertFormat format, const unsigned char* values, const unsigned char* scales, std::int64_t row,
