@@ -1,0 +1,174 @@
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include <catch2/catch.hpp>
+
+#include "cli_fixtures.hpp"
+#include "hestia/core/json_lines.hpp"
+#include "hestia/core/safetensors.hpp"
+#include "hestia/routing/simulator.hpp"
+#include "hestia/routing/trace.hpp"
+
+namespace hestia::testing {
+namespace {
+
+std::vector<std::string> generate(std::vector<std::string> more) {
+  std::vector<std::string> all = {"generate",     "--model", "checkpoints/tiny", "--prompt", "The kernel",
+                                  "--max-tokens", "24",      "--device",         "cpu",      "--json"};
+  all.insert(all.end(), more.begin(), more.end());
+  return all;
+}
+
+TEST_CASE("generate says the same with few slots as with all experts, and counts what simulate counts") {
+  const TemporaryFolder folder;
+  const std::string trace_file = folder.path() / "trace.csv";
+  const Json all = Json::parse(done(hestia(generate({}))));
+  CHECK(all["cache"].is_null());
+  CHECK(all["tokens"].size() == 24);
+  CHECK_FALSE(all["text"].get<std::string>().empty());
+  const Json few = Json::parse(
+      done(hestia(generate({"--expert-slots", "5", "--policy", "lfu", "--start", "prefill", "--record", trace_file}))));
+  CHECK(few["tokens"] == all["tokens"]);
+  CHECK(few["text"] == all["text"]);
+  CHECK(few["traced"] == true);
+
+  const RoutingTrace trace = read_trace(trace_file);
+  SimulationOptions options;
+  options.policy = CachePolicyKind::kLfu;
+  options.slots = 5;
+  options.start = CacheStart::kPrefill;
+  const SimulationCounts counts = simulate(trace, options);
+  CHECK(few["cache"]["requests"] == counts.requests);
+  CHECK(few["cache"]["hits"] == counts.hits);
+  CHECK(few["cache"]["cold"] == counts.cold);
+  CHECK(few["cache"]["loads"] == counts.loads);
+  CHECK(few["cache"]["evictions"] == counts.evictions);
+  CHECK(counts.loads > 0);
+  CHECK(few["cache"]["bytes_per_token"].get<double>() ==
+        Approx(static_cast<double>(counts.load_bytes) / few["decode_steps"].get<double>()));
+
+  // The trace served again, by a model of random weights.
+  const Json again = Json::parse(done(hestia(generate({"--random-weights", "3", "--expert-slots", "5", "--policy",
+                                                       "lfu", "--start", "prefill", "--replay", trace_file}))));
+  CHECK(again["mode"] == "replay");
+  CHECK(again["cache"]["hits"] == counts.hits);
+  CHECK(again["cache"]["loads"] == counts.loads);
+  CHECK(again["warnings"].size() == 2);
+}
+
+TEST_CASE("generate streams text on stdout and keeps its statistics to stderr") {
+  const Json json = Json::parse(done(hestia(generate({}))));
+  const Outcome streamed = hestia({"generate", "--model", "checkpoints/tiny", "--prompt", "The kernel", "--max-tokens",
+                                   "24", "--device", "cpu", "--expert-slots", "total:50"});
+  CHECK(done(streamed) == json["text"].get<std::string>() + "\n");
+  CHECK_THAT(streamed.err, Catch::Contains("50 slots in one pool") && Catch::Contains("tokens/s"));
+}
+
+TEST_CASE("generate writes the router logits as score reads them") {
+  const TemporaryFolder folder;
+  const std::string file = folder.path() / "logits.safetensors";
+  static_cast<void>(done(hestia(generate({"--record-logits", file}))));
+  const Json score = Json::parse(done(hestia({"score", file, "--slots", "8", "--json"})));
+  CHECK(score.contains("metrics"));
+}
+
+TEST_CASE("generate draws tokens by its seed") {
+  const auto tokens = [](const std::string& seed) {
+    return Json::parse(done(hestia(generate({"--temperature", "1.2", "--top-p", "0.95", "--seed", seed}))))["tokens"];
+  };
+  CHECK(tokens("1") == tokens("1"));
+  CHECK(tokens("1") != tokens("2"));
+}
+
+TEST_CASE("generate names what is wrong before it loads a model") {
+  const auto complains = [](std::vector<std::string> more, const std::vector<std::string>& parts) {
+    check_complaint(hestia(generate(std::move(more))), 2, parts);
+  };
+  complains({"--expert-slots", "40"}, {"--expert-slots", "from 1 to 32", "\"40\""});
+  complains({"--expert-slots", "4", "--policy", "lri"}, {"lri", "lru"});
+  complains({"--expert-slots", "4", "--policy", "belady"}, {"belady"});
+  complains({"--start", "prefil"}, {"--start", "prefil", "prefill"});
+  complains({"--start", "preload"}, {"--start preload", "--preload FILE"});
+  complains({"--preload", "x.h5"}, {"--preload", "--start cold"});
+  complains({"--prompt-tokens", "1,2"}, {"either --prompt TEXT or --prompt-tokens"});
+  complains({"--temperature", "-1"}, {"--temperature", "-1"});
+  complains({"--top-p", "0"}, {"--top-p", "0"});
+  complains({"--residency-prior", "0.3,2"}, {"--residency-prior", "--router"});
+  complains({"--fold"}, {"--fold", "--replay"});
+  complains({"--max-tokens", "0"}, {"--max-tokens", "0"});
+  complains({"--max-tokens", "100000"}, {"--max-tokens", "100000"});
+}
+
+TEST_CASE("bench decodes a grid and says the bound's figures where there is a GPU") {
+  const TemporaryFolder folder;
+  const std::string trace_file = folder.path() / "trace.csv";
+  static_cast<void>(done(hestia(generate({"--record", trace_file}))));
+  const std::string output = folder.path() / "runs" / "bench.jsonl";
+  const std::vector<std::string> arguments = {"bench",
+                                              "recipes/bench_olmoe.yaml",
+                                              "model.path=checkpoints/tiny",
+                                              "model.weights=stored",
+                                              "model.device=cpu",
+                                              "replay.trace=" + trace_file,
+                                              "replay.fold=false",
+                                              "bench.slots=[all,\"6\"]",
+                                              "bench.policies=[lru,lifo]",
+                                              "bench.batch=[1,3]",
+                                              "bench.prompt_tokens=[4]",
+                                              "bench.new_tokens=[9]",
+                                              "bench.repeats=1",
+                                              "output=" + output};
+  std::vector<std::string> as_json = arguments;
+  as_json.insert(as_json.begin() + 2, "--json");
+  const std::vector<std::string> lines = lines_of(done(hestia(as_json)));
+  REQUIRE(lines.size() == 6);  // all, and 6 slots under two policies, for two batches
+  const Json first = Json::parse(lines[0]);
+  CHECK(first["slots"] == "all");
+  CHECK(first["mode"] == "replay");
+  CHECK(first["loads_per_step_and_layer"] == 0.0);
+  CHECK(first["hit_rate"] == 1.0);
+  CHECK(first["requests_per_step_and_layer"] == 4.0);
+  CHECK(first["share_of_bound"].is_null());  // no link
+  CHECK(first["tokens_per_second"].get<double>() > 0.0);
+  const Json second = Json::parse(lines[1]);
+  CHECK(second["policy"] == "lru");
+  SimulationOptions options;
+  options.slots = 6;
+  RoutingTrace trace = read_trace(trace_file);
+  std::vector<TraceEntry> kept;  // the steps that were served
+  std::int64_t first_step = -1;
+  for (const TraceEntry& entry : trace.entries) {
+    if (entry.phase == Phase::kDecode) {
+      first_step = first_step < 0 ? entry.step : first_step;
+      if (entry.step < first_step + 8) {
+        kept.push_back(entry);
+      }
+    }
+  }
+  trace.entries = kept;
+  const SimulationCounts counts = simulate(trace, options);
+  CHECK(second["loads_per_step_and_layer"].get<double>() == Approx(static_cast<double>(counts.loads) / (8 * 6)));
+  CHECK(std::filesystem::exists(output));
+  const Json batch = Json::parse(lines[3]);
+  CHECK(batch["batch"] == 3);
+  CHECK(batch["requests_per_step_and_layer"].get<double>() > 4.0);
+  CHECK_THAT(done(hestia(arguments)), Catch::Contains("tokens/s") && Catch::Contains("lifo"));
+}
+
+TEST_CASE("bench refuses a grid that there is not, with the recipe's line") {
+  const auto complains = [](std::vector<std::string> more, const std::vector<std::string>& parts) {
+    std::vector<std::string> all = {"bench", "recipes/bench_olmoe.yaml", "model.path=checkpoints/tiny",
+                                    "replay.trace=", "replay.fold=false"};
+    all.insert(all.end(), more.begin(), more.end());
+    check_complaint(hestia(all), 2, parts);
+  };
+  complains({"bench.slots=[\"99\"]"}, {"bench.slots", "from 1 to 32"});
+  complains({"bench.policies=[belady]"}, {"belady"});
+  complains({"bench.batch=[]"}, {"bench.batch", "at least one"});
+  complains({"bench.start=full", "bench.slots=[\"4\"]"}, {"bench.start", "32"});
+  complains({"bench.slot=[all]"}, {"bench.slot", "bench.slots"});
+}
+
+}  // namespace
+}  // namespace hestia::testing
