@@ -41,10 +41,12 @@ class Guarded {
   static constexpr unsigned char kFill = 0xA5;
 
   explicit Guarded(std::vector<Value> values, bool gpu = false) : size_(values.size()), gpu_(gpu) {
-    std::vector<unsigned char> all(kGuard, kFill);
+    // A loop: g++ 12 takes copies of values whose number it knows for overruns.
+    std::vector<unsigned char> all(2 * kGuard + size_ * sizeof(Value), kFill);
     const auto* const bytes = reinterpret_cast<const unsigned char*>(values.data());
-    all.insert(all.end(), bytes, bytes + size_ * sizeof(Value));
-    all.insert(all.end(), kGuard, kFill);
+    for (std::size_t i = 0; i < size_ * sizeof(Value); ++i) {
+      all[kGuard + i] = bytes[i];
+    }
     if (gpu_) {
       require_cuda(cudaMalloc(&device_, all.size()));
       require_cuda(cudaMemcpy(device_, all.data(), all.size(), cudaMemcpyHostToDevice));
