@@ -463,12 +463,11 @@ void SlotExecutor::reset(std::int64_t sequence, const std::vector<std::vector<st
     }
   }
   if (impl.device.is_cuda()) {
-    const Tensor seed_memory = device_bytes(seeds.size() * sizeof(std::uint64_t), impl.device);
-    const Tensor key_memory = device_bytes(std::max<std::size_t>(keys.size(), 1) * sizeof(std::int32_t), impl.device);
-    C10_CUDA_CHECK(
-        cudaMemcpy(seed_memory.data_ptr(), seeds.data(), seeds.size() * sizeof(std::uint64_t), cudaMemcpyHostToDevice));
-    C10_CUDA_CHECK(
-        cudaMemcpy(key_memory.data_ptr(), keys.data(), keys.size() * sizeof(std::int32_t), cudaMemcpyHostToDevice));
+    // Copies that the current stream waits for: its memory may still be in use there.
+    const Tensor seed_memory =
+        torch::from_blob(seeds.data(), {groups}, torch::kInt64).to(impl.device, /*non_blocking=*/false, /*copy=*/true);
+    const Tensor key_memory =
+        torch::from_blob(keys.data(), {static_cast<std::int64_t>(keys.size())}, torch::kInt32).to(impl.device);
     slot_cache_reset_cuda(shape, impl.state, keys.empty() ? nullptr : as<std::int32_t>(key_memory), count,
                           as<std::uint64_t>(seed_memory), impl.stream());
     c10::cuda::getCurrentCUDAStream(impl.device.index()).synchronize();

@@ -208,11 +208,11 @@ void check_every_policy_and_start(torch::Dtype dtype, torch::Device device) {
   const Tensor prompt = prompt_of(a);
   std::vector<std::vector<std::uint16_t>> preload;
   for (std::uint16_t layer = 0; layer < 3; ++layer) {
-    preload.push_back({static_cast<std::uint16_t>(7 - layer), layer, 11, 9, 4});
+    preload.push_back({static_cast<std::uint16_t>(7 - layer), layer, 11, 9, 4, 3, 8, 10});
   }
   for (const Kind policy : kServed) {
     for (const CacheStart start : {CacheStart::kCold, CacheStart::kPrefill, CacheStart::kPreload}) {
-      for (const std::int64_t slots : {2, 4, 7}) {
+      for (const std::int64_t slots : {2, 4, 12}) {
         if (policy == Kind::kStatic && start == CacheStart::kCold) {
           continue;  // the simulator's static knows the sequence; a decoder cannot
         }
