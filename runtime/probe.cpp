@@ -98,9 +98,12 @@ ProbedRates probe_rates(const ExpertStore& store, torch::Device device, int repe
     step.wave_size = kSlots;
     const Tensor load_memory = torch::zeros({static_cast<std::int64_t>(loads.size() * sizeof(SlotCacheLoad))}, options);
     const Tensor step_memory = torch::zeros({static_cast<std::int64_t>(sizeof step)}, options);
-    C10_CUDA_CHECK(
-        cudaMemcpy(load_memory.data_ptr(), loads.data(), loads.size() * sizeof(SlotCacheLoad), cudaMemcpyHostToDevice));
-    C10_CUDA_CHECK(cudaMemcpy(step_memory.data_ptr(), &step, sizeof step, cudaMemcpyHostToDevice));
+    const auto upload = [&](const Tensor& to, const void* from, std::size_t size) {
+      C10_CUDA_CHECK(cudaMemcpyAsync(to.mutable_data_ptr(), from, size, cudaMemcpyHostToDevice, stream.stream()));
+      stream.synchronize();
+    };
+    upload(load_memory, loads.data(), loads.size() * sizeof(SlotCacheLoad));
+    upload(step_memory, &step, sizeof step);
     const ExpertStoreShape shape{stretches, stretch, store.layout().bytes};
     rates.link_gather = rate_of(static_cast<double>(lists * kSlots * bytes), repeats, stream, [&] {
       for (std::int64_t list = 0; list < lists; ++list) {

@@ -159,7 +159,7 @@ TEST_CASE("bench decodes a grid and says the bound's figures where there is a GP
 TEST_CASE("bench refuses a grid that there is not, with the recipe's line") {
   const auto complains = [](std::vector<std::string> more, const std::vector<std::string>& parts) {
     std::vector<std::string> all = {"bench", "recipes/bench_olmoe.yaml", "model.path=checkpoints/tiny",
-                                    "replay.trace=", "replay.fold=false"};
+                                    "replay.trace=\"\"", "replay.fold=false"};
     all.insert(all.end(), more.begin(), more.end());
     check_complaint(hestia(all), 2, parts);
   };

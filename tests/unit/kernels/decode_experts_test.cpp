@@ -347,7 +347,7 @@ TEST_CASE("decode experts: dependent launches await one another", "[gpu]") {
   for (const Size& s : {Size{1, 8, 512, 264, 12}, Size{5, 3, 264, 520, 6}}) {
     CAPTURE(s.tokens, s.top_k, s.hidden, s.expert_hidden, s.experts);
     Case c = random_case(random, ExpertFormat::kBfloat16, s.tokens, s.top_k, s.hidden, s.expert_hidden, s.experts);
-    std::for_each(c.weights.begin(), c.weights.end(), [](float& weight) { weight *= 0.1F; });  // layers stay finite
+    std::for_each(c.weights.begin(), c.weights.end(), [](float& weight) { weight *= 0.01F; });  // layers stay finite
     const Pool pool = pool_of(c, random, s.experts);
     std::vector<std::int32_t> table;
     for (const std::int32_t expert : c.chosen) {
