@@ -14,6 +14,7 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr unsigned kAllLanes = 0xffffffffU;
 constexpr int kNowhere = 1 << 30;
 constexpr int kMaxExperts = static_cast<int>(kSlotCacheMaxExperts);
+constexpr int kFewSlots = kThreads - kWarp;  // a thread each, the first warp aside
 
 /// Something that may leave: a resident (place: its slot in the group) or a miss (place: its number in the order of the
 /// step, behind all slots). key -1: nothing.
@@ -121,10 +122,11 @@ struct Layer {
         slots(static_cast<int>(shape.slots)),
         scratch(static_cast<int>(shape.scratch_slots)) {
     const int of_group = static_cast<int>(shape.layers_per_group);
-    const int number = layer / of_group;
-    first_key = layer % of_group * num_experts;
+    const int number = of_group == 1 ? layer : layer / of_group;  // the common case without divisions
+    const int num_layers = static_cast<int>(shape.num_layers);
+    first_key = (layer - number * of_group) * num_experts;
     first_slot = number * slots;
-    first_scratch = static_cast<int>(shape.num_layers) / of_group * slots;
+    first_scratch = (of_group == 1 ? num_layers : num_layers / of_group) * slots;
     states = state.experts + static_cast<std::int64_t>(number) * num_keys;
     slot_of = state.slot_of + static_cast<std::int64_t>(number) * num_keys;
     key_of = state.key_of + first_slot;
@@ -242,7 +244,191 @@ __device__ void leave_by_chance(const Layer& layer, int over, bool step_too_larg
   __syncthreads();
 }
 
-/// Serves one step; all threads of the block come in together and leave together.
+/// A step of at most kWarp ids, as its warps share it.
+struct Few {
+  int expert[kWarp];       // misses by falling weight
+  unsigned places[kWarp];  // theirs in the selection: a bit each
+  int key[kFewSlots];      // residents that may leave, -1: none in this slot
+  double use_count[kFewSlots];
+  std::int64_t last_touch[kFewSlots];
+  std::int64_t loaded_at[kFewSlots];
+  unsigned leaving[kWarps];
+};
+
+/// How many of the residents that may leave go before the one in slot `own`.
+template <CachePolicyKind kPolicy>
+__device__ int leaving_before(const Few& few, int slots, int own) {
+  const auto state_in = [&](int slot) {
+    ExpertState state;
+    state.use_count = few.use_count[slot];
+    state.last_touch = few.last_touch[slot];
+    state.loaded_at = few.loaded_at[slot];
+    return state;
+  };
+  const ExpertState state = state_in(own);
+  const int key = few.key[own];
+  int before = 0;
+#pragma unroll 8
+  for (int slot = 0; slot < slots; ++slot) {
+    const int other = few.key[slot];
+    const bool earlier = evicts_before(kPolicy, state_in(slot), other, state, key);
+    before += static_cast<int>(earlier) & static_cast<int>(other >= 0);  // no branch
+  }
+  return before;
+}
+
+__device__ int leaving_before(CachePolicyKind policy, const Few& few, int slots, int own) {
+  switch (policy) {
+    case CachePolicyKind::kLru:
+      return leaving_before<CachePolicyKind::kLru>(few, slots, own);
+    case CachePolicyKind::kLifo:
+      return leaving_before<CachePolicyKind::kLifo>(few, slots, own);
+    case CachePolicyKind::kFifo:
+      return leaving_before<CachePolicyKind::kFifo>(few, slots, own);
+    default:
+      return leaving_before<CachePolicyKind::kLfu>(few, slots, own);  // its rule is that of `gamma`, too
+  }
+}
+
+/// Serves a step of at most kWarp ids that needs no scratch slot, no draw and no stress; else writes nothing and
+/// returns false. A lane of every warp per id, so that each warp knows hits and misses without the others; a thread
+/// behind the first warp per slot.
+template <class Index>
+__device__ bool serve_few(const Layer& layer, const Index* selected, int rows, int top_k, bool counted,
+                          const SlotCacheAnswer* answer) {
+  __shared__ Few few;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % kWarp;
+  const int warp = thread / kWarp;
+  const unsigned lanes_before = (1U << lane) - 1U;
+  const int num_selected = rows * top_k;
+  const auto index_of = [&](int place) { return rows == 1 ? place : place % rows * top_k + place / rows; };
+  const int slot = thread - kWarp;
+  const bool has_slot = slot >= 0 && slot < layer.slots;
+  // Everything that may be needed is asked for before the first of it is looked at.
+  const Index id = lane < num_selected ? selected[index_of(lane)] : -1;
+  const int key = has_slot ? layer.key_of[slot] : -1;
+  const std::int64_t serial = layer.group->serial;
+  const int residents = static_cast<int>(layer.group->num_residents);
+  SlotCacheCounts counts;
+  if (counted && thread == 0) {
+    counts = *layer.counts;
+  }
+  const int expert = id >= 0 && id < layer.num_experts ? static_cast<int>(id) : -1;
+  const int own_slot = expert >= 0 ? layer.slot_of[layer.first_key + expert] : -1;
+  double use_count = 0.0;
+  bool cold = false;
+  if (warp == 0 && expert >= 0) {
+    use_count = layer.states[layer.first_key + expert].use_count;
+    cold = layer.requested[expert] == 0;
+  }
+  ExpertState resident;
+  if (key >= 0) {
+    resident = layer.states[key];
+  }
+  const unsigned places = __match_any_sync(kAllLanes, expert);
+  const bool is_first = expert >= 0 && (places & lanes_before) == 0;
+  const unsigned firsts = __ballot_sync(kAllLanes, is_first);
+  const unsigned missing = __ballot_sync(kAllLanes, is_first && own_slot < 0);
+  const int distinct = __popc(firsts);
+  const int misses = __popc(missing);
+  const int over = max(residents + misses - layer.slots, 0);
+  if (misses > 0 && (layer.policy == CachePolicyKind::kStatic || distinct > layer.slots || layer.slots > kFewSlots ||
+                     (layer.policy == CachePolicyKind::kRandom && over > 0))) {
+    return false;
+  }
+  if (misses > 0) {
+    bool may_leave = false;
+    if (warp == 0) {
+      if (is_first && own_slot < 0) {
+        const int number = __popc(missing & lanes_before);
+        few.expert[number] = expert;
+        few.places[number] = places;
+      }
+    } else {
+      const int in_group = own_slot - layer.first_slot;
+      const bool is_here = own_slot >= 0 && in_group / kWarp == warp - 1;
+      const unsigned used = __reduce_or_sync(kAllLanes, is_here ? 1U << (in_group % kWarp) : 0U);
+      may_leave = key >= 0 && (used >> lane & 1U) == 0;
+      if (has_slot) {
+        few.key[slot] = may_leave ? key : -1;
+        few.use_count[slot] = resident.use_count;
+        few.last_touch[slot] = resident.last_touch;
+        few.loaded_at[slot] = resident.loaded_at;
+      }
+    }
+    __syncthreads();
+    bool leaves = has_slot && key < 0;
+    if (may_leave && over > 0) {
+      leaves = leaving_before(layer.policy, few, layer.slots, slot) < over;
+    }
+    const unsigned leaving = __ballot_sync(kAllLanes, leaves);
+    int number = __popc(leaving & lanes_before);
+    if (layer.slots > kWarp) {
+      if (lane == 0) {
+        few.leaving[warp] = leaving;
+      }
+      __syncthreads();
+      for (int w = 1; w < warp; ++w) {
+        number += __popc(few.leaving[w]);
+      }
+    }
+    if (leaves && number < misses) {
+      const int loaded = few.expert[number];
+      const int target = layer.first_slot + slot;
+      if (key >= 0) {
+        layer.slot_of[key] = -1;
+      }
+      layer.slot_of[layer.first_key + loaded] = target;
+      layer.key_of[slot] = layer.first_key + loaded;
+      if (answer != nullptr) {
+        answer->loads[number] = {loaded, target, key};
+        for (unsigned rest = few.places[number]; rest != 0; rest &= rest - 1U) {
+          answer->slots[index_of(__ffs(static_cast<int>(rest)) - 1)] = target;
+        }
+      }
+    }
+  }
+  if (warp != 0) {
+    return true;
+  }
+  if (is_first) {
+    ExpertState& state = layer.states[layer.first_key + expert];
+    const std::int64_t touch = serial + distinct - 1 - __popc(firsts & lanes_before);
+    state.use_count = use_count + 1.0;
+    state.last_touch = touch;
+    if (own_slot < 0) {
+      state.loaded_at = touch;
+    }
+    if (cold) {
+      layer.requested[expert] = 1;
+    }
+  }
+  if (answer != nullptr && lane < num_selected) {
+    const int i = index_of(lane);
+    answer->waves[i] = expert < 0 ? -1 : (own_slot < 0 ? 1 : 0);
+    if (expert < 0 || own_slot >= 0) {
+      answer->slots[i] = own_slot;
+    }
+  }
+  const int num_cold = __popc(__ballot_sync(kAllLanes, is_first && cold));
+  if (lane == 0) {
+    layer.group->serial = serial + distinct;
+    if (misses > 0) {
+      layer.group->num_residents = residents + misses - over;
+    }
+    if (counted) {
+      *layer.counts = {counts.steps + 1,       counts.requests + distinct, counts.hits + distinct - misses,
+                       counts.cold + num_cold, counts.loads + misses,      counts.evictions + over};
+    }
+    if (answer != nullptr) {
+      *answer->step = {distinct, misses, misses == 0 ? 1 : 2, misses + layer.scratch, 0};
+    }
+  }
+  return true;
+}
+
+/// Serves one step; all threads of the block come in together. The caller synchronises before it serves another.
 template <class Index>
 __device__ void serve(const Layer& layer, const Index* selected, int rows, int top_k, bool counted,
                       const SlotCacheAnswer* answer, unsigned* bits, Shared& shared) {
@@ -252,13 +438,19 @@ __device__ void serve(const Layer& layer, const Index* selected, int rows, int t
     const Index id = selected[static_cast<std::int64_t>(place % rows) * top_k + place / rows];
     return id >= 0 && id < layer.num_experts ? static_cast<int>(id) : -1;
   };
-  for (int expert = thread; expert < layer.num_experts; expert += kThreads) {
-    shared.first[expert] = kNowhere;
-    shared.passes[expert] = 0;
-    if (layer.policy == CachePolicyKind::kGamma) {
+  if (layer.policy == CachePolicyKind::kGamma) {
+    for (int expert = thread; expert < layer.num_experts; expert += kThreads) {
       ExpertState& state = layer.states[layer.first_key + expert];
       state.use_count = discounted_use(state.use_count, layer.gamma);
     }
+    __syncthreads();
+  }
+  if (num_selected <= kWarp && !layer.stress && serve_few(layer, selected, rows, top_k, counted, answer)) {
+    return;
+  }
+  for (int expert = thread; expert < layer.num_experts; expert += kThreads) {
+    shared.first[expert] = kNowhere;
+    shared.passes[expert] = 0;
   }
   if (thread == 0) {
     shared.hits = 0;
@@ -407,7 +599,6 @@ __device__ void serve(const Layer& layer, const Index* selected, int rows, int t
       *answer->step = {distinct, misses, misses == 0 ? 1 : 1 + (misses + size - 1) / size, size, shared.waits};
     }
   }
-  __syncthreads();
 }
 
 /// The C keys used most fill the slots: one after the other, each the first in the order of uses behind the last.
@@ -496,6 +687,7 @@ __global__ void __launch_bounds__(kThreads)
   const Layer of(shape, state, layer);
   for (std::int64_t step = 0; step < steps; ++step) {
     serve(of, selected + step * rows * top_k, rows, top_k, false, nullptr, bits, shared);
+    __syncthreads();
   }
   if (of.policy == CachePolicyKind::kStatic) {
     keep_most_used(of, shared);

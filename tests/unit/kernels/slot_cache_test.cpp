@@ -732,6 +732,31 @@ TEST_CASE("the slot cache on the GPU holds and answers the CPU's bits", "[gpu]")
   }
 }
 
+TEST_CASE("full caches of all sizes hold and answer the CPU's bits on the GPU", "[gpu]") {
+  if (!gpu_ready()) {
+    return;
+  }
+  SplitMix64 random(4712);
+  // About a warp of slots, and about as many as the threads that look through them for a step of up to 32 ids.
+  for (const std::int64_t slots : {8, 31, 32, 33, 64, 223, 224, 225, 300}) {
+    for (const Kind policy : kServed) {
+      for (const std::int64_t rows : {1, 4, 5}) {
+        Case c;
+        c.shape = {.num_layers = 1, .num_experts = 400, .slots = slots, .policy = policy};
+        c.start = CacheStart::kPreload;
+        c.preload_count = slots;
+        const auto keys = testing::random_experts(random, c.shape.num_experts, slots);
+        c.preload.assign(keys.begin(), keys.end());
+        c.seeds = seeds_of(1, 5, 4);
+        c.steps = random_steps(random, 1, c.shape.num_experts, 12, rows, 8);
+        c.steps.prefill = 0;
+        INFO(c.text());
+        compare_on_gpu<std::int32_t>(c);
+      }
+    }
+  }
+}
+
 TEST_CASE("a captured step of the slot cache is served again with every launch of its graph", "[gpu]") {
   if (!gpu_ready()) {
     return;
