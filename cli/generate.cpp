@@ -339,7 +339,7 @@ void run_generate(const GenerateArguments& arguments) {
   std::vector<std::int64_t> tokens;
   std::string stop = "length";
   while (true) {
-    const torch::Tensor chosen = decoder.tokens_BS();
+    const torch::Tensor chosen = decoder.tokens();
     tokens.push_back(chosen[0][chosen.size(1) - 1].item<std::int64_t>());
     if (std::find(eos.begin(), eos.end(), tokens.back()) != eos.end()) {
       stop = "eos";

@@ -5,6 +5,8 @@
 #include "hestia/kernels/decode_linear.hpp"
 #include "hestia/kernels/decode_router.hpp"
 #include "hestia/kernels/decode_sample.hpp"
+#include "hestia/kernels/expert_fetch.hpp"
+#include "hestia/kernels/memory_probe.hpp"
 #include "hestia/kernels/residency_scan.hpp"
 #include "hestia/kernels/router_rows.hpp"
 #include "hestia/kernels/slot_cache.hpp"

@@ -192,11 +192,11 @@ struct Decoder::Impl {
     if (fused) {
       fused->run(tokens_B1, position_1, step_1, logits_BV);
       if (options.record) {
-        selected_LSBK.index_copy_(1, step_1, fused->selected_LBK().to(torch::kInt64).unsqueeze(1));
-        weights_LSBK.index_copy_(1, step_1, fused->weights_LBK().unsqueeze(1));
+        selected_LSBK.index_copy_(1, step_1, fused->selected().to(torch::kInt64).unsqueeze(1));
+        weights_LSBK.index_copy_(1, step_1, fused->weights().unsqueeze(1));
       }
       if (options.record_logits) {
-        router_logits_LSBE.index_copy_(1, step_1, fused->router_logits_LBE().unsqueeze(1));
+        router_logits_LSBE.index_copy_(1, step_1, fused->router_logits().unsqueeze(1));
       }
     } else {
       step_of_model(visible);
@@ -395,12 +395,12 @@ void Decoder::decode(std::int64_t count) {
   impl.times.steps += count;
 }
 
-torch::Tensor Decoder::tokens_BS() const {
+torch::Tensor Decoder::tokens() const {
   impl_->synchronize();
   return impl_->chosen_BS.narrow(1, 0, impl_->times.steps + 1).cpu();
 }
 
-const torch::Tensor& Decoder::logits_BV() const noexcept {
+const torch::Tensor& Decoder::logits() const noexcept {
   return impl_->logits_BV;
 }
 
@@ -473,11 +473,10 @@ void merge_adapters(OffloadedModel& offloaded) {
   for (std::size_t layer = 0; layer < a.moe_layers().size(); ++layer) {
     const ExpertWeights experts = experts_in_blobs(
         a, offloaded.store.layout(),
-        offloaded.store.blobs_NB().narrow(0, static_cast<std::int64_t>(layer) * a.num_experts, a.num_experts));
+        offloaded.store.blobs().narrow(0, static_cast<std::int64_t>(layer) * a.num_experts, a.num_experts));
     const auto add = [&](const Tensor& weights, const Tensor& first, const Tensor& second) {
       const Tensor update = second.cpu().to(torch::kFloat32).bmm(first.cpu().to(torch::kFloat32)) * scale;
-      Tensor all = weights;
-      all.copy_(weights.to(torch::kFloat32) + update);
+      weights.copy_(weights.to(torch::kFloat32) + update);
     };
     add(experts.up_EFD, adapters[layer * 4], adapters[layer * 4 + 1]);
     add(experts.down_EDF, adapters[layer * 4 + 2], adapters[layer * 4 + 3]);

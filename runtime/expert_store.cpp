@@ -112,7 +112,7 @@ const std::uint8_t* ExpertStore::device_data() const {
 OffloadedModel load_offloaded(const std::filesystem::path& directory, torch::Dtype dtype, torch::Device device,
                               bool quiet) {
   ExpertStore store(read_architecture(directory), dtype);
-  MoeModel model = load_model(directory, dtype, device, quiet, store.blobs_NB());
+  MoeModel model = load_model(directory, dtype, device, quiet, store.blobs());
   if (device.is_cuda()) {
     store.pin();
   }
@@ -122,7 +122,7 @@ OffloadedModel load_offloaded(const std::filesystem::path& directory, torch::Dty
 OffloadedModel create_offloaded(const Architecture& architecture, torch::Dtype dtype, torch::Device device,
                                 std::uint64_t seed) {
   ExpertStore store(architecture, dtype);
-  MoeModel model = create_model(architecture, dtype, device, seed, store.blobs_NB());
+  MoeModel model = create_model(architecture, dtype, device, seed, store.blobs());
   if (device.is_cuda()) {
     store.pin();
   }

@@ -171,7 +171,7 @@ struct FusedStep::Impl {
     } else if (rule && rule->bonus(index) != 0.0F && !slots->all_resident()) {
       shape.bonus = rule->bonus(index);
       shape.always_keep = rule->always_keep;
-      in.resident = slots->resident_E(index).const_data_ptr<std::uint8_t>();
+      in.resident = slots->resident(index).const_data_ptr<std::uint8_t>();
     }
     const Tensor selected = selected_LBK[index];
     const Tensor weights = weights_LBK[index];
@@ -278,13 +278,13 @@ void FusedStep::run(const torch::Tensor& tokens_B1, const torch::Tensor& positio
               logits_BV.mutable_data_ptr<float>(), stream);
 }
 
-const torch::Tensor& FusedStep::selected_LBK() const noexcept {
+const torch::Tensor& FusedStep::selected() const noexcept {
   return impl_->selected_LBK;
 }
-const torch::Tensor& FusedStep::weights_LBK() const noexcept {
+const torch::Tensor& FusedStep::weights() const noexcept {
   return impl_->weights_LBK;
 }
-const torch::Tensor& FusedStep::router_logits_LBE() const noexcept {
+const torch::Tensor& FusedStep::router_logits() const noexcept {
   return impl_->router_logits_LBE;
 }
 

@@ -45,9 +45,9 @@ class FusedStep {
            const torch::Tensor& logits_BV);
 
   // What the last step routed.
-  [[nodiscard]] const torch::Tensor& selected_LBK() const noexcept;       ///< int32 [L, B, K]
-  [[nodiscard]] const torch::Tensor& weights_LBK() const noexcept;        ///< float32 [L, B, K]
-  [[nodiscard]] const torch::Tensor& router_logits_LBE() const noexcept;  ///< float32 [L, B, E]
+  [[nodiscard]] const torch::Tensor& selected() const noexcept;       ///< int32 [L, B, K]
+  [[nodiscard]] const torch::Tensor& weights() const noexcept;        ///< float32 [L, B, K]
+  [[nodiscard]] const torch::Tensor& router_logits() const noexcept;  ///< float32 [L, B, E]
 
  private:
   struct Impl;

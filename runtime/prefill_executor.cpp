@@ -20,7 +20,7 @@ PrefillExecutor::PrefillExecutor(const Architecture& architecture, ExpertStore s
 
 void PrefillExecutor::start_copy(std::int64_t moe_layer) {
   Half& half = halves_[static_cast<std::size_t>(moe_layer % 2)];
-  const Tensor source = store_.blobs_NB().narrow(0, moe_layer * architecture_.num_experts, architecture_.num_experts);
+  const Tensor source = store_.blobs().narrow(0, moe_layer * architecture_.num_experts, architecture_.num_experts);
   half.used.block(*side_);
   C10_CUDA_CHECK(cudaMemcpyAsync(half.blobs_EB.mutable_data_ptr(), source.const_data_ptr(),
                                  static_cast<std::size_t>(source.numel()), cudaMemcpyHostToDevice, side_->stream()));

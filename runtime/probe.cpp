@@ -41,6 +41,7 @@ double rate_of(double bytes, int repeats, c10::cuda::CUDAStream stream, const st
   };
   const int passes = std::max(1, static_cast<int>(kLongEnough / std::max(seconds_of(1), 1e-6)));
   std::vector<double> rates;
+  rates.reserve(static_cast<std::size_t>(repeats));
   for (int i = 0; i < repeats; ++i) {
     rates.push_back(bytes * passes / seconds_of(passes));
   }
@@ -79,7 +80,7 @@ ProbedRates probe_rates(const ExpertStore& store, torch::Device device, int repe
     rates.link_copy = rate_of(static_cast<double>(count * bytes), repeats, stream, [&] {
       for (std::int64_t i = 0; i < count; ++i) {
         C10_CUDA_CHECK(cudaMemcpyAsync(slots[i % kSlots].data_ptr(),
-                                       store.blobs_NB()[order[static_cast<std::size_t>(i)]].const_data_ptr(),
+                                       store.blobs()[order[static_cast<std::size_t>(i)]].const_data_ptr(),
                                        static_cast<std::size_t>(bytes), cudaMemcpyHostToDevice, stream.stream()));
       }
     });

@@ -82,6 +82,7 @@ DecodeReplay replay_of(const RoutingTrace& trace, const std::vector<std::int64_t
   };
   const auto stacked = [](const std::vector<Tensor>& rows, std::int64_t length) {
     std::vector<Tensor> same;
+    same.reserve(rows.size());
     for (const Tensor& row : rows) {
       same.push_back(row.narrow(0, 0, length));
     }

@@ -105,7 +105,7 @@ struct SlotExecutor::Impl {
   Tensor hidden_TKF, product_TKD;  // of the decode kernels
 
   // The cache, on the device.
-  Tensor cache_memory, step_memory, loads_memory, slots_TK, waves_TK, wave_slots, resident;
+  Tensor cache_memory, step_memory, loads_memory, slots_TK, waves_TK, wave_slots, resident_LE;
   SlotCacheState state;
   std::int64_t max_waves = 1;
   // Hits compute on the current stream while the first wave of misses is copied on this one.
@@ -124,7 +124,7 @@ struct SlotExecutor::Impl {
 
   void copy_blob(std::int64_t blob, std::int64_t slot) {
     const auto bytes = static_cast<std::size_t>(store.layout().bytes);
-    const std::uint8_t* from = store.blobs_NB().const_data_ptr<std::uint8_t>() + static_cast<std::size_t>(blob) * bytes;
+    const std::uint8_t* from = store.blobs().const_data_ptr<std::uint8_t>() + static_cast<std::size_t>(blob) * bytes;
     std::uint8_t* to = slots_SB.mutable_data_ptr<std::uint8_t>() + static_cast<std::size_t>(slot) * bytes;
     if (device.is_cuda()) {
       C10_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream())));
@@ -220,7 +220,7 @@ struct SlotExecutor::Impl {
     const SlotCacheAnswer said = answer();
     for (std::int64_t wave = 0; wave < said.step->waves; ++wave) {
       if (wave > 0) {
-        expert_fetch_cpu(store_shape(), store.blobs_NB().const_data_ptr(), moe_layer, said.step, said.loads, wave,
+        expert_fetch_cpu(store_shape(), store.blobs().const_data_ptr(), moe_layer, said.step, said.loads, wave,
                          slots_SB.mutable_data_ptr());
       }
       compute(wave, [&](std::int64_t i, std::int64_t now) { return said.waves[i] == now ? said.slots[i] : -1; });
@@ -330,7 +330,7 @@ SlotExecutor::SlotExecutor(const Architecture& architecture, ExpertStore store, 
     throw RunError("slot executor: experts come to the GPU out of pinned host memory, got a store that is not pinned");
   }
   if (!impl.shape && !device.is_cuda()) {
-    impl.slots_SB = impl.store.blobs_NB();
+    impl.slots_SB = impl.store.blobs();
   } else {
     const std::int64_t count = impl.shape ? slot_cache_num_slots(*impl.shape) : impl.store.num_blobs();
     const std::int64_t bytes = count * static_cast<std::int64_t>(layout.bytes);
@@ -344,7 +344,7 @@ SlotExecutor::SlotExecutor(const Architecture& architecture, ExpertStore store, 
           count, format_bytes(static_cast<double>(layout.bytes)), format_bytes(static_cast<double>(bytes))));
     }
     if (!impl.shape) {
-      impl.slots_SB.copy_(impl.store.blobs_NB());
+      impl.slots_SB.copy_(impl.store.blobs());
     }
   }
   impl.slots = experts_in_blobs(architecture, layout, impl.slots_SB);
@@ -370,7 +370,7 @@ SlotExecutor::SlotExecutor(const Architecture& architecture, ExpertStore store, 
     most = std::max(most, slot_cache_max_waves(*impl.shape, tokens * top_k) * tokens * top_k);
   }
   impl.wave_slots = torch::zeros({most}, options.dtype(torch::kInt32));
-  impl.resident = torch::zeros({impl.shape->num_layers, architecture.num_experts}, options.dtype(torch::kUInt8));
+  impl.resident_LE = torch::zeros({impl.shape->num_layers, architecture.num_experts}, options.dtype(torch::kUInt8));
   if (device.is_cuda()) {
     impl.side = c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device.index());
   }
@@ -501,12 +501,12 @@ void SlotExecutor::touch(const std::vector<torch::Tensor>& selected_SRK) {
   impl.fill();
 }
 
-torch::Tensor SlotExecutor::resident_E(std::int64_t moe_layer) {
+torch::Tensor SlotExecutor::resident(std::int64_t moe_layer) {
   Impl& impl = *impl_;
   if (!impl.shape) {
     return {};
   }
-  Tensor mask = impl.resident[moe_layer];
+  Tensor mask = impl.resident_LE[moe_layer];
   if (impl.device.is_cuda()) {
     slot_cache_mask_cuda(*impl.shape, impl.state, moe_layer, mask.data_ptr<std::uint8_t>(), impl.stream());
   } else {

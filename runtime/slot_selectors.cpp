@@ -22,7 +22,7 @@ torch::Tensor SlotResidencySelector::select(const torch::Tensor& logits_TE, std:
   if (bonus == 0.0F || slots_->all_resident()) {
     return top_k_lowest_index(logits, top_k);
   }
-  const Tensor resident_E = slots_->resident_E(moe_layer);
+  const Tensor resident_E = slots_->resident(moe_layer);
   Tensor adjusted = logits + resident_E.to(torch::kFloat32) * bonus;
   const std::int64_t kept = std::clamp<std::int64_t>(rule_.always_keep, 0, top_k);
   if (kept > 0) {

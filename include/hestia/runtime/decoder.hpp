@@ -77,9 +77,9 @@ class Decoder {
   /// beyond capacity or replay, RunError where LongRoPE would change its factors.
   void decode(std::int64_t count);
   /// All tokens chosen since `begin`, int64 [B, steps + 1], on the CPU. Synchronises.
-  [[nodiscard]] torch::Tensor tokens_BS() const;
+  [[nodiscard]] torch::Tensor tokens() const;
   /// Logits of the last position, float32 [B, V], on the model's device.
-  [[nodiscard]] const torch::Tensor& logits_BV() const noexcept;
+  [[nodiscard]] const torch::Tensor& logits() const noexcept;
 
   /// Counts of each MoE layer since `begin`; empty when all are resident.
   [[nodiscard]] std::vector<SlotCacheCounts> counts() const;

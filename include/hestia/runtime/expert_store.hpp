@@ -23,7 +23,7 @@ class ExpertStore {
 
   [[nodiscard]] const ExpertBlobLayout& layout() const noexcept { return layout_; }
   /// uint8 [MoE layers * E, layout().bytes], on the CPU: what `load_model` and `create_model` fill.
-  [[nodiscard]] const torch::Tensor& blobs_NB() const noexcept { return blobs_NB_; }
+  [[nodiscard]] const torch::Tensor& blobs() const noexcept { return blobs_NB_; }
   [[nodiscard]] std::int64_t num_blobs() const { return blobs_NB_.size(0); }
   /// Bytes of the store.
   [[nodiscard]] std::int64_t bytes() const { return blobs_NB_.numel(); }

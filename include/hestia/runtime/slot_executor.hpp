@@ -81,7 +81,7 @@ class SlotExecutor : public Executor {
   /// int64 [S, rows, K] of each MoE layer. Synchronises with the device.
   void touch(const std::vector<torch::Tensor>& selected_SRK);
   /// uint8 [E] on the device, 1 where the slots of a layer hold the expert; asynchronous. Null when all are resident.
-  [[nodiscard]] torch::Tensor resident_E(std::int64_t moe_layer);
+  [[nodiscard]] torch::Tensor resident(std::int64_t moe_layer);
 
   /// Counts of each MoE layer since the reset; empty when all are resident. Synchronises with the device.
   [[nodiscard]] std::vector<SlotCacheCounts> counts() const;

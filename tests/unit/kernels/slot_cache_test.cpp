@@ -224,6 +224,7 @@ std::vector<std::uint16_t> union_of(const std::vector<std::int64_t>& ids, std::i
     }
   }
   std::vector<std::uint16_t> experts;
+  experts.reserve(best.size());
   for (const auto& [id, place] : best) {
     experts.push_back(static_cast<std::uint16_t>(id));
   }

@@ -115,7 +115,7 @@ Run run(const OffloadedModel& offloaded, DecoderOptions options, const Tensor& p
   Decoder decoder(offloaded, options);
   decoder.begin(prompt);
   decoder.decode(steps);
-  return {decoder.tokens_BS(), decoder.logits_BV().clone(), decoder.counts()};
+  return {decoder.tokens(), decoder.logits().clone(), decoder.counts()};
 }
 
 std::int64_t loads_of(const std::vector<SlotCacheCounts>& counts) {
@@ -162,6 +162,8 @@ void check_same_bits(const Architecture& a, torch::Dtype dtype, torch::Device de
     options.cache->slots.pool = 2 * a.top_k + 1;
     check(options);
     options.graph = false;
+    check(options);
+    options.start_early = false;
     check(options);
   }
 }
@@ -324,7 +326,7 @@ void check_residency(torch::Device device, torch::Dtype dtype) {
   Decoder plain(offloaded, options);
   plain.begin(prompt);
   plain.decode(30);
-  const Tensor tokens = plain.tokens_BS();
+  const Tensor tokens = plain.tokens();
   const std::int64_t loads = loads_of(plain.counts());
 
   ResidencyRule rule;
@@ -337,8 +339,8 @@ void check_residency(torch::Device device, torch::Dtype dtype) {
     Decoder off(offloaded, options);
     off.begin(prompt);
     off.decode(30);
-    CHECK(off.tokens_BS().equal(tokens));
-    CHECK(off.logits_BV().equal(plain.logits_BV()));
+    CHECK(off.tokens().equal(tokens));
+    CHECK(off.logits().equal(plain.logits()));
     CHECK(loads_of(off.counts()) == loads);
   }
   options.residency->lambda = 0.3;
@@ -496,8 +498,8 @@ TEST_CASE("sampled tokens come from the nucleus, as often as their probabilities
     options.sampling.seed = static_cast<std::uint64_t>(seed);
     Decoder decoder(offloaded, options);
     decoder.begin(prompt);
-    ++found[decoder.tokens_BS()[0][0].item<std::int64_t>()];
-    p = (decoder.logits_BV()[0].to(torch::kFloat64) / 0.9).softmax(0);
+    ++found[decoder.tokens()[0][0].item<std::int64_t>()];
+    p = (decoder.logits()[0].to(torch::kFloat64) / 0.9).softmax(0);
   }
   // The nucleus by hand.
   std::vector<std::int64_t> order(static_cast<std::size_t>(a.vocab_size));
