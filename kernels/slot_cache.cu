@@ -739,10 +739,13 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-/// Bytes of the bits that `random` draws from.
+/// Bytes of the bits that `random` draws from, whole and one more 16 at a time: the compiler reads on past the last
+/// word.
 std::size_t bytes_of_bits(const SlotCacheShape& shape) {
+  constexpr std::int64_t kRead = 16;
   const std::int64_t keys = shape.layers_per_group * shape.num_experts;
-  return shape.policy == CachePolicyKind::kRandom ? static_cast<std::size_t>((keys + kWarp - 1) / kWarp) * 4 : 0;
+  const std::int64_t bytes = (keys + kWarp - 1) / kWarp * 4;
+  return shape.policy == CachePolicyKind::kRandom ? static_cast<std::size_t>((bytes / kRead + 2) * kRead) : 0;
 }
 
 }  // namespace

@@ -96,8 +96,12 @@ TEST_CASE("generate names what is wrong before it loads a model") {
   complains({"--top-p", "0"}, {"--top-p", "0"});
   complains({"--residency-prior", "0.3,2"}, {"--residency-prior", "--router"});
   complains({"--fold"}, {"--fold", "--replay"});
-  complains({"--max-tokens", "0"}, {"--max-tokens", "0"});
-  complains({"--max-tokens", "100000"}, {"--max-tokens", "100000"});
+  const auto complains_of_tokens = [](const std::string& tokens) {
+    check_complaint(hestia({"generate", "--model", "checkpoints/tiny", "--prompt", "x", "--max-tokens", tokens}), 2,
+                    {"--max-tokens", tokens});
+  };
+  complains_of_tokens("0");
+  complains_of_tokens("100000");
 }
 
 TEST_CASE("bench decodes a grid and says the bound's figures where there is a GPU") {

@@ -152,7 +152,7 @@ TEST_CASE("expert formats: the error of normal weights is that of the literature
   }
 }
 
-TEST_CASE("expert formats: zeros, constants and extremes are stored; what is not finite is refused") {
+TEST_CASE("expert formats: zeros, constants and extremes are stored, what is not finite is refused") {
   SplitMix64 random(43);
   for (const ExpertFormat format : kIntegers) {
     CAPTURE(expert_format_name(format));

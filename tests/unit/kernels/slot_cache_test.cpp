@@ -606,6 +606,7 @@ class DeviceArray {
  public:
   explicit DeviceArray(std::size_t count) : count_(count) {
     require_success(cudaMalloc(&data_, std::max<std::size_t>(count, 1) * sizeof(T)));
+    require_success(cudaMemset(data_, 0, std::max<std::size_t>(count, 1) * sizeof(T)));  // gaps between parts are read
   }
   explicit DeviceArray(const std::vector<T>& values) : DeviceArray(values.size()) { set(values); }
   DeviceArray(const DeviceArray&) = delete;

@@ -472,7 +472,7 @@ TEST_CASE("replay on the GPU serves the trace's experts", "[gpu]") {
   }
 }
 
-TEST_CASE("residency-aware routing sees the slots of the moment; off, it is plain routing") {
+TEST_CASE("residency-aware routing sees the slots of the moment, off, it is plain routing") {
   check_residency(kCpu, torch::kFloat32);
 }
 
