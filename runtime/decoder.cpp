@@ -456,10 +456,6 @@ bool Decoder::in_kernels() const noexcept {
   return impl_->fused != nullptr;
 }
 
-MoeModel& Decoder::model() noexcept {
-  return impl_->model;
-}
-
 void merge_adapters(OffloadedModel& offloaded) {
   const torch::NoGradGuard no_grad;
   MoeModel& model = offloaded.model;

@@ -25,7 +25,6 @@ void PrefillExecutor::start_copy(std::int64_t moe_layer) {
   C10_CUDA_CHECK(cudaMemcpyAsync(half.blobs_EB.mutable_data_ptr(), source.const_data_ptr(),
                                  static_cast<std::size_t>(source.numel()), cudaMemcpyHostToDevice, side_->stream()));
   half.copied.record(*side_);
-  copied_bytes_ += source.numel();
 }
 
 torch::Tensor PrefillExecutor::run(const ExpertWeights& experts, const torch::Tensor& x_TD,

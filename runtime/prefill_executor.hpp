@@ -29,8 +29,6 @@ class PrefillExecutor : public Executor {
                                   std::int64_t moe_layer) override;
   /// Gives the double buffer back.
   void release();
-  /// Bytes copied so far.
-  [[nodiscard]] std::int64_t copied_bytes() const noexcept { return copied_bytes_; }
 
  private:
   struct Half {
@@ -47,7 +45,6 @@ class PrefillExecutor : public Executor {
   GroupedExecutor grouped_;
   std::vector<Half> halves_;
   std::optional<c10::cuda::CUDAStream> side_;
-  std::int64_t copied_bytes_ = 0;
 };
 
 }  // namespace hestia

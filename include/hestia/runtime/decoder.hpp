@@ -92,7 +92,6 @@ class Decoder {
   [[nodiscard]] const SlotExecutor& slots() const noexcept;
   /// Whether whole steps run in the decode kernels.
   [[nodiscard]] bool in_kernels() const noexcept;
-  [[nodiscard]] MoeModel& model() noexcept;
 
  private:
   struct Impl;
