@@ -25,6 +25,7 @@
 #include "hestia/runtime/decoder.hpp"
 #include "hestia/runtime/replay.hpp"
 #include "hestia/trainer/bundle.hpp"
+#include "token_list.hpp"
 
 namespace hestia {
 namespace {
@@ -57,24 +58,6 @@ struct GenerateArguments {
   bool json = false;
   bool quiet = false;
 };
-
-std::vector<std::int64_t> token_list(const std::string& text, std::int64_t vocab_size) {
-  std::vector<std::int64_t> tokens;
-  std::size_t begin = 0;
-  while (begin <= text.size()) {
-    const std::size_t comma = std::min(text.find(',', begin), text.size());
-    std::int64_t token = 0;
-    const char* last = text.data() + comma;
-    const auto [end, failure] = std::from_chars(text.data() + begin, last, token);
-    if (failure != std::errc() || end != last || token < 0 || token >= vocab_size) {
-      throw UsageError(fmt::format("--prompt-tokens: must be ids from 0 to {} with commas between, got \"{}\"",
-                                   vocab_size - 1, text));
-    }
-    tokens.push_back(token);
-    begin = comma + 1;
-  }
-  return tokens;
-}
 
 CacheStart start_from_name(const std::string& name) {
   if (name == "cold") {
@@ -243,7 +226,8 @@ void run_generate(const GenerateArguments& arguments) {
       }
     }
   } else {
-    prompt = token_list(arguments.prompt_tokens, stored.vocab_size);
+    prompt = parse_token_list("--prompt-tokens", arguments.prompt_tokens);
+    check_token_list("--prompt-tokens", prompt, stored.vocab_size, arguments.model.string());
   }
   const auto prompt_length = static_cast<std::int64_t>(prompt.size());
   if (prompt.empty()) {

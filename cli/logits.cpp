@@ -1,5 +1,3 @@
-#include <algorithm>
-#include <charconv>
 #include <cstdint>
 #include <filesystem>
 #include <memory>
@@ -12,10 +10,10 @@
 #include <torch/types.h>
 
 #include "commands.hpp"
-#include "hestia/core/error.hpp"
 #include "hestia/core/log.hpp"
 #include "hestia/model/moe_model.hpp"
 #include "hestia/model/tensors.hpp"
+#include "token_list.hpp"
 
 namespace hestia {
 namespace {
@@ -28,37 +26,13 @@ struct LogitsOptions {
   std::filesystem::path output;
 };
 
-// Parsed here and not by the command-line library, so that an empty list and a stray letter get a message of their own.
-std::vector<std::int64_t> parse_tokens(const std::string& text) {
-  std::vector<std::int64_t> tokens;
-  std::size_t begin = 0;
-  while (begin <= text.size()) {
-    const std::size_t comma = std::min(text.find(',', begin), text.size());
-    std::int64_t token = 0;
-    const char* last = text.data() + comma;
-    const auto [end, failure] = std::from_chars(text.data() + begin, last, token);
-    if (failure != std::errc() || end != last) {
-      throw UsageError(
-          fmt::format("--tokens: must be whole numbers with commas between, got \"{}\"; write --tokens 1,2,3", text));
-    }
-    tokens.push_back(token);
-    begin = comma + 1;
-  }
-  return tokens;
-}
-
 void run_logits(const LogitsOptions& options) {
   const torch::NoGradGuard no_grad;
-  const std::vector<std::int64_t> tokens = parse_tokens(options.tokens);
+  const std::vector<std::int64_t> tokens = parse_token_list("--tokens", options.tokens);
   const torch::Device device = device_from_recipe(options.device);
   const torch::Dtype dtype = dtype_from_recipe(options.dtype);
   const std::int64_t vocab_size = read_architecture(options.model).vocab_size;
-  for (const std::int64_t token : tokens) {
-    if (token < 0 || token >= vocab_size) {
-      throw UsageError(fmt::format("--tokens: a token must be between 0 and {} for {}, got {}; correct the list",
-                                   vocab_size - 1, options.model.string(), token));
-    }
-  }
+  check_token_list("--tokens", tokens, vocab_size, options.model.string());
   MoeModel model = load_model(options.model, dtype, device);
   const auto length = static_cast<std::int64_t>(tokens.size());
   const auto integers = torch::TensorOptions().dtype(torch::kInt64).device(device);
