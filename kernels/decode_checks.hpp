@@ -6,6 +6,7 @@
 #include <string>
 
 #include "hestia/kernels/decode_attention.hpp"
+#include "hestia/kernels/decode_fetch.hpp"
 #include "hestia/kernels/decode_linear.hpp"
 #include "hestia/kernels/decode_router.hpp"
 #include "hestia/kernels/expert_fetch.hpp"
@@ -31,6 +32,7 @@ inline void check_decode_multiple(const char* kernel, const char* name, std::int
 }
 
 void check_decode_router(const DecodeRouterShape& shape);
+void check_router_slots(const DecodeRouterInputs& in, const DecodeRouterOutputs& out);
 void check_decode_linear(const DecodeLinearShape& shape);
 void check_decode_attention(const DecodeAttentionShape& shape);  ///< The sizes that both kernels need.
 void check_decode_append(const DecodeAttentionShape& shape);
@@ -38,6 +40,9 @@ void check_decode_scores(const DecodeAttentionShape& shape);
 
 void check_expert_fetch(const ExpertStoreShape& shape, const void* store, std::int64_t layer, std::int64_t wave,
                         const void* slots);
+
+/// Throws std::invalid_argument for what decode_fetch_gate_up does not take.
+void check_decode_fetch(const DecodeExpertsShape& shape, const DecodeFetch& fetch);
 
 void check_read_memory(std::size_t bytes);
 

@@ -34,6 +34,25 @@ __device__ inline uint4 load_weights(const void* address) {
   return value;
 }
 
+/// The same of weights that other blocks of this kernel wrote, behind what said so.
+__device__ inline uint4 load_arrived(const void* address) {
+  uint4 value;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(address));
+  return value;
+}
+
+/// 16 bytes of weights, kArriving: that other blocks of this kernel may have written.
+template <bool kArriving>
+__device__ uint4 load_weights_of(const void* address) {
+  if constexpr (kArriving) {
+    return load_arrived(address);
+  } else {
+    return load_weights(address);
+  }
+}
+
 /// sum + the products of two pairs of bfloat16, the low halves first.
 __device__ inline float add_products(unsigned a, unsigned b, float sum) {
   sum = __fmaf_rn(__uint_as_float(a << 16), __uint_as_float(b << 16), sum);
@@ -50,7 +69,7 @@ __device__ inline float add_products(const uint4& a, const uint4& b, float sum) 
 /// sums[m][r] = product of weight row m and activation row r over `size` bfloat16 values (a multiple of 8), by one
 /// warp: lane l adds up the chunks of 8 values l, l + 32, ... in that order, then lanes are added in a tree. The order
 /// is the same for every M, R and kUnroll, and so are the bits. Weights in global memory, activations anywhere.
-template <int M, int R, int kUnroll>
+template <int M, int R, int kUnroll, bool kArriving = false>
 __device__ void warp_dots(const std::uint16_t* const (&weights)[M], const std::uint16_t* const (&rows)[R], int size,
                           float (&sums)[M][R]) {
   const int lane = static_cast<int>(threadIdx.x) % kDecodeWarp;
@@ -69,7 +88,7 @@ __device__ void warp_dots(const std::uint16_t* const (&weights)[M], const std::u
     for (int u = 0; u < kUnroll; ++u) {
 #pragma unroll
       for (int m = 0; m < M; ++m) {
-        w[u][m] = load_weights(weights[m] + (chunk + u * kDecodeWarp) * 8);
+        w[u][m] = load_weights_of<kArriving>(weights[m] + (chunk + u * kDecodeWarp) * 8);
       }
     }
 #pragma unroll
@@ -87,7 +106,7 @@ __device__ void warp_dots(const std::uint16_t* const (&weights)[M], const std::u
   for (; chunk < chunks; chunk += kDecodeWarp) {
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-      const uint4 w = load_weights(weights[m] + chunk * 8);
+      const uint4 w = load_weights_of<kArriving>(weights[m] + chunk * 8);
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         sums[m][r] = add_products(w, *reinterpret_cast<const uint4*>(rows[r] + chunk * 8), sums[m][r]);

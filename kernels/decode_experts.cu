@@ -1,6 +1,7 @@
 #include "hestia/kernels/decode_experts.hpp"
 
 #include "decode_dot.cuh"
+#include "decode_gate_up.cuh"
 #include "decode_pairs.cuh"
 #include "decode_quantised.hpp"
 #include "dependent.cuh"
@@ -9,13 +10,7 @@
 namespace hestia {
 namespace {
 
-constexpr int kWarps = 8;     // of a block
 constexpr int kDownRows = 2;  // of down per warp
-
-__device__ const std::uint16_t* matrix(const void* pool, const DecodeSizes& sizes, int slot, std::size_t offset) {
-  return reinterpret_cast<const std::uint16_t*>(static_cast<const unsigned char*>(pool) +
-                                                static_cast<std::size_t>(slot) * sizes.blob.bytes + offset);
-}
 
 /// Calls body.operator()<R>(first) for runs of up to 8 pairs, R the smallest of 1, 2, 4, 8 that holds the run.
 template <bool kGrouped, class Body>
@@ -35,30 +30,6 @@ __device__ void for_runs_of_pairs(int count, const Body& body) {
         body.template operator()<4>(first);
       } else {
         body.template operator()<8>(first);
-      }
-    }
-  }
-}
-
-/// One warp, row f of gate and up, R pairs beginning at `first`; those past `count` repeat the last and are not stored.
-template <int R>
-__device__ void gate_up_rows(const DecodeSizes& sizes, const std::uint16_t* x, const std::uint16_t* gate,
-                             const std::uint16_t* up, const int* pairs, int first, int count, int f, std::uint16_t* h) {
-  const std::uint16_t* rows[R];
-#pragma unroll
-  for (int r = 0; r < R; ++r) {
-    rows[r] = x + static_cast<std::size_t>(pairs[min(first + r, count - 1)] / sizes.top_k) * sizes.hidden;
-  }
-  const std::uint16_t* const weights[2] = {gate, up};
-  float sums[2][R];
-  warp_dots<2, R, 4>(weights, rows, sizes.hidden, sums);
-  if (threadIdx.x % kDecodeWarp == 0) {
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-      if (first + r < count) {
-        const float silu = __fdiv_rn(sums[0][r], __fadd_rn(1.0F, expf(-sums[0][r])));
-        h[static_cast<std::size_t>(pairs[first + r]) * sizes.expert_hidden + f] =
-            bfloat16_bits(__fmul_rn(silu, sums[1][r]));
       }
     }
   }
@@ -175,17 +146,21 @@ __global__ void combine_kernel(DecodeSizes sizes, const float* y, const float* w
 /// Grid: (tiles of kDownRows rows, T); block: one warp per expert of the token.
 __global__ void __launch_bounds__(kDecodeMaxTopK* kDecodeWarp)
     down_combine_kernel(DecodeSizes sizes, const std::uint16_t* h, const std::int32_t* slots, const void* pool,
-                        const float* weights, const float* y, const std::uint16_t* residual, std::uint16_t* out) {
+                        const float* weights, const float* y, const std::uint16_t* residual, std::uint16_t* out,
+                        const std::int32_t* early_slots) {
   __shared__ float products[kDownRows][kDecodeMaxTopK];
   const int k = static_cast<int>(threadIdx.x) / kDecodeWarp;
   const int lane = static_cast<int>(threadIdx.x) % kDecodeWarp;
   const int i = static_cast<int>(blockIdx.x) * kDownRows;
   const std::size_t first = static_cast<std::size_t>(blockIdx.y) * sizes.top_k;
-  const int slot = slots[first + k];
+  int slot = early_slots[first + k];
   if (slot >= 0) {
     prefetch_down(sizes, matrix(pool, sizes, slot, sizes.blob.down), i);
   }
   after_kernel_before();
+  if (early_slots != slots) {
+    slot = slots[first + k];
+  }
   if (slot >= 0) {
     const std::uint16_t* const rows[1] = {h + (first + k) * sizes.expert_hidden};
     float sums[kDownRows][1];
@@ -252,7 +227,7 @@ void decode_combine_cuda(const DecodeExpertsShape& shape, const float* y, const 
 
 void decode_down_combine_cuda(const DecodeExpertsShape& shape, const std::uint16_t* h, const std::int32_t* slots,
                               const void* pool, const float* weights, const float* y, const std::uint16_t* residual,
-                              std::uint16_t* out, void* stream) {
+                              std::uint16_t* out, void* stream, const std::int32_t* early_slots) {
   if (shape.format != ExpertFormat::kBfloat16) {
     quantised_down_combine(shape, h, slots, pool, weights, y, residual, out, stream);
     return;
@@ -260,7 +235,8 @@ void decode_down_combine_cuda(const DecodeExpertsShape& shape, const std::uint16
   const DecodeSizes sizes = decode_sizes(shape);
   const dim3 grid(tiles(sizes.hidden, kDownRows), static_cast<unsigned>(shape.num_tokens));
   launch_kernel("down_combine_kernel", down_combine_kernel, grid, static_cast<unsigned>(sizes.top_k * kDecodeWarp), 0,
-                stream, shape.dependent, sizes, h, slots, pool, weights, y, residual, out);
+                stream, shape.dependent, sizes, h, slots, pool, weights, y, residual, out,
+                early_slots == nullptr ? slots : early_slots);
 }
 
 }  // namespace hestia

@@ -1,6 +1,10 @@
 #include "decode_quantised.hpp"
 
+#include <type_traits>
+
 #include "decode_pairs.cuh"
+#include "dependent.cuh"
+#include "expert_arrival.cuh"
 #include "expert_layout.hpp"
 #include "launch.cuh"
 
@@ -38,23 +42,21 @@ struct Tile {
   unsigned scales[2];  // bfloat16 scale, the minimum in the high half
 };
 
-template <ExpertFormat kFormat>
+template <ExpertFormat kFormat, bool kArriving>
 __device__ Tile<kFormat> load_tile(const Matrix& of, std::size_t tile) {
   const int lane = static_cast<int>(threadIdx.x) % kDecodeWarp;
   constexpr std::size_t kBytes = std::size_t{tile_loads(kFormat)} * kTileLoad;
   Tile<kFormat> result;
 #pragma unroll
   for (int i = 0; i < tile_loads(kFormat); ++i) {
-    result.words[i] = load_weights(of.values + tile * kBytes + i * kTileLoad + lane * 16);
+    result.words[i] = load_weights_of<kArriving>(of.values + tile * kBytes + i * kTileLoad + lane * 16);
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const std::size_t number = tile * kTileRows + half * 8 + lane / 4;
-    if constexpr (kFormat == ExpertFormat::kInt4Asymmetric) {
-      result.scales[half] = __ldg(reinterpret_cast<const unsigned*>(of.scales) + number);
-    } else {
-      result.scales[half] = __ldg(reinterpret_cast<const unsigned short*>(of.scales) + number);
-    }
+    using Scale = std::conditional_t<kFormat == ExpertFormat::kInt4Asymmetric, unsigned, unsigned short>;
+    const auto* const scale = reinterpret_cast<const Scale*>(of.scales) + number;
+    result.scales[half] = kArriving ? *static_cast<const volatile Scale*>(scale) : __ldg(scale);
   }
   return result;
 }
@@ -158,7 +160,7 @@ __device__ void multiply_group(const Tile<kFormat> (&tiles)[M], const uint4 (&in
 
 /// Groups split, split + kSplits, ... of M row tiles, `first[m]` the number of the row tile's first tile, times the
 /// lane's column: sums[m], as multiply leaves them. kAhead: the next group is on its way while one is multiplied.
-template <ExpertFormat kFormat, int M, bool kAhead>
+template <ExpertFormat kFormat, int M, bool kAhead, bool kArriving = false>
 __device__ void multiply_groups(const Matrix (&of)[M], const std::size_t (&first)[M], const std::uint16_t* column,
                                 int size, int split, float (&sums)[M][4]) {
   const int groups = (size + kTileInputs - 1) / kTileInputs;
@@ -167,7 +169,7 @@ __device__ void multiply_groups(const Matrix (&of)[M], const std::size_t (&first
   const auto load = [&](int group) {
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-      tiles[m] = load_tile<kFormat>(of[m], first[m] + group);
+      tiles[m] = load_tile<kFormat, kArriving>(of[m], first[m] + group);
     }
     load_column(column, size, group, inputs);
   };
@@ -207,7 +209,7 @@ __device__ void multiply_groups(const Matrix (&of)[M], const std::size_t (&first
 }
 
 /// One block: row tiles `tile[m]` of M matrices times the columns of a run of pairs. partial[w][m][column][row].
-template <ExpertFormat kFormat>
+template <ExpertFormat kFormat, bool kArriving = false>
 __device__ void block_products(const Matrix (&of)[kRowTiles], const std::size_t (&first)[kRowTiles],
                                const std::uint16_t* column, int size,
                                float (&partial)[kSplits][kRowTiles][kColumns][kTileRows]) {
@@ -215,7 +217,7 @@ __device__ void block_products(const Matrix (&of)[kRowTiles], const std::size_t 
   const int lane = static_cast<int>(threadIdx.x) % kDecodeWarp;
   float sums[kRowTiles][4];
   // 8 bits have enough on their way, and no registers left for more.
-  multiply_groups<kFormat, kRowTiles, kFormat != ExpertFormat::kInt8>(of, first, column, size, warp, sums);
+  multiply_groups<kFormat, kRowTiles, kFormat != ExpertFormat::kInt8, kArriving>(of, first, column, size, warp, sums);
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -236,6 +238,35 @@ __device__ float sum_of_splits(const float* partial, int stride) {
   return sum;
 }
 
+/// One block: row tile `tile` of gate and up of the expert in `slot`, for `count` pairs. `partial` is the block's.
+template <ExpertFormat kFormat, bool kArriving>
+__device__ void gate_up_tile(const DecodeSizes& sizes, const std::uint16_t* x, const void* pool, int slot,
+                             const int* pairs, int count, unsigned tile,
+                             float (&partial)[kSplits][kRowTiles][kColumns][kTileRows], std::uint16_t* h) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const Matrix of[kRowTiles] = {matrix(pool, sizes, slot, sizes.blob.gate, sizes.blob.gate_scales),
+                                matrix(pool, sizes, slot, sizes.blob.up, sizes.blob.up_scales)};
+  const std::size_t groups = (sizes.hidden + kTileInputs - 1) / kTileInputs;
+  const std::size_t first_tiles[kRowTiles] = {tile * groups, tile * groups};
+  for (int first = 0; first < count; first += kColumns) {
+    const int column = first + thread % kDecodeWarp / 4;
+    const std::uint16_t* const inputs =
+        column < count ? x + static_cast<std::size_t>(pairs[column] / sizes.top_k) * sizes.hidden : nullptr;
+    block_products<kFormat, kArriving>(of, first_tiles, inputs, sizes.hidden, partial);
+    const int row = thread % kTileRows;
+    const int at = first + thread / kTileRows;
+    const int f = static_cast<int>(tile) * kTileRows + row;
+    if (thread < kColumns * kTileRows && at < count && f < sizes.expert_hidden) {
+      constexpr int kStride = kRowTiles * kColumns * kTileRows;
+      const float gate = sum_of_splits(&partial[0][0][thread / kTileRows][row], kStride);
+      const float up = sum_of_splits(&partial[0][1][thread / kTileRows][row], kStride);
+      const float silu = __fdiv_rn(gate, __fadd_rn(1.0F, expf(-gate)));
+      h[static_cast<std::size_t>(pairs[at]) * sizes.expert_hidden + f] = bfloat16_bits(__fmul_rn(silu, up));
+    }
+    __syncthreads();
+  }
+}
+
 /// Grid: (row tiles of gate and up, T * K).
 template <ExpertFormat kFormat, bool kGrouped>
 __global__ void __launch_bounds__(kThreads, 2)
@@ -246,28 +277,27 @@ __global__ void __launch_bounds__(kThreads, 2)
   __shared__ float partial[kSplits][kRowTiles][kColumns][kTileRows];
   const int slot = slots[blockIdx.y];
   const int count = pairs_of_block<kGrouped>(slots, sizes.num_pairs, slot, pairs, &shared_count);
-  const int thread = static_cast<int>(threadIdx.x);
-  const Matrix of[kRowTiles] = {matrix(pool, sizes, slot, sizes.blob.gate, sizes.blob.gate_scales),
-                                matrix(pool, sizes, slot, sizes.blob.up, sizes.blob.up_scales)};
-  const std::size_t groups = (sizes.hidden + kTileInputs - 1) / kTileInputs;
-  const std::size_t first_tiles[kRowTiles] = {blockIdx.x * groups, blockIdx.x * groups};
-  for (int first = 0; first < count; first += kColumns) {
-    const int column = first + thread % kDecodeWarp / 4;
-    const std::uint16_t* const inputs =
-        column < count ? x + static_cast<std::size_t>(pairs[column] / sizes.top_k) * sizes.hidden : nullptr;
-    block_products<kFormat>(of, first_tiles, inputs, sizes.hidden, partial);
-    const int row = thread % kTileRows;
-    const int at = first + thread / kTileRows;
-    const int f = static_cast<int>(blockIdx.x) * kTileRows + row;
-    if (thread < kColumns * kTileRows && at < count && f < sizes.expert_hidden) {
-      constexpr int kStride = kRowTiles * kColumns * kTileRows;
-      const float gate = sum_of_splits(&partial[0][0][thread / kTileRows][row], kStride);
-      const float up = sum_of_splits(&partial[0][1][thread / kTileRows][row], kStride);
-      const float silu = __fdiv_rn(gate, __fadd_rn(1.0F, expf(-gate)));
-      h[static_cast<std::size_t>(pairs[at]) * sizes.expert_hidden + f] = bfloat16_bits(__fmul_rn(silu, up));
-    }
-    __syncthreads();
+  gate_up_tile<kFormat, false>(sizes, x, pool, slot, pairs, count, blockIdx.x, partial, h);
+}
+
+/// Grid: the copiers, then the row tiles of gate and up of each pair.
+template <ExpertFormat kFormat>
+__global__ void __launch_bounds__(kThreads, 2)
+    quantised_fetch_gate_up_kernel(DecodeSizes sizes, FetchStep step, const std::uint16_t* x, uint4* pool,
+                                   std::uint16_t* h) {
+  __shared__ int shared_slot;
+  __shared__ float partial[kSplits][kRowTiles][kColumns][kTileRows];
+  after_kernel_before();
+  if (blockIdx.x < step.copiers) {
+    arrival::serve_and_copy(step, pool);
+    return;
   }
+  const unsigned number = blockIdx.x - step.copiers;
+  const unsigned turn = number / step.blocks_per_pair;
+  bool hit = false;
+  const int pair = arrival::pair_of_turn(step, static_cast<int>(turn), hit);
+  const int slot = hit ? step.hit_slots[pair] : arrival::arrived_slot(step, pair, &shared_slot);
+  gate_up_tile<kFormat, true>(sizes, x, pool, slot, &pair, 1, number - turn * step.blocks_per_pair, partial, h);
 }
 
 /// Grid: (runs of kRowTiles row tiles of down, T * K).
@@ -383,6 +413,18 @@ void quantised_gate_up(const DecodeExpertsShape& shape, const std::uint16_t* x, 
     }
   });
   check_launch("quantised_gate_up_kernel");
+}
+
+void quantised_fetch_gate_up(const DecodeExpertsShape& shape, const DecodeFetch& fetch, const std::uint16_t* x,
+                             void* pool, std::uint16_t* h, void* stream) {
+  const DecodeSizes sizes = decode_sizes(shape);
+  const FetchStep step = fetch_step(shape, fetch, tiles(sizes.expert_hidden, kTileRows));
+  const dim3 grid(step.copiers + step.blocks_per_pair * static_cast<unsigned>(sizes.num_pairs));
+  for_format(shape.format, [&]<ExpertFormat kFormat>() {
+    launch_kernel("quantised_fetch_gate_up_kernel", quantised_fetch_gate_up_kernel<kFormat>, grid, kThreads,
+                  serving::bytes_of_bits(fetch.cache), stream, shape.dependent, sizes, step, x,
+                  static_cast<uint4*>(pool), h);
+  });
 }
 
 void quantised_down(const DecodeExpertsShape& shape, const std::uint16_t* h, const std::int32_t* slots,

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "hestia/kernels/decode_experts.hpp"
+#include "hestia/kernels/decode_fetch.hpp"
 
 namespace hestia {
 
@@ -14,5 +15,9 @@ void quantised_down(const DecodeExpertsShape& shape, const std::uint16_t* h, con
 void quantised_down_combine(const DecodeExpertsShape& shape, const std::uint16_t* h, const std::int32_t* slots,
                             const void* pool, const float* weights, const float* y, const std::uint16_t* residual,
                             std::uint16_t* out, void* stream);
+
+// decode_fetch_gate_up_cuda for integers.
+void quantised_fetch_gate_up(const DecodeExpertsShape& shape, const DecodeFetch& fetch, const std::uint16_t* x,
+                             void* pool, std::uint16_t* h, void* stream);
 
 }  // namespace hestia

@@ -13,7 +13,7 @@
 namespace hestia {
 namespace {
 
-std::vector<std::int32_t> choose(const DecodeRouterShape& shape, const float* logits, const std::uint8_t* resident) {
+std::vector<std::int32_t> choose(const DecodeRouterShape& shape, const float* logits, const std::int32_t* slot_of) {
   std::vector<ResidencyCandidate> experts;
   for (std::int32_t e = 0; e < shape.num_experts; ++e) {
     const std::int32_t own = ordered_logit(logits[e]);
@@ -23,7 +23,7 @@ std::vector<std::int32_t> choose(const DecodeRouterShape& shape, const float* lo
   const auto rest = experts.begin() + std::min(shape.always_keep, shape.top_k);
   std::sort(experts.begin(), experts.end(), chosen_before);
   for (auto candidate = rest; candidate != experts.end(); ++candidate) {
-    if (resident != nullptr && resident[candidate->expert] != 0) {
+    if (slot_of != nullptr && slot_of[candidate->expert] >= 0) {
       candidate->adjusted = ordered_logit(logits[candidate->expert] + shape.bonus);
     }
   }
@@ -48,6 +48,12 @@ void check_decode_router(const DecodeRouterShape& shape) {
   }
 }
 
+void check_router_slots(const DecodeRouterInputs& in, const DecodeRouterOutputs& out) {
+  if (out.slots != nullptr && in.slot_of == nullptr) {
+    throw std::invalid_argument("decode router: slots of the selected need the table of the slot cache, got none");
+  }
+}
+
 void rms_norm_row(const std::uint16_t* x, const std::uint16_t* weight, std::int64_t size, float eps, DecodeNorm norm,
                   std::uint16_t* out) {
   float sum = 0.0F;
@@ -67,6 +73,7 @@ void rms_norm_row(const std::uint16_t* x, const std::uint16_t* weight, std::int6
 
 void decode_router_cpu(const DecodeRouterShape& shape, const DecodeRouterInputs& in, const DecodeRouterOutputs& out) {
   check_decode_router(shape);
+  check_router_slots(in, out);
   for (std::int64_t t = 0; t < shape.num_tokens; ++t) {
     std::uint16_t* const normal = out.normal + t * shape.hidden_size;
     float* const logits = out.logits + t * shape.num_experts;
@@ -87,7 +94,7 @@ void decode_router_cpu(const DecodeRouterShape& shape, const DecodeRouterInputs&
       total += probabilities[e];
     }
     std::for_each(probabilities, probabilities + shape.num_experts, [&](float& p) { p /= total; });
-    std::vector<std::int32_t> selected = choose(shape, logits, in.resident);
+    std::vector<std::int32_t> selected = choose(shape, logits, in.slot_of);
     if (in.forced != nullptr) {
       const std::int64_t* const row = in.forced + (*in.step % in.num_forced * shape.num_tokens + t) * shape.top_k;
       std::copy(row, row + shape.top_k, selected.begin());
@@ -98,6 +105,9 @@ void decode_router_cpu(const DecodeRouterShape& shape, const DecodeRouterInputs&
     }
     for (std::int64_t k = 0; k < shape.top_k; ++k) {
       out.selected[t * shape.top_k + k] = selected[k];
+      if (out.slots != nullptr) {
+        out.slots[t * shape.top_k + k] = in.slot_of[selected[k]];
+      }
       const float weight = probabilities[selected[k]];
       out.weights[t * shape.top_k + k] = (shape.normalise_top_k ? weight / chosen : weight) * shape.routed_scale;
     }

@@ -76,7 +76,7 @@ __device__ void softmax(const float* logits, int num_experts, float* p, float* p
 
 /// The choice for one token by one block, which sees all of its logits.
 __device__ void choose(const DecodeRouterShape& shape, const DecodeRouterInputs& inputs, std::size_t token,
-                       const float* logits, float* probabilities, std::int32_t* selected, float* weights) {
+                       const float* logits, float* probabilities, const DecodeRouterOutputs& out) {
   __shared__ std::int32_t own[kMaxExperts];  // ordered logits, without the bonus and with it
   __shared__ std::int32_t adjusted[kMaxExperts];
   __shared__ float p[kMaxExperts];
@@ -87,12 +87,12 @@ __device__ void choose(const DecodeRouterShape& shape, const DecodeRouterInputs&
   const int num_experts = static_cast<int>(shape.num_experts);
   const int top_k = static_cast<int>(shape.top_k);
   const int kept = static_cast<int>(min(shape.always_keep, shape.top_k));
-  const std::uint8_t* const resident = inputs.resident;
-  const bool prior = resident != nullptr && shape.bonus > 0.0F && kept < top_k;
+  const std::int32_t* const slot_of = inputs.slot_of;
+  const bool prior = slot_of != nullptr && shape.bonus > 0.0F && kept < top_k;
   const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll 1
   for (int e = thread; e < num_experts; e += kThreads) {
-    const bool is_resident = prior && resident[e] != 0;
+    const bool is_resident = prior && slot_of[e] >= 0;
     const float z = __ldcg(logits + e);  // written by other blocks
     own[e] = ordered_logit(z);
     if (prior) {
@@ -157,8 +157,12 @@ __device__ void choose(const DecodeRouterShape& shape, const DecodeRouterInputs&
       weight = __fdiv_rn(weight, sum);
     }
     if (thread < top_k) {
-      selected[thread] = e;
-      weights[thread] = __fmul_rn(weight, shape.routed_scale);
+      const std::size_t at = token * top_k + thread;
+      out.selected[at] = e;
+      out.weights[at] = __fmul_rn(weight, shape.routed_scale);
+      if (out.slots != nullptr) {
+        out.slots[at] = slot_of[e];
+      }
     }
   }
 }
@@ -231,7 +235,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (__syncthreads_or(last ? 1 : 0) != 0) {
     choose(shape, in, token, out.logits + token * shape.num_experts, out.probabilities + token * shape.num_experts,
-           out.selected + token * shape.top_k, out.weights + token * shape.top_k);
+           out);
   }
 }
 
@@ -244,6 +248,7 @@ std::size_t decode_router_workspace(const DecodeRouterShape& shape) {
 void decode_router_cuda(const DecodeRouterShape& shape, const DecodeRouterInputs& in, const DecodeRouterOutputs& out,
                         void* workspace, void* stream) {
   check_decode_router(shape);
+  check_router_slots(in, out);
   const std::size_t row_bytes = static_cast<std::size_t>(shape.hidden_size) * sizeof(std::uint16_t);
   check_decode_range("decode router", "the hidden size", shape.hidden_size, 16 * 1024);
   const std::int64_t tile =

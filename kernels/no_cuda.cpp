@@ -2,6 +2,7 @@
 #include "hestia/core/error.hpp"
 #include "hestia/kernels/decode_attention.hpp"
 #include "hestia/kernels/decode_experts.hpp"
+#include "hestia/kernels/decode_fetch.hpp"
 #include "hestia/kernels/decode_linear.hpp"
 #include "hestia/kernels/decode_router.hpp"
 #include "hestia/kernels/decode_sample.hpp"
@@ -87,7 +88,8 @@ void decode_combine_cuda(const DecodeExpertsShape&, const float*, const float*, 
 }
 
 void decode_down_combine_cuda(const DecodeExpertsShape&, const std::uint16_t*, const std::int32_t*, const void*,
-                              const float*, const float*, const std::uint16_t*, std::uint16_t*, void*) {
+                              const float*, const float*, const std::uint16_t*, std::uint16_t*, void*,
+                              const std::int32_t*) {
   refuse();
 }
 
@@ -153,6 +155,15 @@ void slot_cache_mask_cuda(const SlotCacheShape&, const SlotCacheState&, std::int
 
 void expert_fetch_cuda(const ExpertStoreShape&, const void*, std::int64_t, const SlotCacheStep*, const SlotCacheLoad*,
                        std::int64_t, void*, std::int64_t, void*) {
+  refuse();
+}
+
+std::size_t decode_fetch_workspace() {
+  refuse();
+}
+
+void decode_fetch_gate_up_cuda(const DecodeExpertsShape&, const DecodeFetch&, const std::uint16_t*, void*,
+                               std::uint16_t*, void*) {
   refuse();
 }
 

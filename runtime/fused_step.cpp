@@ -110,7 +110,7 @@ struct FusedStep::Impl {
   std::optional<Tensor> replayed;
   std::optional<ResidencyRule> rule;
   Tensor hidden_TD, normal_TD, projected, queries, attended;
-  Tensor probabilities_TE, router_logits_LBE, selected_LBK, weights_LBK;
+  Tensor probabilities_TE, router_logits_LBE, selected_LBK, weights_LBK, hit_slots_BK;
   Tensor router_workspace, attention_workspace;
 
   [[nodiscard]] DecodeNorm norm() const {
@@ -168,19 +168,20 @@ struct FusedStep::Impl {
       in.forced = (*replayed)[index].const_data_ptr<std::int64_t>();
       in.num_forced = replayed->size(1);
       in.step = step_1.const_data_ptr<std::int64_t>();
-    } else if (rule && rule->bonus(index) != 0.0F && !slots->all_resident()) {
+    } else if (rule) {
       shape.bonus = rule->bonus(index);
       shape.always_keep = rule->always_keep;
-      in.resident = slots->resident(index).const_data_ptr<std::uint8_t>();
     }
+    in.slot_of = slots->slot_of(index);
     const Tensor selected = selected_LBK[index];
     const Tensor weights = weights_LBK[index];
     decode_router_cuda(shape, in,
                        {mutable_bits(normal_TD), router_logits_LBE[index].mutable_data_ptr<float>(),
                         probabilities_TE.mutable_data_ptr<float>(), selected.mutable_data_ptr<std::int32_t>(),
-                        weights.mutable_data_ptr<float>()},
+                        weights.mutable_data_ptr<float>(),
+                        in.slot_of != nullptr ? hit_slots_BK.mutable_data_ptr<std::int32_t>() : nullptr},
                        router_workspace.mutable_data_ptr(), stream);
-    slots->decode(normal_TD, selected, weights, hidden_TD, index);
+    slots->decode(normal_TD, selected, weights, hit_slots_BK, hidden_TD, index);
   }
 };
 
@@ -236,6 +237,7 @@ FusedStep::FusedStep(MoeModel model, KeyValueCache& cache, std::shared_ptr<SlotE
   impl.probabilities_TE = torch::zeros({rows, a.num_experts}, floats);
   impl.router_logits_LBE = torch::zeros({a.num_layers, rows, a.num_experts}, floats);
   impl.selected_LBK = torch::zeros({a.num_layers, rows, a.top_k}, options.dtype(torch::kInt32));
+  impl.hit_slots_BK = torch::zeros({rows, a.top_k}, options.dtype(torch::kInt32));
   impl.weights_LBK = torch::zeros({a.num_layers, rows, a.top_k}, floats);
   const DecodeRouterShape router{
       .num_tokens = rows, .hidden_size = a.hidden_size, .num_experts = a.num_experts, .top_k = a.top_k};

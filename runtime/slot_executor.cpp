@@ -15,6 +15,7 @@
 #include "hestia/core/error.hpp"
 #include "hestia/core/progress.hpp"
 #include "hestia/kernels/decode_experts.hpp"
+#include "hestia/kernels/decode_fetch.hpp"
 #include "hestia/kernels/expert_fetch.hpp"
 
 namespace hestia {
@@ -87,6 +88,7 @@ struct SlotExecutor::Impl {
         top_k(experts_per_token),
         shape(cache_shape(of, most_rows, experts_per_token, cache)),
         seed(cache ? cache->seed : 0),
+        fetch_path(cache ? cache->fetch : FetchPath::kWaves),
         moe_layers(of.moe_layers()) {}
 
   Architecture architecture;
@@ -96,6 +98,7 @@ struct SlotExecutor::Impl {
   std::int64_t top_k;
   std::optional<SlotCacheShape> shape;
   std::uint64_t seed;
+  FetchPath fetch_path;
   std::vector<std::int64_t> moe_layers;
 
   Tensor slots_SB;  // uint8 [slots, bytes]: on a GPU its own memory, on the CPU with all resident the store's
@@ -103,6 +106,7 @@ struct SlotExecutor::Impl {
   bool kernels = false;
   bool early = false;
   Tensor hidden_TKF, product_TKD;  // of the decode kernels
+  Tensor fetch_workspace;
 
   // The cache, on the device.
   Tensor cache_memory, step_memory, loads_memory, slots_TK, waves_TK, wave_slots, resident_LE;
@@ -276,8 +280,29 @@ struct SlotExecutor::Impl {
     }
   }
 
+  // Serves, copies and computes a step of one token in two kernels.
+  void run_together(const DecodeExpertsShape& sizes, const std::uint16_t* x, const std::int32_t* selected,
+                    const std::int32_t* hit_slots, const float* weights, const std::uint16_t* residual,
+                    std::uint16_t* out, std::int64_t moe_layer) {
+    DecodeFetch fetch{.cache = *shape,
+                      .state = state,
+                      .layer = moe_layer,
+                      .selected = selected,
+                      .hit_slots = hit_slots,
+                      .store = store.device_data(),
+                      .answer = answer(),
+                      .workspace = fetch_workspace.data_ptr()};
+    fetch.answer.wave_slots = nullptr;
+    auto* const pool = slots_SB.mutable_data_ptr<std::uint8_t>();
+    decode_fetch_gate_up_cuda(sizes, fetch, x, pool, mutable_bits(hidden_TKF), stream());
+    decode_down_combine_cuda(sizes, bits(hidden_TKF), fetch.answer.slots, pool, weights, nullptr, residual, out,
+                             stream(), hit_slots);
+  }
+
+  // hit_slots: null where nobody looked them up.
   void run_kernels(const Tensor& x_TD, const Tensor& selected_TK, const Tensor& weights_TK,
-                   const std::uint16_t* residual, std::uint16_t* out, std::int64_t moe_layer) {
+                   const std::int32_t* hit_slots, const std::uint16_t* residual, std::uint16_t* out,
+                   std::int64_t moe_layer) {
     const std::int64_t tokens = x_TD.size(0);
     const DecodeExpertsShape sizes{.num_tokens = tokens,
                                    .top_k = top_k,
@@ -290,6 +315,10 @@ struct SlotExecutor::Impl {
     if (!shape) {
       const auto first = static_cast<std::size_t>(moe_layer * architecture.num_experts);
       wave_in_kernels(sizes, bits(x_TD), selected, pool + first * store.layout().bytes, true, weights, residual, out);
+      return;
+    }
+    if (hit_slots != nullptr && fetch_path == FetchPath::kTogether && tokens == 1 && overlaps(1)) {
+      run_together(sizes, bits(x_TD), selected, hit_slots, weights, residual, out, moe_layer);
       return;
     }
     in_waves(selected, tokens, moe_layer, [&](const std::int32_t* slot, bool last) {
@@ -354,6 +383,7 @@ SlotExecutor::SlotExecutor(const Architecture& architecture, ExpertStore store, 
     impl.hidden_TKF =
         torch::zeros({rows, top_k, architecture.expert_intermediate_size}, options.dtype(torch::kBFloat16));
     impl.product_TKD = torch::zeros({rows, top_k, architecture.hidden_size}, options.dtype(torch::kFloat32));
+    impl.fetch_workspace = device_bytes(decode_fetch_workspace(), device);
   }
   if (!impl.shape) {
     return;
@@ -403,7 +433,7 @@ torch::Tensor SlotExecutor::run(const ExpertWeights& experts, const torch::Tenso
     return impl.run_cuda(experts, x, selected, weights_TK, moe_layer);
   }
   Tensor out_TD = torch::empty_like(x);
-  impl.run_kernels(x, selected.to(torch::kInt32), weights_TK.to(torch::kFloat32).contiguous(), nullptr,
+  impl.run_kernels(x, selected.to(torch::kInt32), weights_TK.to(torch::kFloat32).contiguous(), nullptr, nullptr,
                    mutable_bits(out_TD), moe_layer);
   return out_TD;
 }
@@ -416,12 +446,17 @@ void SlotExecutor::start_early(bool allowed) {
   impl_->early = allowed;
 }
 
+const std::int32_t* SlotExecutor::slot_of(std::int64_t moe_layer) const {
+  return impl_->shape ? impl_->state.slot_of + moe_layer * impl_->shape->num_experts : nullptr;
+}
+
 void SlotExecutor::decode(const torch::Tensor& x_TD, const torch::Tensor& selected_TK, const torch::Tensor& weights_TK,
-                          const torch::Tensor& out_TD, std::int64_t moe_layer) {
+                          const torch::Tensor& hit_slots_TK, const torch::Tensor& out_TD, std::int64_t moe_layer) {
   if (!impl_->kernels) {
     throw std::logic_error("slot executor: the decode kernels do not take these experts");
   }
-  impl_->run_kernels(x_TD, selected_TK, weights_TK, bits(out_TD), mutable_bits(out_TD), moe_layer);
+  impl_->run_kernels(x_TD, selected_TK, weights_TK, hit_slots_TK.const_data_ptr<std::int32_t>(), bits(out_TD),
+                     mutable_bits(out_TD), moe_layer);
 }
 
 void SlotExecutor::reset(std::int64_t sequence, const std::vector<std::vector<std::uint16_t>>& preload) {

@@ -37,8 +37,9 @@ struct DecodeRouterInputs {
   const std::uint16_t* norm_weight = nullptr;  ///< bfloat16 [H]
   const float* router = nullptr;               ///< float32 [E, H]
   const float* bias = nullptr;                 ///< float32 [E]; null: none
-  /// uint8 [E], 1 where the layer's slot cache holds the expert before this step; all tokens see the same. Null: none.
-  const std::uint8_t* resident = nullptr;
+  /// int32 [E], the slot where the layer's slot cache holds the expert before this step, negative: nowhere; all tokens
+  /// see the same. Null: no cache.
+  const std::int32_t* slot_of = nullptr;
   /// int64 [S, T, K]: expert ids, below E, that are selected in place of the rule's, from row `*step` modulo S on, in
   /// their order (a trace that is replayed); they weigh what the router says of them. Null: none.
   const std::int64_t* forced = nullptr;
@@ -53,6 +54,7 @@ struct DecodeRouterOutputs {
   float* probabilities = nullptr;    ///< float32 [T, E], softmax of the logits
   std::int32_t* selected = nullptr;  ///< int32 [T, K], by falling logit, ties to the lower index, also under a prior
   float* weights = nullptr;          ///< float32 [T, K], their mixing weights, from the probabilities
+  std::int32_t* slots = nullptr;     ///< int32 [T, K], slot_of of the selected; null: not written
 };
 
 /// RMSNorm, router product, softmax and Top-K: normal = rmsnorm(hidden), logits = router normal + bias,

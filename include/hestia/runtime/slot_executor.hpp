@@ -31,6 +31,12 @@ struct ExpertSlots {
 /// Slots for experts that pass by the cache, where steps of `num_selected` ids need any: as many as one token may miss.
 [[nodiscard]] std::int64_t scratch_slots(const Architecture& architecture, std::int64_t num_selected);
 
+/// How the misses of a step come to the GPU.
+enum class FetchPath : std::int32_t {
+  kTogether,  ///< One kernel serves the step, copies its misses and computes with the hits meanwhile.
+  kWaves,     ///< A kernel each for serving, for copying and for every wave's products, copies on a second stream.
+};
+
 /// Options of a slot cache.
 struct SlotCacheOptions {
   ExpertSlots slots;
@@ -38,6 +44,8 @@ struct SlotCacheOptions {
   double gamma = SimulationOptions{}.gamma;       ///< Discount of `gamma`.
   std::uint64_t seed = SimulationOptions{}.seed;  ///< Of `random`.
   bool stress = false;                            ///< See SlotCacheShape::stress.
+  /// For steps of one token in the decode kernels whose experts all fit the slots; all others come in waves.
+  FetchPath fetch = FetchPath::kTogether;
 };
 
 /// Runs the experts of decode steps out of slots on the device: the slot cache says which experts of a step are there
@@ -67,11 +75,15 @@ class SlotExecutor : public Executor {
   [[nodiscard]] bool runs_kernels() const noexcept;
   /// Whether a decode kernel may start before the one before it ends; at first it may not. Compute capability 9.0.
   void start_early(bool allowed);
+  /// int32 [E] on the device, the slot that holds each expert of a layer at that moment of the stream, negative: none.
+  /// Null when all are resident.
+  [[nodiscard]] const std::int32_t* slot_of(std::int64_t moe_layer) const;
   /// One step of a layer in the decode kernels, with the residual in place: out_TD += the experts' mixed outputs,
-  /// rounded once. x_TD, out_TD: bfloat16 [T, D]; selected_TK: int32; weights_TK: float32; all contiguous, on the GPU.
-  /// Throws std::logic_error unless runs_kernels().
+  /// rounded once. x_TD, out_TD: bfloat16 [T, D]; selected_TK: int32; weights_TK: float32; hit_slots_TK: int32, slot_of
+  /// the selected, not looked at when all are resident; all contiguous, on the GPU. Throws std::logic_error unless
+  /// runs_kernels().
   void decode(const torch::Tensor& x_TD, const torch::Tensor& selected_TK, const torch::Tensor& weights_TK,
-              const torch::Tensor& out_TD, std::int64_t moe_layer);
+              const torch::Tensor& hit_slots_TK, const torch::Tensor& out_TD, std::int64_t moe_layer);
 
   /// Empties the cache, counts included, as before the first step of `sequence` (which seeds `random`), and loads the
   /// first slots of `preload` when it is not empty: experts per MoE layer, best first. In one pool the best of each

@@ -17,7 +17,7 @@ struct Case {
   Bits norm_weight;
   std::vector<float> router;
   std::vector<float> bias;
-  std::vector<std::uint8_t> resident;
+  std::vector<std::int32_t> slot_of;
   std::vector<std::int64_t> forced = {};  // of steps, rows and ranks; empty: none
   std::int64_t step = 0;
 };
@@ -33,7 +33,7 @@ Case random_case(SplitMix64& random, std::int64_t tokens, std::int64_t hidden, s
       random_floats(random, static_cast<std::size_t>(experts) * size, 3.0 / std::sqrt(static_cast<double>(hidden)));
   c.bias = random_floats(random, static_cast<std::size_t>(experts), 0.5);
   for (std::int64_t e = 0; e < experts; ++e) {
-    c.resident.push_back(random.below(3) == 0 ? 1 : 0);
+    c.slot_of.push_back(random.below(3) == 0 ? static_cast<std::int32_t>(random.below(1000)) : -1);
   }
   if (experts > 3) {
     // Experts 1 and 3 always tie.
@@ -49,6 +49,7 @@ struct Result {
   std::vector<float> probabilities;
   std::vector<std::int32_t> selected;
   std::vector<float> weights;
+  std::vector<std::int32_t> slots;
   bool guards_whole = true;
   bool operator==(const Result&) const = default;
 };
@@ -61,7 +62,7 @@ Result run(const Case& c, bool with_bias, bool with_resident, bool gpu) {
   Guarded<std::uint16_t> norm_weight(c.norm_weight, gpu);
   Guarded<float> router(c.router, gpu);
   Guarded<float> bias(c.bias, gpu);
-  Guarded<std::uint8_t> resident(c.resident, gpu);
+  Guarded<std::int32_t> slot_of(c.slot_of, gpu);
   Guarded<std::int64_t> forced(c.forced, gpu);
   Guarded<std::int64_t> step({c.step}, gpu);
   Guarded<std::uint16_t> normal(Bits(c.hidden.size(), 0), gpu);
@@ -69,15 +70,17 @@ Result run(const Case& c, bool with_bias, bool with_resident, bool gpu) {
   Guarded<float> probabilities(std::vector<float>(scores), gpu);
   Guarded<std::int32_t> selected(std::vector<std::int32_t>(choices, -1), gpu);
   Guarded<float> weights(std::vector<float>(choices), gpu);
+  Guarded<std::int32_t> slots(std::vector<std::int32_t>(choices, -7), gpu);
   const DecodeRouterInputs in{hidden.data(),
                               norm_weight.data(),
                               router.data(),
                               with_bias ? bias.data() : nullptr,
-                              with_resident ? resident.data() : nullptr,
+                              with_resident ? slot_of.data() : nullptr,
                               c.forced.empty() ? nullptr : forced.data(),
                               static_cast<std::int64_t>(c.forced.size() / choices),
                               step.data()};
-  const DecodeRouterOutputs out{normal.data(), logits.data(), probabilities.data(), selected.data(), weights.data()};
+  const DecodeRouterOutputs out{normal.data(),   logits.data(),  probabilities.data(),
+                                selected.data(), weights.data(), with_resident ? slots.data() : nullptr};
   bool counters_zero = true;
   if (gpu) {
     Guarded<std::uint8_t> workspace(std::vector<std::uint8_t>(decode_router_workspace(c.shape), 0), true);
@@ -89,9 +92,11 @@ Result run(const Case& c, bool with_bias, bool with_resident, bool gpu) {
   } else {
     decode_router_cpu(c.shape, in, out);
   }
-  Result result{normal.values(), logits.values(), probabilities.values(), selected.values(), weights.values()};
+  Result result{normal.values(),   logits.values(),  probabilities.values(),
+                selected.values(), weights.values(), slots.values()};
   result.guards_whole = counters_zero && normal.guards_whole() && logits.guards_whole() &&
-                        probabilities.guards_whole() && selected.guards_whole() && weights.guards_whole();
+                        probabilities.guards_whole() && selected.guards_whole() && weights.guards_whole() &&
+                        slots.guards_whole();
   return result;
 }
 
@@ -103,7 +108,7 @@ std::vector<std::int32_t> choice(const Case& c, const float* z, bool with_reside
   const std::int64_t kept = std::min(c.shape.always_keep, c.shape.top_k);
   // Stable on the order by z: ties in z' go to the higher z, then the lower index.
   const auto adjusted = [&](std::int32_t e) {
-    return with_resident && c.resident[static_cast<std::size_t>(e)] != 0 ? z[e] + c.shape.bonus : z[e];
+    return with_resident && c.slot_of[static_cast<std::size_t>(e)] >= 0 ? z[e] + c.shape.bonus : z[e];
   };
   std::stable_sort(order.begin() + kept, order.end(), [&](auto a, auto b) { return adjusted(a) > adjusted(b); });
   order.resize(static_cast<std::size_t>(c.shape.top_k));
@@ -145,6 +150,9 @@ void check(const Case& c, const Result& result, bool with_bias, bool with_reside
     const std::vector<std::int32_t> selected(result.selected.begin() + static_cast<std::ptrdiff_t>(t * top_k),
                                              result.selected.begin() + static_cast<std::ptrdiff_t>((t + 1) * top_k));
     REQUIRE(selected == choice(c, z, with_resident));
+    for (std::size_t k = 0; k < top_k; ++k) {
+      REQUIRE(result.slots[t * top_k + k] == (with_resident ? c.slot_of[static_cast<std::size_t>(selected[k])] : -7));
+    }
     double chosen = 0.0;
     for (const std::int32_t e : selected) {
       chosen += std::exp(static_cast<double>(z[e])) / total;
@@ -194,14 +202,16 @@ void check_prior_off(SplitMix64& random, bool gpu) {
   Case c = random_case(random, 8, 64, 64, 8);
   const Result plain = run(c, false, false, gpu);
   c.shape.always_keep = 2;
-  CHECK(run(c, false, true, gpu) == plain);  // no bonus
+  const Result with_cache = run(c, false, true, gpu);  // no bonus
+  CHECK(with_cache.selected == plain.selected);
+  CHECK(with_cache.weights == plain.weights);
   c.shape.bonus = 2.0F;
   const Result moved = run(c, false, true, gpu);
   CHECK(moved.selected != plain.selected);
   CHECK(moved.logits == plain.logits);
   CHECK(moved.probabilities == plain.probabilities);
   c.shape.always_keep = 8;  // J = K changes nothing
-  CHECK(run(c, false, true, gpu) == plain);
+  CHECK(run(c, false, true, gpu) == with_cache);
 }
 
 // Experts of a trace in place of the rule's: in the trace's order, from the first step again behind the last.

@@ -1,0 +1,40 @@
+#include "hestia/kernels/decode_fetch.hpp"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "decode_checks.hpp"
+
+namespace hestia {
+
+void check_decode_fetch(const DecodeExpertsShape& shape, const DecodeFetch& fetch) {
+  if (shape.num_tokens != 1) {
+    throw std::invalid_argument("decode fetch: takes one token, got " + std::to_string(shape.num_tokens));
+  }
+  check_slot_cache(fetch.cache);
+  if (fetch.cache.policy == CachePolicyKind::kStatic ||
+      fetch.cache.slots < std::min(shape.top_k, fetch.cache.num_experts)) {
+    throw std::invalid_argument(
+        "decode fetch: every miss must find a slot; it takes no static cache and at least as many slots as a token has "
+        "experts, got " +
+        std::to_string(fetch.cache.slots) + " for " + std::to_string(shape.top_k));
+  }
+  if (fetch.layer < 0 || fetch.layer >= fetch.cache.num_layers) {
+    throw std::invalid_argument("decode fetch: layer must be below " + std::to_string(fetch.cache.num_layers) +
+                                ", got " + std::to_string(fetch.layer));
+  }
+}
+
+void decode_fetch_gate_up_cpu(const DecodeExpertsShape& shape, const DecodeFetch& fetch, const std::uint16_t* x,
+                              void* pool, std::uint16_t* h) {
+  check_decode_fetch(shape, fetch);
+  slot_cache_serve_cpu(fetch.cache, fetch.state, fetch.layer, fetch.selected, 1, shape.top_k, fetch.answer);
+  const ExpertStoreShape store{fetch.cache.num_layers, fetch.cache.num_experts, expert_blob(shape).bytes};
+  if (fetch.answer.step->loads > 0) {
+    expert_fetch_cpu(store, fetch.store, fetch.layer, fetch.answer.step, fetch.answer.loads, 1, pool);
+  }
+  decode_gate_up_cpu(shape, x, fetch.answer.slots, pool, h);
+}
+
+}  // namespace hestia

@@ -1,0 +1,184 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "decode_dot.cuh"
+#include "hestia/kernels/decode_fetch.hpp"
+#include "slot_cache_serve.cuh"
+
+// How the blocks of one kernel serve a step, copy its misses and compute with what is there (decode_fetch.hpp). The
+// first block serves and says so; the first `copiers` blocks copy, in chunks whose ends are counted per miss and part;
+// the others compute: with hits at once, with a miss when the counter of its first part is down. Blocks start in the
+// order of their numbers, so copiers run before anyone waits for them.
+
+namespace hestia {
+
+constexpr int kFetchParts = 2;  // of a blob: what gate and up need, and the rest
+
+/// Counters between the blocks; zero between launches.
+struct FetchWorkspace {
+  unsigned served;                              ///< 1 + loads, once the step is served
+  unsigned ended;                               ///< blocks that wait for nothing any more
+  unsigned left[serving::kWarp * kFetchParts];  ///< chunks of each part of each load that are not there yet
+};
+
+/// DecodeFetch as the kernels take it.
+struct FetchStep {
+  SlotCacheShape cache;
+  SlotCacheState state;
+  int layer;
+  int top_k;
+  const std::int32_t* selected;
+  const std::int32_t* hit_slots;
+  const uint4* store;  ///< of the layer
+  SlotCacheAnswer answer;
+  FetchWorkspace* workspace;
+  std::size_t blob_words;   ///< of 16 bytes
+  std::size_t first_words;  ///< gate and up: part 0; down is part 1
+  unsigned copiers;
+  unsigned blocks_per_pair;
+};
+
+/// `fetch` as the kernels take it; blocks_per_pair: those that compute with one expert (decode_fetch.cu).
+FetchStep fetch_step(const DecodeExpertsShape& shape, const DecodeFetch& fetch, unsigned blocks_per_pair);
+
+namespace arrival {
+
+constexpr int kThreads = serving::kThreads;
+constexpr int kInFlight = 4;                       // loads of 16 bytes per thread
+constexpr unsigned kChunk = kThreads * kInFlight;  // words
+
+__device__ inline unsigned load_acquire(const unsigned* address) {
+  unsigned value = 0;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+__device__ inline void store_release(unsigned* address, unsigned value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+__device__ inline void count_down(unsigned* address) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(~0U) : "memory");
+}
+
+__device__ inline unsigned chunks_of(std::size_t words) {
+  return static_cast<unsigned>((words + kChunk - 1) / kChunk);
+}
+
+/// Waits until the step is served; by one thread. Returns the number of loads.
+__device__ inline unsigned wait_served(const FetchStep& step) {
+  unsigned said = load_acquire(&step.workspace->served);
+  while (said == 0) {
+    __nanosleep(100);
+    said = load_acquire(&step.workspace->served);
+  }
+  return said - 1;
+}
+
+/// Which of the K pairs has turn `turn`: hits in their order, then misses.
+__device__ inline int pair_of_turn(const FetchStep& step, int turn, bool& hit) {
+  const int lane = static_cast<int>(threadIdx.x) % kDecodeWarp;
+  const unsigned all = step.top_k == kDecodeWarp ? ~0U : (1U << step.top_k) - 1U;
+  const unsigned hits = __ballot_sync(~0U, lane < step.top_k && step.hit_slots[lane] >= 0);
+  hit = turn < __popc(hits);
+  unsigned rest = hit ? hits : all & ~hits;
+  for (int skip = hit ? turn : turn - __popc(hits); skip > 0; --skip) {
+    rest &= rest - 1U;
+  }
+  return __ffs(static_cast<int>(rest)) - 1;
+}
+
+/// The block reads no counter any more; the last such block puts them back. By thread 0.
+__device__ inline void leave(const FetchStep& step) {
+  unsigned waiting = step.copiers;
+  for (int k = 0; k < step.top_k; ++k) {
+    waiting += step.hit_slots[k] < 0 ? step.blocks_per_pair : 0;
+  }
+  if (atomicAdd(&step.workspace->ended, 1U) == waiting - 1) {
+    step.workspace->served = 0;
+    step.workspace->ended = 0;
+  }
+}
+
+/// The slot of pair `pair`, a miss, once its gate and up are there; the whole block, `shared` is its.
+__device__ inline int arrived_slot(const FetchStep& step, int pair, int* shared) {
+  if (threadIdx.x == 0) {
+    const unsigned loads = wait_served(step);
+    const int slot = static_cast<const volatile std::int32_t*>(step.answer.slots)[pair];
+    unsigned load = 0;
+    while (load + 1 < loads && static_cast<const volatile SlotCacheLoad*>(step.answer.loads)[load].slot != slot) {
+      ++load;
+    }
+    while (load_acquire(&step.workspace->left[load * kFetchParts]) != 0) {
+      __nanosleep(250);
+    }
+    leave(step);
+    *shared = slot;
+  }
+  __syncthreads();
+  return *shared;
+}
+
+/// The work of the first `copiers` blocks.
+__device__ inline void serve_and_copy(const FetchStep& step, uint4* pool) {
+  __shared__ unsigned shared_loads;
+  const auto thread = static_cast<unsigned>(threadIdx.x);
+  const unsigned chunks[kFetchParts] = {chunks_of(step.first_words), chunks_of(step.blob_words - step.first_words)};
+  if (blockIdx.x == 0) {
+    __shared__ serving::Shared shared;
+    extern __shared__ unsigned bits[];
+    serving::serve(serving::Layer(step.cache, step.state, step.layer), step.selected, 1, step.top_k, true, &step.answer,
+                   bits, shared);
+    __syncthreads();
+    const auto loads = static_cast<unsigned>(step.answer.step->loads);
+    if (thread < loads * kFetchParts) {
+      step.workspace->left[thread] = chunks[thread % kFetchParts];
+    }
+    __syncthreads();
+    if (thread == 0) {
+      store_release(&step.workspace->served, 1 + loads);
+    }
+  }
+  if (thread == 0) {
+    shared_loads = wait_served(step);
+  }
+  __syncthreads();
+  const unsigned per_blob = chunks[0] + chunks[1];
+  const unsigned end = shared_loads * per_blob;
+  for (unsigned chunk = blockIdx.x; chunk < end; chunk += step.copiers) {
+    const unsigned number = chunk / per_blob;
+    const unsigned of_blob = chunk - number * per_blob;
+    const unsigned part = of_blob < chunks[0] ? 0 : 1;
+    const volatile SlotCacheLoad& load = step.answer.loads[number];
+    const uint4* const from = step.store + static_cast<std::size_t>(load.expert) * step.blob_words;
+    uint4* const to = pool + static_cast<std::size_t>(load.slot) * step.blob_words;
+    const std::size_t stop = part == 0 ? step.first_words : step.blob_words;
+    const std::size_t begin =
+        (part == 0 ? std::size_t{of_blob} * kChunk : step.first_words + std::size_t{of_blob - chunks[0]} * kChunk) +
+        thread;
+    uint4 words[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      if (begin + i * kThreads < stop) {
+        words[i] = load_weights(from + begin + i * kThreads);
+      }
+    }
+    // Plain stores: the products find them in L2.
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      if (begin + i * kThreads < stop) {
+        to[begin + i * kThreads] = words[i];
+      }
+    }
+    __syncthreads();
+    if (thread == 0) {
+      count_down(&step.workspace->left[number * kFetchParts + part]);
+    }
+  }
+  if (thread == 0) {
+    leave(step);
+  }
+}
+
+}  // namespace arrival
+}  // namespace hestia

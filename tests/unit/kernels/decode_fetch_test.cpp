@@ -1,0 +1,243 @@
+#include "hestia/kernels/decode_fetch.hpp"
+
+#include <algorithm>
+#include <array>
+
+#include "decode_support.hpp"
+#include "hestia/kernels/expert_fetch.hpp"
+#include "hestia/kernels/expert_formats.hpp"
+
+using namespace hestia;
+using namespace hestia::testing;
+
+namespace {
+
+using Bytes = std::vector<std::uint8_t>;
+
+struct Case {
+  DecodeExpertsShape shape;
+  SlotCacheShape cache;
+  Bytes store;
+};
+
+Case random_case(SplitMix64& random, const DecodeExpertsShape& shape, const SlotCacheShape& cache) {
+  Case c{shape, cache, {}};
+  const auto size = static_cast<std::size_t>(shape.hidden_size * shape.expert_hidden_size);
+  const std::size_t bytes = expert_blob(shape).bytes;
+  c.store.resize(static_cast<std::size_t>(cache.num_layers * cache.num_experts) * bytes);
+  for (std::size_t at = 0; at < c.store.size(); at += bytes) {
+    const Bits gate = random_bits(random, size, 0.2);
+    const Bits up = random_bits(random, size, 0.2);
+    const Bits down = random_bits(random, size, 0.2);
+    quantise_expert(shape, gate.data(), up.data(), down.data(), c.store.data() + at);
+  }
+  return c;
+}
+
+/// A cache with its slots and what a step writes, on one side or the other.
+class Side {
+ public:
+  Side(const Case& c, const Bytes& slots, bool gpu)
+      : case_(c),
+        gpu_(gpu),
+        memory_(Bytes(slot_cache_bytes(c.cache)), gpu),
+        state_(slot_cache_state(c.cache, memory_.data())),
+        step_({SlotCacheStep()}, gpu),
+        loads_(std::vector<SlotCacheLoad>(top_k()), gpu),
+        slot_of_(std::vector<std::int32_t>(top_k(), -9), gpu),
+        wave_of_(std::vector<std::int32_t>(top_k(), -9), gpu),
+        wave_slots_(std::vector<std::int32_t>(2 * top_k(), -9), gpu),
+        pool_(slots, gpu),
+        store_(c.store, gpu),
+        h_(Bits(top_k() * static_cast<std::size_t>(c.shape.expert_hidden_size), 0x7fc0), gpu),
+        workspace_(Bytes(gpu ? decode_fetch_workspace() : 1), gpu) {
+    const std::vector<std::uint64_t> seeds(static_cast<std::size_t>(c.cache.num_layers / c.cache.layers_per_group), 5);
+    Guarded<std::uint64_t> seed_memory(seeds, gpu);
+    if (gpu) {
+      slot_cache_reset_cuda(c.cache, state_, nullptr, 0, seed_memory.data(), nullptr);
+      require_cuda(cudaDeviceSynchronize());
+    } else {
+      slot_cache_reset_cpu(c.cache, state_, nullptr, 0, seed_memory.data());
+    }
+  }
+
+  /// All in one, or one kernel after the other.
+  void run(const std::vector<std::int32_t>& selected, std::int64_t layer, const Bits& x, bool together) {
+    Guarded<std::int32_t> ids(selected, gpu_);
+    Guarded<std::uint16_t> input(x, gpu_);
+    const std::vector<std::int32_t> table = slot_table();
+    std::vector<std::int32_t> hits;
+    for (const std::int32_t expert : selected) {
+      hits.push_back(table[static_cast<std::size_t>(layer * case_.cache.num_experts + expert)]);
+    }
+    Guarded<std::int32_t> hit_slots(hits, gpu_);
+    SlotCacheAnswer answer{step_.data(), loads_.data(), slot_of_.data(), wave_of_.data(), wave_slots_.data()};
+    const ExpertStoreShape from{case_.cache.num_layers, case_.cache.num_experts, expert_blob(case_.shape).bytes};
+    if (together) {
+      answer.wave_slots = nullptr;
+      const DecodeFetch fetch{.cache = case_.cache,
+                              .state = state_,
+                              .layer = layer,
+                              .selected = ids.data(),
+                              .hit_slots = hit_slots.data(),
+                              .store = store_.data(),
+                              .answer = answer,
+                              .workspace = workspace_.data()};
+      if (gpu_) {
+        decode_fetch_gate_up_cuda(case_.shape, fetch, input.data(), pool_.data(), h_.data(), nullptr);
+        require_cuda(cudaDeviceSynchronize());
+      } else {
+        decode_fetch_gate_up_cpu(case_.shape, fetch, input.data(), pool_.data(), h_.data());
+      }
+    } else if (gpu_) {
+      slot_cache_serve_cuda(case_.cache, state_, layer, ids.data(), 1, case_.shape.top_k, answer, nullptr);
+      expert_fetch_cuda(from, store_.data(), layer, step_.data(), loads_.data(), 1, pool_.data(), kExpertFetchBlocks,
+                        nullptr);
+      decode_gate_up_cuda(case_.shape, input.data(), slot_of_.data(), pool_.data(), h_.data(), nullptr);
+      require_cuda(cudaDeviceSynchronize());
+    } else {
+      slot_cache_serve_cpu(case_.cache, state_, layer, ids.data(), 1, case_.shape.top_k, answer);
+      expert_fetch_cpu(from, store_.data(), layer, step_.data(), loads_.data(), 1, pool_.data());
+      decode_gate_up_cpu(case_.shape, input.data(), slot_of_.data(), pool_.data(), h_.data());
+    }
+  }
+
+  [[nodiscard]] std::vector<std::int32_t> slot_table() const {
+    const auto all = static_cast<std::size_t>(case_.cache.num_layers * case_.cache.num_experts);
+    std::vector<std::int32_t> table(all);
+    if (gpu_) {
+      require_cuda(cudaMemcpy(table.data(), state_.slot_of, all * sizeof(std::int32_t), cudaMemcpyDeviceToHost));
+    } else {
+      std::copy_n(state_.slot_of, all, table.begin());
+    }
+    return table;
+  }
+
+  void require_equal(const Side& other) const {
+    REQUIRE(h_.values() == other.h_.values());
+    REQUIRE(pool_.values() == other.pool_.values());
+    REQUIRE(memory_.values() == other.memory_.values());
+    REQUIRE(slot_of_.values() == other.slot_of_.values());
+    REQUIRE(wave_of_.values() == other.wave_of_.values());
+    REQUIRE(guards_whole());
+    const Bytes left = workspace_.values();
+    REQUIRE(std::all_of(left.begin(), left.end(), [](auto byte) { return byte == 0; }));
+  }
+  [[nodiscard]] bool guards_whole() const {
+    return h_.guards_whole() && pool_.guards_whole() && memory_.guards_whole() && slot_of_.guards_whole() &&
+           step_.guards_whole() && loads_.guards_whole() && wave_of_.guards_whole() && workspace_.guards_whole();
+  }
+  [[nodiscard]] std::int32_t loads() const { return step_.values().front().loads; }
+
+ private:
+  [[nodiscard]] std::size_t top_k() const { return static_cast<std::size_t>(case_.shape.top_k); }
+
+  const Case& case_;
+  bool gpu_;
+  Guarded<std::uint8_t> memory_;
+  SlotCacheState state_;
+  Guarded<SlotCacheStep> step_;
+  Guarded<SlotCacheLoad> loads_;
+  Guarded<std::int32_t> slot_of_;
+  Guarded<std::int32_t> wave_of_;
+  Guarded<std::int32_t> wave_slots_;
+  Guarded<std::uint8_t> pool_;
+  Guarded<std::uint8_t> store_;
+  Guarded<std::uint16_t> h_;
+  Guarded<std::uint8_t> workspace_;
+};
+
+/// Steps whose experts may stand in them twice, with some of the step before.
+void check_steps(SplitMix64& random, const DecodeExpertsShape& shape, const SlotCacheShape& cache, bool gpu,
+                 int num_steps) {
+  CAPTURE(shape.hidden_size, shape.expert_hidden_size, shape.top_k, expert_format_name(shape.format), cache.num_layers,
+          cache.num_experts, cache.slots, cache.layers_per_group, static_cast<int>(cache.policy), cache.stress);
+  const Case c = random_case(random, shape, cache);
+  Bytes slots(static_cast<std::size_t>(slot_cache_num_slots(cache)) * expert_blob(shape).bytes);
+  std::generate(slots.begin(), slots.end(), [&] { return static_cast<std::uint8_t>(random.below(256)); });
+  Side together(c, slots, gpu);
+  Side apart(c, slots, gpu);
+  std::vector<std::int32_t> selected(static_cast<std::size_t>(shape.top_k), 0);
+  int all_hits = 0;
+  int with_misses = 0;
+  for (int step = 0; step < num_steps; ++step) {
+    for (std::int32_t& expert : selected) {
+      if (random.below(4) == 0) {
+        expert = static_cast<std::int32_t>(random.below(static_cast<std::uint64_t>(cache.num_experts)));
+      }
+    }
+    const auto layer = static_cast<std::int64_t>(random.below(static_cast<std::uint64_t>(cache.num_layers)));
+    const Bits x = random_bits(random, static_cast<std::size_t>(shape.hidden_size), 1.0);
+    CAPTURE(step, layer, selected);
+    together.run(selected, layer, x, true);
+    apart.run(selected, layer, x, false);
+    together.require_equal(apart);
+    (apart.loads() == 0 ? all_hits : with_misses) += 1;
+  }
+  CHECK(with_misses > 0);
+  CHECK((num_steps < 12 || cache.stress || all_hits > 0));
+}
+
+void check_all(SplitMix64& random, bool gpu) {
+  DecodeExpertsShape shape{.num_tokens = 1, .top_k = 4, .hidden_size = 72, .expert_hidden_size = 40};
+  SlotCacheShape cache{.num_layers = 2, .num_experts = 12, .slots = 6};
+  for (const auto policy : {CachePolicyKind::kLru, CachePolicyKind::kLfu, CachePolicyKind::kGamma,
+                            CachePolicyKind::kLifo, CachePolicyKind::kFifo, CachePolicyKind::kRandom}) {
+    cache.policy = policy;
+    check_steps(random, shape, cache, gpu, 30);
+  }
+  cache.policy = CachePolicyKind::kLru;
+  for (const auto format : {ExpertFormat::kInt8, ExpertFormat::kInt4, ExpertFormat::kInt4Asymmetric}) {
+    shape.format = format;
+    check_steps(random, shape, cache, gpu, 20);
+  }
+  shape.format = ExpertFormat::kBfloat16;
+  SlotCacheShape other = cache;
+  other.stress = true;
+  check_steps(random, shape, other, gpu, 12);
+  other = cache;
+  other.slots = 9;
+  other.layers_per_group = 2;
+  check_steps(random, shape, other, gpu, 20);
+  other = {.num_layers = 3, .num_experts = 100, .slots = 250, .layers_per_group = 3};
+  check_steps(random, shape, other, gpu, 12);
+  // As many slots as experts of a token, one expert, as many as there can be.
+  check_steps(random, shape, {.num_layers = 1, .num_experts = 9, .slots = 4}, gpu, 12);
+  check_steps(random, {.num_tokens = 1, .top_k = 1, .hidden_size = 8, .expert_hidden_size = 8},
+              {.num_layers = 1, .num_experts = 3, .slots = 1}, gpu, 12);
+  check_steps(random, {.num_tokens = 1, .top_k = 32, .hidden_size = 16, .expert_hidden_size = 24},
+              {.num_layers = 1, .num_experts = 64, .slots = 40}, gpu, 8);
+  // Blobs of many chunks.
+  check_steps(random, {.num_tokens = 1, .top_k = 3, .hidden_size = 520, .expert_hidden_size = 264},
+              {.num_layers = 1, .num_experts = 7, .slots = 4}, gpu, 12);
+}
+
+}  // namespace
+
+TEST_CASE("decode fetch: one call equals serving, fetching and computing one after the other") {
+  SplitMix64 random(61);
+  check_all(random, false);
+}
+
+TEST_CASE("decode fetch: on CUDA one kernel equals serving, fetching and computing one after the other", "[gpu]") {
+  if (gpu_ready()) {
+    SplitMix64 random(62);
+    check_all(random, true);
+  }
+}
+
+TEST_CASE("decode fetch: what it does not take is refused by name") {
+  const DecodeExpertsShape shape{.num_tokens = 1, .top_k = 4, .hidden_size = 8, .expert_hidden_size = 8};
+  const SlotCacheShape cache{.num_layers = 2, .num_experts = 12, .slots = 6};
+  const auto refused = [&](auto change, const std::string& text) {
+    DecodeExpertsShape sizes = shape;
+    DecodeFetch fetch;
+    fetch.cache = cache;
+    change(sizes, fetch);
+    CHECK_THROWS_WITH(decode_fetch_gate_up_cpu(sizes, fetch, nullptr, nullptr, nullptr), Catch::Contains(text));
+  };
+  refused([](auto& s, auto&) { s.num_tokens = 2; }, "takes one token, got 2");
+  refused([](auto&, auto& f) { f.cache.slots = 3; }, "at least as many slots as a token has experts, got 3 for 4");
+  refused([](auto&, auto& f) { f.cache.policy = CachePolicyKind::kStatic; }, "it takes no static cache");
+  refused([](auto&, auto& f) { f.layer = 2; }, "layer must be below 2, got 2");
+}
