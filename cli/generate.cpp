@@ -38,6 +38,7 @@ struct GenerateArguments {
   std::int64_t max_tokens = 128;
   std::string expert_slots;
   std::string policy = "lru";
+  std::string fetch = "together";
   double gamma = SlotCacheOptions{}.gamma;
   std::uint64_t seed = 1;
   std::string start = "cold";
@@ -259,6 +260,7 @@ void run_generate(const GenerateArguments& arguments) {
     options.cache.emplace();
     options.cache->slots = parse_expert_slots(arguments.expert_slots, stored, blob_bytes, stored.top_k);
     options.cache->policy = policy_from_name(arguments.policy);
+    options.cache->fetch = fetch_path_from_name(arguments.fetch);
     options.cache->gamma = arguments.gamma;
     options.cache->seed = arguments.seed;
   }
@@ -391,6 +393,7 @@ void run_generate(const GenerateArguments& arguments) {
         {"pool_slots", cache.slots.pool},
         {"slot_bytes", decoder.slots().slot_bytes()},
         {"policy", arguments.policy},
+        {"fetch", fetch_path_name(decoder.fetch_path())},
         {"start", arguments.start},
         {"requests", totals.requests},
         {"hits", totals.hits},
@@ -457,6 +460,11 @@ void add_generate(CLI::App& app) {
                    "experts on the device: 16 per layer, total:256 in one pool, memory:6GiB (default: all)")
       ->option_text("N");
   verb->add_option("--policy", arguments->policy, "which expert leaves: lru, lfu, gamma, lifo, fifo, random, static")
+      ->capture_default_str();
+  verb->add_option(
+          "--fetch", arguments->fetch,
+          "how misses come: together (one kernel copies and computes), copies (the copy engine, told by a host "
+          "thread), waves (kernels of their own)")
       ->capture_default_str();
   verb->add_option("--gamma", arguments->gamma, "discount of the policy gamma")->capture_default_str();
   verb->add_option("--start", arguments->start,

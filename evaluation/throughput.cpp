@@ -41,6 +41,9 @@ FieldList BenchOptions::fields() {
   list.add("slots", slots, "experts on the device: all, 16 (per layer), total:256 or memory:6GiB");
   list.add("policies", policies, "which expert leaves a full cache", policy_names());
   list.add("gamma", gamma, "discount of the policy gamma", {.low = 0.0, .high = 1.0});
+  list.add("fetch", fetch,
+           "how misses come: in one kernel with the products, by the copy engine, or in kernels of their own",
+           fetch_path_names());
   list.add("start", start, "slots at the first step; full: all experts, in arms with as many slots",
            {"cold", "prefill", "full"});
   list.add("batch", batch, "sequences decoded together", {.low = 1});
@@ -84,6 +87,7 @@ LoadedRecipe<BenchRecipe> load_bench_recipe(const std::filesystem::path& path,
   };
   not_empty(bench.slots, "bench.slots");
   not_empty(bench.policies, "bench.policies");
+  not_empty(bench.fetch, "bench.fetch");
   not_empty(bench.batch, "bench.batch");
   not_empty(bench.prompt_tokens, "bench.prompt_tokens");
   not_empty(bench.new_tokens, "bench.new_tokens");
@@ -279,30 +283,36 @@ class Bench {
     std::vector<Arm> arms;
     for (const std::string& slots : recipe_.bench.slots) {
       for (const std::string& policy : recipe_.bench.policies) {
-        if (slots == "all" && &policy != &recipe_.bench.policies.front()) {
-          continue;
-        }
-        DecoderOptions options;
-        options.rows = batch;
-        options.capacity = prompt_tokens + new_tokens;
-        options.cache = cache_of(a, slots, policy, batch);
-        options.start = options.cache ? start_of(recipe_.bench.start) : CacheStart::kCold;
-        if (options.start == CacheStart::kPreload) {
-          std::vector<std::uint16_t> all;
-          for (std::int64_t expert = 0; expert < a.num_experts; ++expert) {
-            all.push_back(static_cast<std::uint16_t>(expert));
+        for (const std::string& fetch : recipe_.bench.fetch) {
+          if (slots == "all" &&
+              (&policy != &recipe_.bench.policies.front() || &fetch != &recipe_.bench.fetch.front())) {
+            continue;
           }
-          options.preload.assign(a.moe_layers().size(), all);
+          DecoderOptions options;
+          options.rows = batch;
+          options.capacity = prompt_tokens + new_tokens;
+          options.cache = cache_of(a, slots, policy, batch);
+          if (options.cache) {
+            options.cache->fetch = fetch_path_from_name(fetch);
+          }
+          options.start = options.cache ? start_of(recipe_.bench.start) : CacheStart::kCold;
+          if (options.start == CacheStart::kPreload) {
+            std::vector<std::uint16_t> all;
+            for (std::int64_t expert = 0; expert < a.num_experts; ++expert) {
+              all.push_back(static_cast<std::uint16_t>(expert));
+            }
+            options.preload.assign(a.moe_layers().size(), all);
+          }
+          options.graph = recipe_.bench.graph;
+          options.kernels = recipe_.bench.kernels;
+          options.start_early = recipe_.bench.start_early;
+          Arm arm;
+          arm.slots = slots;
+          arm.policy = options.cache ? policy : "";
+          arm.decoder = std::make_unique<Decoder>(*offloaded_, options);
+          arm.decoder->replay(replay);
+          arms.push_back(std::move(arm));
         }
-        options.graph = recipe_.bench.graph;
-        options.kernels = recipe_.bench.kernels;
-        options.start_early = recipe_.bench.start_early;
-        Arm arm;
-        arm.slots = slots;
-        arm.policy = options.cache ? policy : "";
-        arm.decoder = std::make_unique<Decoder>(*offloaded_, options);
-        arm.decoder->replay(replay);
-        arms.push_back(std::move(arm));
       }
     }
     const Tensor prompt = random_prompt(batch, prompt_tokens, a.vocab_size);
@@ -433,7 +443,7 @@ class Bench {
         {"batch", batch},
         {"prompt_tokens", prompt_tokens},
         {"new_tokens", new_tokens},
-        {"fetch", arm.policy.empty() ? "" : "gather"},
+        {"fetch", arm.policy.empty() ? "" : fetch_path_name(arm.decoder->fetch_path())},
         {"graph", recipe_.bench.graph && device_.is_cuda()},
         {"kernels", arm.decoder->in_kernels()},
         {"start_early", arm.decoder->in_kernels() && recipe_.bench.start_early},
@@ -489,15 +499,15 @@ std::vector<Json> run_bench(const LoadedRecipe<BenchRecipe>& loaded, bool quiet)
 }
 
 std::string bench_table(const std::vector<Json>& rows) {
-  std::string text = fmt::format("{:>10} {:>7} {:>5} {:>6} {:>5} {:>9} {:>17} {:>9} {:>8} {:>7} {:>11} {:>7}\n",
-                                 "slots", "policy", "batch", "prompt", "new", "tokens/s", "(low - high)", "first",
-                                 "loads/l", "hits", "bytes/token", "bound");
+  std::string text = fmt::format("{:>10} {:>7} {:>8} {:>5} {:>6} {:>5} {:>9} {:>17} {:>9} {:>8} {:>7} {:>11} {:>7}\n",
+                                 "slots", "policy", "fetch", "batch", "prompt", "new", "tokens/s", "(low - high)",
+                                 "first", "loads/l", "hits", "bytes/token", "bound");
   for (const Json& row : rows) {
     text += fmt::format(
-        "{:>10} {:>7} {:>5} {:>6} {:>5} {:>9.1f} {:>17} {:>9} {:>8.3f} {:>6.1f}% {:>11} {:>7}\n",
-        row["slots"].get<std::string>(), row["policy"].get<std::string>(), row["batch"].get<std::int64_t>(),
-        row["prompt_tokens"].get<std::int64_t>(), row["new_tokens"].get<std::int64_t>(),
-        row["tokens_per_second"].get<double>(),
+        "{:>10} {:>7} {:>8} {:>5} {:>6} {:>5} {:>9.1f} {:>17} {:>9} {:>8.3f} {:>6.1f}% {:>11} {:>7}\n",
+        row["slots"].get<std::string>(), row["policy"].get<std::string>(), row["fetch"].get<std::string>(),
+        row["batch"].get<std::int64_t>(), row["prompt_tokens"].get<std::int64_t>(),
+        row["new_tokens"].get<std::int64_t>(), row["tokens_per_second"].get<double>(),
         fmt::format("({:.1f} - {:.1f})", row["tokens_per_second_low"].get<double>(),
                     row["tokens_per_second_high"].get<double>()),
         fmt::format("{:.3f} s", row["ttft_seconds"].get<double>()), row["loads_per_step_and_layer"].get<double>(),

@@ -26,6 +26,12 @@ void check_decode_fetch(const DecodeExpertsShape& shape, const DecodeFetch& fetc
   }
 }
 
+std::size_t fetch_own_bytes(const ExpertBlob& blob) {
+  constexpr std::size_t kChunk = std::size_t{16} << 10;  // what a block copies at once
+  constexpr std::size_t kMost = std::size_t{1} << 20;
+  return std::min(kMost, blob.down) / kChunk * kChunk;
+}
+
 void decode_fetch_gate_up_cpu(const DecodeExpertsShape& shape, const DecodeFetch& fetch, const std::uint16_t* x,
                               void* pool, std::uint16_t* h) {
   check_decode_fetch(shape, fetch);

@@ -39,6 +39,10 @@ std::size_t decode_fetch_workspace() {
   return sizeof(FetchWorkspace);
 }
 
+std::uint32_t* decode_fetch_flags(void* workspace) {
+  return static_cast<FetchWorkspace*>(workspace)->copied;
+}
+
 FetchStep fetch_step(const DecodeExpertsShape& shape, const DecodeFetch& fetch, unsigned blocks_per_pair) {
   const ExpertBlob blob = expert_blob(shape);
   const std::size_t words = blob.bytes / sizeof(uint4);
@@ -53,8 +57,10 @@ FetchStep fetch_step(const DecodeExpertsShape& shape, const DecodeFetch& fetch, 
       static_cast<const uint4*>(fetch.store) + static_cast<std::size_t>(fetch.layer * fetch.cache.num_experts) * words;
   step.answer = fetch.answer;
   step.workspace = static_cast<FetchWorkspace*>(fetch.workspace);
+  step.request = fetch.request;
   step.blob_words = words;
   step.first_words = blob.down / sizeof(uint4);
+  step.own_chunks = static_cast<unsigned>(fetch_own_bytes(blob) / (arrival::kChunk * sizeof(uint4)));
   step.copiers = static_cast<unsigned>(2 * kExpertFetchBlocks);  // half as large as those of a fetch alone
   step.blocks_per_pair = blocks_per_pair;
   return step;

@@ -14,13 +14,12 @@
 
 namespace hestia {
 
-constexpr int kFetchParts = 2;  // of a blob: what gate and up need, and the rest
-
 /// Counters between the blocks; zero between launches.
 struct FetchWorkspace {
-  unsigned served;                              ///< 1 + loads, once the step is served
-  unsigned ended;                               ///< blocks that wait for nothing any more
-  unsigned left[serving::kWarp * kFetchParts];  ///< chunks of each part of each load that are not there yet
+  unsigned served;                                ///< 1 + loads, once the step is served
+  unsigned ended;                                 ///< blocks that wait for nothing any more
+  unsigned left[kDecodeMaxTopK * kFetchParts];    ///< chunks of each part of each load that are not there yet
+  unsigned copied[kDecodeMaxTopK * kFetchParts];  ///< 1: the host thread has not copied it yet
 };
 
 /// DecodeFetch as the kernels take it.
@@ -34,6 +33,8 @@ struct FetchStep {
   const uint4* store;  ///< of the layer
   SlotCacheAnswer answer;
   FetchWorkspace* workspace;
+  CopyRequest* request;
+  unsigned own_chunks;      ///< of the first part of the first load, where a host thread copies the others
   std::size_t blob_words;   ///< of 16 bytes
   std::size_t first_words;  ///< gate and up: part 0; down is part 1
   unsigned copiers;
@@ -53,6 +54,14 @@ __device__ inline unsigned load_acquire(const unsigned* address) {
   unsigned value = 0;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
   return value;
+}
+__device__ inline unsigned load_acquire_system(const unsigned* address) {
+  unsigned value = 0;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+__device__ inline void store_release_system(unsigned* address, unsigned value) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 __device__ inline void store_release(unsigned* address, unsigned value) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
@@ -100,6 +109,15 @@ __device__ inline void leave(const FetchStep& step) {
   }
 }
 
+/// Waits until part `part` of load `load` is there; by one thread.
+__device__ inline void wait_arrived(const FetchStep& step, unsigned load, unsigned part) {
+  const unsigned word = load * kFetchParts + part;
+  while (load_acquire(&step.workspace->left[word]) != 0 ||
+         (step.request != nullptr && load_acquire_system(&step.workspace->copied[word]) != 0)) {
+    __nanosleep(250);
+  }
+}
+
 /// The slot of pair `pair`, a miss, once its gate and up are there; the whole block, `shared` is its.
 __device__ inline int arrived_slot(const FetchStep& step, int pair, int* shared) {
   if (threadIdx.x == 0) {
@@ -109,9 +127,7 @@ __device__ inline int arrived_slot(const FetchStep& step, int pair, int* shared)
     while (load + 1 < loads && static_cast<const volatile SlotCacheLoad*>(step.answer.loads)[load].slot != slot) {
       ++load;
     }
-    while (load_acquire(&step.workspace->left[load * kFetchParts]) != 0) {
-      __nanosleep(250);
-    }
+    wait_arrived(step, load, 0);
     leave(step);
     *shared = slot;
   }
@@ -131,11 +147,23 @@ __device__ inline void serve_and_copy(const FetchStep& step, uint4* pool) {
                    bits, shared);
     __syncthreads();
     const auto loads = static_cast<unsigned>(step.answer.step->loads);
+    const bool asks = step.request != nullptr && loads > 0;
     if (thread < loads * kFetchParts) {
-      step.workspace->left[thread] = chunks[thread % kFetchParts];
+      step.workspace->left[thread] = !asks ? chunks[thread % kFetchParts] : (thread == 0 ? step.own_chunks : 0);
+      step.workspace->copied[thread] = asks ? 1 : 0;
+    }
+    if (asks && thread < loads) {
+      const int blob = step.layer * static_cast<int>(step.cache.num_experts) + step.answer.loads[thread].expert;
+      volatile CopyRequest::Load& load = step.request->loads[thread];
+      load.blob = blob;
+      load.slot = step.answer.loads[thread].slot;
+      __threadfence_system();
     }
     __syncthreads();
     if (thread == 0) {
+      if (asks) {
+        store_release_system(&step.request->count, loads);
+      }
       store_release(&step.workspace->served, 1 + loads);
     }
   }
@@ -144,7 +172,7 @@ __device__ inline void serve_and_copy(const FetchStep& step, uint4* pool) {
   }
   __syncthreads();
   const unsigned per_blob = chunks[0] + chunks[1];
-  const unsigned end = shared_loads * per_blob;
+  const unsigned end = step.request == nullptr ? shared_loads * per_blob : (shared_loads > 0 ? step.own_chunks : 0);
   for (unsigned chunk = blockIdx.x; chunk < end; chunk += step.copiers) {
     const unsigned number = chunk / per_blob;
     const unsigned of_blob = chunk - number * per_blob;
@@ -176,6 +204,12 @@ __device__ inline void serve_and_copy(const FetchStep& step, uint4* pool) {
     }
   }
   if (thread == 0) {
+    if (blockIdx.x == 0 && step.request != nullptr) {
+      for (unsigned load = 0; load < shared_loads; ++load) {
+        wait_arrived(step, load, 0);
+        wait_arrived(step, load, 1);
+      }
+    }
     leave(step);
   }
 }

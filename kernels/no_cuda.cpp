@@ -162,6 +162,10 @@ std::size_t decode_fetch_workspace() {
   refuse();
 }
 
+std::uint32_t* decode_fetch_flags(void*) {
+  refuse();
+}
+
 void decode_fetch_gate_up_cuda(const DecodeExpertsShape&, const DecodeFetch&, const std::uint16_t*, void*,
                                std::uint16_t*, void*) {
   refuse();

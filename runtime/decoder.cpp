@@ -1,11 +1,13 @@
 #include "hestia/runtime/decoder.hpp"
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <map>
 #include <stdexcept>
 #include <utility>
 
+#include <ATen/cuda/CUDAEvent.h>
 #include <ATen/cuda/CUDAGraph.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -61,6 +63,8 @@ struct Decoder::Impl {
 
   std::map<std::int64_t, std::unique_ptr<at::cuda::CUDAGraph>> graphs;  // by visible keys; null: run once so far
   std::optional<c10::cuda::CUDAStream> stream;
+  bool stepped = false;                     // every kernel of a step has been launched before
+  std::array<at::cuda::CUDAEvent, 2> ends;  // of the last steps
   std::int64_t prompt_length = 0;
   DecodeTimes times;
 
@@ -96,6 +100,12 @@ struct Decoder::Impl {
         log_warning(
             fmt::format("decode kernels do not take this model: {}; steps run slower, through LibTorch", refusal));
       }
+    }
+    if (options.cache && options.cache->fetch == FetchPath::kCopies && !copies()) {
+      log_warning(
+          "the copy engine is not told what to fetch: that takes one row, the decode kernels, a policy other than "
+          "static "
+          "and as many slots as a token has experts; misses come in waves");
     }
     const auto integers = torch::TensorOptions().dtype(torch::kInt64).device(device);
     const auto floats = integers.dtype(torch::kFloat32);
@@ -257,6 +267,8 @@ struct Decoder::Impl {
     return std::min(wanted, options.capacity);
   }
 
+  [[nodiscard]] bool copies() const { return fused && slots->fetch_path() == FetchPath::kCopies; }
+
   void synchronize() const {
     if (stream) {
       stream->synchronize();
@@ -383,14 +395,29 @@ void Decoder::decode(std::int64_t count) {
   const auto started = Clock::now();
   for (std::int64_t i = 0; i < count; ++i) {
     const std::int64_t visible = impl.visible_keys();
+    const bool copies = impl.copies();
+    at::cuda::CUDAEvent& end = impl.ends[static_cast<std::size_t>(i) % impl.ends.size()];
+    if (copies) {
+      if (i >= static_cast<std::int64_t>(impl.ends.size())) {
+        end.synchronize();
+      }
+      if (impl.stepped) {
+        impl.slots->wake_copies();
+      }
+    }
     if (impl.stream && impl.options.graph) {
       impl.step_in_graph(visible);
     } else {
       impl.step(visible);
     }
+    impl.stepped = true;
+    if (copies) {
+      end.record();
+    }
     impl.cache.advance(1);
   }
   impl.synchronize();
+  impl.slots->rest_copies();
   impl.times.step_seconds += seconds_since(started);
   impl.times.steps += count;
 }
@@ -450,6 +477,10 @@ torch::Tensor Decoder::recorded_logits() const {
 
 const SlotExecutor& Decoder::slots() const noexcept {
   return *impl_->slots;
+}
+
+FetchPath Decoder::fetch_path() const noexcept {
+  return impl_->fused ? impl_->slots->fetch_path() : FetchPath::kWaves;
 }
 
 bool Decoder::in_kernels() const noexcept {

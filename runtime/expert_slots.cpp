@@ -5,6 +5,7 @@
 #include <utility>
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include "hestia/core/error.hpp"
 #include "hestia/core/progress.hpp"
@@ -15,6 +16,8 @@ namespace {
 
 constexpr std::string_view kForms =
     "write a number of slots per layer (16), of one pool (total:256) or of bytes (memory:6GiB)";
+
+constexpr std::array<std::string_view, 3> kFetchPaths = {"together", "copies", "waves"};
 
 [[noreturn]] void refuse(std::string_view text, std::string_view why) {
   throw UsageError(fmt::format("--expert-slots: {}, got \"{}\"; {}", why, text, kForms));
@@ -86,6 +89,25 @@ ExpertSlots parse_expert_slots(std::string_view text, const Architecture& archit
 
 std::int64_t scratch_slots(const Architecture& architecture, std::int64_t num_selected) {
   return std::min({architecture.top_k, architecture.num_experts, num_selected});
+}
+
+std::vector<std::string> fetch_path_names() {
+  return {kFetchPaths.begin(), kFetchPaths.end()};
+}
+
+std::string fetch_path_name(FetchPath path) {
+  return std::string(kFetchPaths.at(static_cast<std::size_t>(path)));
+}
+
+FetchPath fetch_path_from_name(std::string_view name) {
+  const auto* const found = std::find(kFetchPaths.begin(), kFetchPaths.end(), name);
+  if (found != kFetchPaths.end()) {
+    return static_cast<FetchPath>(found - kFetchPaths.begin());
+  }
+  const std::string nearest = nearest_name(name, fetch_path_names());
+  throw UsageError(fmt::format("fetch path: unknown name, got \"{}\"; {}choose one of {}", name,
+                               nearest.empty() ? "" : fmt::format("did you mean \"{}\"? ", nearest),
+                               fmt::join(kFetchPaths, ", ")));
 }
 
 }  // namespace hestia

@@ -12,6 +12,7 @@
 #include <cuda_runtime_api.h>
 #include <fmt/format.h>
 
+#include "copy_proxy.hpp"
 #include "hestia/core/error.hpp"
 #include "hestia/core/progress.hpp"
 #include "hestia/kernels/decode_experts.hpp"
@@ -88,7 +89,6 @@ struct SlotExecutor::Impl {
         top_k(experts_per_token),
         shape(cache_shape(of, most_rows, experts_per_token, cache)),
         seed(cache ? cache->seed : 0),
-        fetch_path(cache ? cache->fetch : FetchPath::kWaves),
         moe_layers(of.moe_layers()) {}
 
   Architecture architecture;
@@ -98,7 +98,7 @@ struct SlotExecutor::Impl {
   std::int64_t top_k;
   std::optional<SlotCacheShape> shape;
   std::uint64_t seed;
-  FetchPath fetch_path;
+  FetchPath fetch_path = FetchPath::kWaves;
   std::vector<std::int64_t> moe_layers;
 
   Tensor slots_SB;  // uint8 [slots, bytes]: on a GPU its own memory, on the CPU with all resident the store's
@@ -107,6 +107,8 @@ struct SlotExecutor::Impl {
   bool early = false;
   Tensor hidden_TKF, product_TKD;  // of the decode kernels
   Tensor fetch_workspace;
+  std::unique_ptr<CopyProxy> proxy;
+  bool asks = false;  // the proxy is awake
 
   // The cache, on the device.
   Tensor cache_memory, step_memory, loads_memory, slots_TK, waves_TK, wave_slots, resident_LE;
@@ -293,6 +295,7 @@ struct SlotExecutor::Impl {
                       .answer = answer(),
                       .workspace = fetch_workspace.data_ptr()};
     fetch.answer.wave_slots = nullptr;
+    fetch.request = asks ? proxy->request() : nullptr;
     auto* const pool = slots_SB.mutable_data_ptr<std::uint8_t>();
     decode_fetch_gate_up_cuda(sizes, fetch, x, pool, mutable_bits(hidden_TKF), stream());
     decode_down_combine_cuda(sizes, bits(hidden_TKF), fetch.answer.slots, pool, weights, nullptr, residual, out,
@@ -317,7 +320,7 @@ struct SlotExecutor::Impl {
       wave_in_kernels(sizes, bits(x_TD), selected, pool + first * store.layout().bytes, true, weights, residual, out);
       return;
     }
-    if (hit_slots != nullptr && fetch_path == FetchPath::kTogether && tokens == 1 && overlaps(1)) {
+    if (hit_slots != nullptr && fetch_path != FetchPath::kWaves) {
       run_together(sizes, bits(x_TD), selected, hit_slots, weights, residual, out, moe_layer);
       return;
     }
@@ -401,6 +404,18 @@ SlotExecutor::SlotExecutor(const Architecture& architecture, ExpertStore store, 
   }
   impl.wave_slots = torch::zeros({most}, options.dtype(torch::kInt32));
   impl.resident_LE = torch::zeros({impl.shape->num_layers, architecture.num_experts}, options.dtype(torch::kUInt8));
+  if (impl.kernels && rows == 1 && impl.overlaps(1)) {
+    impl.fetch_path = cache->fetch;
+  }
+  if (impl.fetch_path == FetchPath::kCopies) {
+    const ExpertBlob blob = expert_blob({.num_tokens = rows,
+                                         .top_k = top_k,
+                                         .hidden_size = architecture.hidden_size,
+                                         .expert_hidden_size = architecture.expert_intermediate_size});
+    impl.proxy =
+        std::make_unique<CopyProxy>(impl.store, blob, impl.slots_SB.mutable_data_ptr<std::uint8_t>(),
+                                    decode_fetch_flags(impl.fetch_workspace.mutable_data_ptr()), device.index());
+  }
   if (device.is_cuda()) {
     impl.side = c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device.index());
   }
@@ -457,6 +472,24 @@ void SlotExecutor::decode(const torch::Tensor& x_TD, const torch::Tensor& select
   }
   impl_->run_kernels(x_TD, selected_TK, weights_TK, hit_slots_TK.const_data_ptr<std::int32_t>(), bits(out_TD),
                      mutable_bits(out_TD), moe_layer);
+}
+
+FetchPath SlotExecutor::fetch_path() const noexcept {
+  return impl_->fetch_path;
+}
+
+void SlotExecutor::wake_copies() {
+  if (impl_->proxy && !impl_->asks) {
+    impl_->proxy->wake();
+    impl_->asks = true;
+  }
+}
+
+void SlotExecutor::rest_copies() {
+  if (impl_->asks) {
+    impl_->asks = false;
+    impl_->proxy->rest();
+  }
 }
 
 void SlotExecutor::reset(std::int64_t sequence, const std::vector<std::vector<std::uint16_t>>& preload) {

@@ -28,6 +28,7 @@ struct BenchOptions {
   std::vector<std::string> slots = {"all", "16", "32"};  ///< `all`, or as `--expert-slots` takes them.
   std::vector<std::string> policies = {"lru"};
   double gamma = 0.9;
+  std::vector<std::string> fetch = {"together"};  ///< SlotCacheOptions::fetch
   std::string start = "cold";  ///< cold | prefill | full: slots hold every expert, so that every request is a hit.
   std::vector<std::int64_t> batch = {1};
   std::vector<std::int64_t> prompt_tokens = {128};

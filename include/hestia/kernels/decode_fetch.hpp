@@ -8,6 +8,23 @@
 
 namespace hestia {
 
+/// What a kernel asks a host thread to copy, in pinned, mapped host memory. The kernel writes `loads` and then `count`;
+/// the thread takes them, puts `count` back to 0, and copies in the order of the list.
+struct CopyRequest {
+  struct Load {
+    std::int32_t blob = 0;  ///< of the store: layer * E + expert
+    std::int32_t slot = 0;
+  };
+  std::uint32_t count = 0;
+  Load loads[kDecodeMaxTopK];
+};
+
+/// Parts of a blob that arrive one by one: gate and up, then down.
+inline constexpr std::int64_t kFetchParts = 2;
+/// Bytes at the front of the first load that the kernel copies itself while the host thread wakes: up to 1 MiB of its
+/// first part.
+[[nodiscard]] std::size_t fetch_own_bytes(const ExpertBlob& blob);
+
 /// The slot cache of a layer and where its misses come from, in a step of one token. Pointers lie on the device.
 struct DecodeFetch {
   SlotCacheShape cache;
@@ -21,10 +38,16 @@ struct DecodeFetch {
   SlotCacheAnswer answer;  ///< What serving writes; `wave_slots` is not written.
   /// decode_fetch_workspace() bytes, aligned to 16: zero before the first call, and zero again after each.
   void* workspace = nullptr;
+  /// Null: the kernel copies all misses itself. Else it copies the first fetch_own_bytes of the first one and waits for
+  /// a host thread that copies the rest and, behind part p of load i, writes 0 to word i * kFetchParts + p of
+  /// decode_fetch_flags(workspace). Memory as the kernel sees it. Ignored by the CPU.
+  CopyRequest* request = nullptr;
 };
 
 /// Bytes of DecodeFetch::workspace.
 [[nodiscard]] std::size_t decode_fetch_workspace();
+/// The words of a workspace that a host thread writes: uint32 [kDecodeMaxTopK, kFetchParts].
+[[nodiscard]] std::uint32_t* decode_fetch_flags(void* workspace);
 
 /// slot_cache_serve, expert_fetch and decode_gate_up of one step in one: serves `fetch.selected`, copies the misses
 /// into their slots of `pool`, and works out h = silu(gate x) * (up x) for every k, of the hits meanwhile and of a miss

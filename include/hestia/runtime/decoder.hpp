@@ -90,6 +90,8 @@ class Decoder {
   /// unless they are recorded.
   [[nodiscard]] torch::Tensor recorded_logits() const;
   [[nodiscard]] const SlotExecutor& slots() const noexcept;
+  /// How misses come; by waves where SlotCacheOptions::fetch does not serve.
+  [[nodiscard]] FetchPath fetch_path() const noexcept;
   /// Whether whole steps run in the decode kernels.
   [[nodiscard]] bool in_kernels() const noexcept;
 

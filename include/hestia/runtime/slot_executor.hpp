@@ -34,8 +34,15 @@ struct ExpertSlots {
 /// How the misses of a step come to the GPU.
 enum class FetchPath : std::int32_t {
   kTogether,  ///< One kernel serves the step, copies its misses and computes with the hits meanwhile.
+  kCopies,    ///< The same, but for what the copy engine moves, as a host thread tells it when the kernel asks.
   kWaves,     ///< A kernel each for serving, for copying and for every wave's products, copies on a second stream.
 };
+
+/// Names of the paths on the command line and in recipes, in enum order: together, copies, waves.
+[[nodiscard]] std::vector<std::string> fetch_path_names();
+[[nodiscard]] std::string fetch_path_name(FetchPath path);
+/// Inverse of fetch_path_name. Throws UsageError with the nearest name.
+[[nodiscard]] FetchPath fetch_path_from_name(std::string_view name);
 
 /// Options of a slot cache.
 struct SlotCacheOptions {
@@ -94,6 +101,16 @@ class SlotExecutor : public Executor {
   void touch(const std::vector<torch::Tensor>& selected_SRK);
   /// uint8 [E] on the device, 1 where the slots of a layer hold the expert; asynchronous. Null when all are resident.
   [[nodiscard]] torch::Tensor resident(std::int64_t moe_layer);
+
+  /// How misses come, which is by waves where the options' path does not serve: on a CPU, for several rows, without the
+  /// decode kernels, under `static` or with fewer slots than a token has experts.
+  [[nodiscard]] FetchPath fetch_path() const noexcept;
+  /// Lets the host thread of `copies` look for requests, and decode() ask it; without effect on other paths. Not before
+  /// a first step has run: what a kernel's first launch does may wait for the kernels that wait for the thread. And no
+  /// more than a few steps may be enqueued at once.
+  void wake_copies();
+  /// The end of that, once the steps have ended. Throws RunError when a copy failed.
+  void rest_copies();
 
   /// Counts of each MoE layer since the reset; empty when all are resident. Synchronises with the device.
   [[nodiscard]] std::vector<SlotCacheCounts> counts() const;

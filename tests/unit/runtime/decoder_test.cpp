@@ -135,14 +135,21 @@ void check_same_bits(const Architecture& a, torch::Dtype dtype, torch::Device de
     const Run resident = run(offloaded, all, prompt, 12);
     CHECK(resident.counts.empty());
     REQUIRE(resident.tokens.sizes() == at::IntArrayRef({rows, 13}));
+    const bool on_gpu = device.is_cuda() && kernels;
+    const std::vector<FetchPath> paths = on_gpu
+                                             ? std::vector{FetchPath::kTogether, FetchPath::kCopies, FetchPath::kWaves}
+                                             : std::vector{FetchPath::kTogether};
     const auto check = [&](DecoderOptions options) {
       options.kernels = kernels;
-      const Run found = run(offloaded, options, prompt, 12);
-      CAPTURE(rows, options.cache->slots.per_layer, options.cache->slots.pool, options.graph,
-              policy_name(options.cache->policy));
-      CHECK(found.tokens.equal(resident.tokens));
-      CHECK(found.logits.equal(resident.logits));
-      CHECK(loads_of(found.counts) > 0);
+      for (const FetchPath path : paths) {
+        options.cache->fetch = path;
+        const Run found = run(offloaded, options, prompt, 12);
+        CAPTURE(rows, options.cache->slots.per_layer, options.cache->slots.pool, options.graph,
+                policy_name(options.cache->policy), fetch_path_name(path));
+        CHECK(found.tokens.equal(resident.tokens));
+        CHECK(found.logits.equal(resident.logits));
+        CHECK(loads_of(found.counts) > 0);
+      }
     };
     for (const std::int64_t slots : {std::int64_t{1}, std::int64_t{2}, a.top_k + 1, a.num_experts}) {
       DecoderOptions options;
