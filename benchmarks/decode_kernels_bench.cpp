@@ -25,6 +25,7 @@
 #include "hestia/core/random.hpp"
 #include "hestia/evaluation/build_info.hpp"
 #include "hestia/kernels/decode_experts.hpp"
+#include "hestia/kernels/decode_fetch.hpp"
 #include "hestia/kernels/decode_router.hpp"
 #include "hestia/kernels/expert_fetch.hpp"
 #include "hestia/kernels/expert_formats.hpp"
@@ -46,6 +47,10 @@ struct Options {
   std::vector<std::int64_t> tokens = {1, 8, 32};
   std::vector<std::int64_t> misses = {0, 1, 2, 4, 8};
   std::vector<std::int64_t> fetch_blocks = {8, kExpertFetchBlocks, 32, 64};
+  std::vector<std::int64_t> step_misses = {0, 1, 2, 4};
+  std::vector<std::int64_t> copiers = {kFetchCopiers};
+  std::vector<std::int64_t> polls = {2000};
+  std::vector<std::string> kinds = {"experts", "fetch", "step"};
   std::int64_t slots = 16;
   double pool_gb = 12.9;
   double weights_gb = 1.6;
@@ -206,17 +211,23 @@ class Bench {
     std::iota(slot_order_.begin(), slot_order_.end(), 0);
     shuffle(slot_order_, slot_order_.size());
     add_probes();
-    for (const std::int64_t tokens : options.tokens) {
+    const auto wanted = [&](const char* kind) {
+      return std::find(options.kinds.begin(), options.kinds.end(), kind) != options.kinds.end();
+    };
+    if (wanted("step")) {
+      add_steps();
+    }
+    for (const std::int64_t tokens : wanted("experts") ? options.tokens : std::vector<std::int64_t>()) {
       add_experts(tokens);
       if (with_others) {
         add_router(tokens);
         add_cache(tokens, false);
       }
     }
-    if (with_others) {
+    if (with_others && wanted("experts")) {
       add_cache(1, true);
     }
-    for (const std::int64_t misses : options.misses) {
+    for (const std::int64_t misses : wanted("fetch") ? options.misses : std::vector<std::int64_t>()) {
       for (const std::int64_t blocks : options.fetch_blocks) {
         add_fetch(misses, blocks);
       }
@@ -497,6 +508,139 @@ class Bench {
     };
   }
 
+  /// What the experts of one layer cost in a decode step of one token: router, products, and with a slot cache the
+  /// serving and fetching in between. The experts of a layer's steps slide over all experts by `misses` each, so that
+  /// as many are missing every time.
+  struct StepMemory {
+    std::shared_ptr<DeviceMemory> slots, cache, answer, workspace, hidden, scores, steps, forced, router_workspace;
+  };
+
+  void add_steps() {
+    constexpr std::int64_t kMostLayers = 16;
+    const std::int64_t layers = std::min(layers_, kMostLayers);
+    const SlotCacheShape of{.num_layers = layers, .num_experts = options_.experts, .slots = options_.slots};
+    StepMemory memory;
+    memory.slots = std::make_shared<DeviceMemory>(static_cast<std::size_t>(slot_cache_num_slots(of)) * blob_.bytes);
+    require_cuda(cudaMemcpy(memory.slots->as<void>(), pool_.host(),
+                            std::min(pool_.bytes(), static_cast<std::size_t>(slot_cache_num_slots(of)) * blob_.bytes),
+                            cudaMemcpyHostToDevice),
+                 "copy");
+    memory.cache = std::make_shared<DeviceMemory>(slot_cache_bytes(of));
+    memory.answer = std::make_shared<DeviceMemory>(4096);
+    memory.workspace = on_device(std::vector<unsigned char>(decode_fetch_workspace()));
+    memory.hidden = on_device(
+        random_words(static_cast<std::size_t>(options_.hidden + options_.top_k * options_.expert_hidden) * 2, 6));
+    memory.scores = std::make_shared<DeviceMemory>(65536);
+    const DecodeRouterShape router{.num_tokens = 1,
+                                   .hidden_size = options_.hidden,
+                                   .num_experts = options_.experts,
+                                   .top_k = options_.top_k,
+                                   .dependent = true};
+    memory.router_workspace = on_device(std::vector<unsigned char>(decode_router_workspace(router)));
+    for (const std::int64_t misses : options_.step_misses) {
+      const std::int64_t rounds = misses > 0 ? options_.experts / misses : 1;
+      std::vector<std::int64_t> forced;
+      for (std::int64_t step = 0; step < rounds; ++step) {
+        for (std::int64_t k = 0; k < options_.top_k; ++k) {
+          // The newest first: the order of the ranks does not follow that of the misses.
+          forced.push_back((step * misses + (k * 5) % options_.top_k) % options_.experts);
+        }
+      }
+      std::vector<std::int64_t> steps(static_cast<std::size_t>(rounds));
+      std::iota(steps.begin(), steps.end(), 0);
+      memory.forced = on_device(forced);
+      memory.steps = on_device(steps);
+      for (const bool down : {false, true}) {
+        add_step(of, memory, misses, rounds, 0, 0, down);
+        for (const std::int64_t copiers : options_.copiers) {
+          for (const std::int64_t poll : options_.polls) {
+            add_step(of, memory, misses, rounds, copiers, poll, down);
+          }
+        }
+      }
+    }
+  }
+
+  /// copiers 0: all experts are there, without a cache.
+  void add_step(const SlotCacheShape& of, const StepMemory& memory, std::int64_t misses, std::int64_t rounds,
+                std::int64_t copiers, std::int64_t poll, bool down) {
+    if (copiers == 0 && misses > 0) {
+      return;
+    }
+    const SlotCacheState state = slot_cache_state(of, memory.cache->as<void>());
+    Arm& arm = arms_.emplace_back();
+    arm.labels = {{"kernel", fmt::format("step of one layer: {}{}", copiers > 0 ? "fetch_gate_up" : "gate_up",
+                                         down ? " + down_combine" : "")},
+                  {"misses", misses},
+                  {"copiers", copiers},
+                  {"poll_ns", poll}};
+    arm.bound = misses > 0 ? Bound::kLink : Bound::kMemory;
+    arm.bytes = static_cast<double>(misses > 0 ? misses : options_.top_k) *
+                static_cast<double>(down || misses > 0 ? blob_.bytes : blob_.down);
+    arm.launches = of.num_layers * rounds;
+    arm.prepare = [this, of, state, memory] {
+      slot_cache_reset_cuda(of, state, nullptr, 0, nullptr, stream_);
+      require_cuda(cudaStreamSynchronize(stream_), "stream");
+    };
+    arm.launch = [=, this](std::int64_t i) {
+      const DecodeRouterShape router{.num_tokens = 1,
+                                     .hidden_size = options_.hidden,
+                                     .num_experts = options_.experts,
+                                     .top_k = options_.top_k,
+                                     .dependent = true};
+      const std::int64_t layer = i % of.num_layers;
+      auto* const hidden = memory.hidden->as<std::uint16_t>();
+      auto* const logits = memory.scores->as<float>();
+      auto* const selected = reinterpret_cast<std::int32_t*>(logits + 2 * options_.experts);
+      auto* const mixing = logits + 2 * options_.experts + 32;
+      auto* const hit_slots = selected + 64;
+      auto* const normal = reinterpret_cast<std::uint16_t*>(logits + 2 * options_.experts + 128);
+      DecodeRouterInputs in{
+          .hidden = hidden,
+          .norm_weight = hidden,
+          .router = weights_->as<float>(static_cast<std::size_t>(layer * options_.experts * options_.hidden) * 4)};
+      in.forced = memory.forced->as<std::int64_t>();
+      in.num_forced = rounds;
+      in.step = memory.steps->as<std::int64_t>(static_cast<std::size_t>(i / of.num_layers) * 8);
+      in.slot_of = copiers > 0 ? state.slot_of + layer * of.num_experts : nullptr;
+      decode_router_cuda(
+          router, in, {normal, logits, logits + options_.experts, selected, mixing, copiers > 0 ? hit_slots : nullptr},
+          memory.router_workspace->as<void>(), stream_);
+      DecodeExpertsShape sizes = shape(1);
+      sizes.dependent = true;
+      auto* const h = hidden + options_.hidden;
+      auto* const pool = memory.slots->as<unsigned char>();
+      if (copiers == 0) {
+        // Experts 0 to K - 1 of every layer lie in its first slots.
+        auto* const of_layer = pool + static_cast<std::size_t>(layer * of.slots) * blob_.bytes;
+        decode_gate_up_cuda(sizes, normal, selected, of_layer, h, stream_);
+        if (down) {
+          decode_down_combine_cuda(sizes, h, selected, of_layer, mixing, nullptr, nullptr, normal + options_.hidden,
+                                   stream_);
+        }
+        return;
+      }
+      auto* const answers = memory.answer->as<unsigned char>();
+      DecodeFetch fetch;
+      fetch.cache = of;
+      fetch.state = state;
+      fetch.layer = layer;
+      fetch.selected = selected;
+      fetch.hit_slots = hit_slots;
+      fetch.store = pool_.device();
+      fetch.answer = {reinterpret_cast<SlotCacheStep*>(answers), reinterpret_cast<SlotCacheLoad*>(answers + 64),
+                      reinterpret_cast<std::int32_t*>(answers + 1024), reinterpret_cast<std::int32_t*>(answers + 2048)};
+      fetch.workspace = memory.workspace->as<void>();
+      fetch.copiers = copiers;
+      fetch.poll_ns = poll;
+      decode_fetch_gate_up_cuda(sizes, fetch, normal, pool, h, stream_);
+      if (down) {
+        decode_down_combine_cuda(sizes, h, fetch.answer.slots, pool, mixing, nullptr, nullptr, normal + options_.hidden,
+                                 stream_, hit_slots);
+      }
+    };
+  }
+
   void add_fetch(std::int64_t misses, std::int64_t blocks) {
     const ExpertStoreShape of{layers_, options_.experts, blob_.bytes};
     SlotCacheStep what;
@@ -569,6 +713,16 @@ int main(int argc, char** argv) {
     app.add_option("--tokens", options.tokens, "rows of a step")->delimiter(',')->capture_default_str();
     app.add_option("--misses", options.misses, "experts per fetch")->delimiter(',')->capture_default_str();
     app.add_option("--fetch-blocks", options.fetch_blocks, "blocks of a fetch")->delimiter(',')->capture_default_str();
+    app.add_option("--step-misses", options.step_misses, "experts that a whole step misses")
+        ->delimiter(',')
+        ->capture_default_str();
+    app.add_option("--copiers", options.copiers, "blocks of a whole step that copy")
+        ->delimiter(',')
+        ->capture_default_str();
+    app.add_option("--polls", options.polls, "ns between looks of the others")->delimiter(',')->capture_default_str();
+    app.add_option("--kinds", options.kinds, "of kernels: experts (with router and slot cache), fetch, step")
+        ->delimiter(',')
+        ->capture_default_str();
     app.add_option("--slots", options.slots, "slots per layer of the slot cache")->capture_default_str();
     app.add_option("--pool-gb", options.pool_gb, "experts in page-locked host memory")->capture_default_str();
     app.add_option("--weights-gb", options.weights_gb, "weights on the GPU that launches rotate through")

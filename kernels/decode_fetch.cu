@@ -60,8 +60,9 @@ FetchStep fetch_step(const DecodeExpertsShape& shape, const DecodeFetch& fetch, 
   step.request = fetch.request;
   step.blob_words = words;
   step.first_words = blob.down / sizeof(uint4);
-  step.own_chunks = static_cast<unsigned>(fetch_own_bytes(blob) / (arrival::kChunk * sizeof(uint4)));
-  step.copiers = static_cast<unsigned>(2 * kExpertFetchBlocks);  // half as large as those of a fetch alone
+  step.own_words = fetch_own_bytes(blob) / sizeof(uint4);
+  step.copiers = static_cast<unsigned>(fetch.copiers);
+  step.poll_ns = static_cast<unsigned>(fetch.poll_ns);
   step.blocks_per_pair = blocks_per_pair;
   return step;
 }

@@ -8,7 +8,7 @@
 #include "slot_cache_serve.cuh"
 
 // How the blocks of one kernel serve a step, copy its misses and compute with what is there (decode_fetch.hpp). The
-// first block serves and says so; the first `copiers` blocks copy, in chunks whose ends are counted per miss and part;
+// first block serves and says so; the first `copiers` blocks copy, whose warps are counted down per miss and part;
 // the others compute: with hits at once, with a miss when the counter of its first part is down. Blocks start in the
 // order of their numbers, so copiers run before anyone waits for them.
 
@@ -18,7 +18,7 @@ namespace hestia {
 struct FetchWorkspace {
   unsigned served;                                ///< 1 + loads, once the step is served
   unsigned ended;                                 ///< blocks that wait for nothing any more
-  unsigned left[kDecodeMaxTopK * kFetchParts];    ///< chunks of each part of each load that are not there yet
+  unsigned left[kDecodeMaxTopK * kFetchParts];    ///< warps that still copy of each part of each load
   unsigned copied[kDecodeMaxTopK * kFetchParts];  ///< 1: the host thread has not copied it yet
 };
 
@@ -34,10 +34,11 @@ struct FetchStep {
   SlotCacheAnswer answer;
   FetchWorkspace* workspace;
   CopyRequest* request;
-  unsigned own_chunks;      ///< of the first part of the first load, where a host thread copies the others
+  std::size_t own_words;    ///< of the first load, where a host thread copies the others
   std::size_t blob_words;   ///< of 16 bytes
   std::size_t first_words;  ///< gate and up: part 0; down is part 1
   unsigned copiers;
+  unsigned poll_ns;
   unsigned blocks_per_pair;
 };
 
@@ -47,8 +48,7 @@ FetchStep fetch_step(const DecodeExpertsShape& shape, const DecodeFetch& fetch, 
 namespace arrival {
 
 constexpr int kThreads = serving::kThreads;
-constexpr int kInFlight = 4;                       // loads of 16 bytes per thread
-constexpr unsigned kChunk = kThreads * kInFlight;  // words
+constexpr int kInFlight = 4;  // loads of 16 bytes per thread
 
 __device__ inline unsigned load_acquire(const unsigned* address) {
   unsigned value = 0;
@@ -70,15 +70,11 @@ __device__ inline void count_down(unsigned* address) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(~0U) : "memory");
 }
 
-__device__ inline unsigned chunks_of(std::size_t words) {
-  return static_cast<unsigned>((words + kChunk - 1) / kChunk);
-}
-
 /// Waits until the step is served; by one thread. Returns the number of loads.
-__device__ inline unsigned wait_served(const FetchStep& step) {
+__device__ inline unsigned wait_served(const FetchStep& step, unsigned poll_ns) {
   unsigned said = load_acquire(&step.workspace->served);
   while (said == 0) {
-    __nanosleep(100);
+    __nanosleep(poll_ns);
     said = load_acquire(&step.workspace->served);
   }
   return said - 1;
@@ -110,24 +106,24 @@ __device__ inline void leave(const FetchStep& step) {
 }
 
 /// Waits until part `part` of load `load` is there; by one thread.
-__device__ inline void wait_arrived(const FetchStep& step, unsigned load, unsigned part) {
+__device__ inline void wait_arrived(const FetchStep& step, unsigned load, unsigned part, unsigned poll_ns) {
   const unsigned word = load * kFetchParts + part;
   while (load_acquire(&step.workspace->left[word]) != 0 ||
          (step.request != nullptr && load_acquire_system(&step.workspace->copied[word]) != 0)) {
-    __nanosleep(250);
+    __nanosleep(poll_ns);
   }
 }
 
 /// The slot of pair `pair`, a miss, once its gate and up are there; the whole block, `shared` is its.
 __device__ inline int arrived_slot(const FetchStep& step, int pair, int* shared) {
   if (threadIdx.x == 0) {
-    const unsigned loads = wait_served(step);
+    const unsigned loads = wait_served(step, step.poll_ns);
     const int slot = static_cast<const volatile std::int32_t*>(step.answer.slots)[pair];
     unsigned load = 0;
     while (load + 1 < loads && static_cast<const volatile SlotCacheLoad*>(step.answer.loads)[load].slot != slot) {
       ++load;
     }
-    wait_arrived(step, load, 0);
+    wait_arrived(step, load, 0, step.poll_ns);
     leave(step);
     *shared = slot;
   }
@@ -139,7 +135,7 @@ __device__ inline int arrived_slot(const FetchStep& step, int pair, int* shared)
 __device__ inline void serve_and_copy(const FetchStep& step, uint4* pool) {
   __shared__ unsigned shared_loads;
   const auto thread = static_cast<unsigned>(threadIdx.x);
-  const unsigned chunks[kFetchParts] = {chunks_of(step.first_words), chunks_of(step.blob_words - step.first_words)};
+  const unsigned warps = step.copiers * (kThreads / kDecodeWarp);
   if (blockIdx.x == 0) {
     __shared__ serving::Shared shared;
     extern __shared__ unsigned bits[];
@@ -149,7 +145,7 @@ __device__ inline void serve_and_copy(const FetchStep& step, uint4* pool) {
     const auto loads = static_cast<unsigned>(step.answer.step->loads);
     const bool asks = step.request != nullptr && loads > 0;
     if (thread < loads * kFetchParts) {
-      step.workspace->left[thread] = !asks ? chunks[thread % kFetchParts] : (thread == 0 ? step.own_chunks : 0);
+      step.workspace->left[thread] = !asks || thread == 0 ? warps : 0;
       step.workspace->copied[thread] = asks ? 1 : 0;
     }
     if (asks && thread < loads) {
@@ -168,46 +164,50 @@ __device__ inline void serve_and_copy(const FetchStep& step, uint4* pool) {
     }
   }
   if (thread == 0) {
-    shared_loads = wait_served(step);
+    shared_loads = wait_served(step, 100);
   }
   __syncthreads();
-  const unsigned per_blob = chunks[0] + chunks[1];
-  const unsigned end = step.request == nullptr ? shared_loads * per_blob : (shared_loads > 0 ? step.own_chunks : 0);
-  for (unsigned chunk = blockIdx.x; chunk < end; chunk += step.copiers) {
-    const unsigned number = chunk / per_blob;
-    const unsigned of_blob = chunk - number * per_blob;
-    const unsigned part = of_blob < chunks[0] ? 0 : 1;
+  const auto copy = [&](unsigned number, unsigned part, std::size_t begin, std::size_t end) {
     const volatile SlotCacheLoad& load = step.answer.loads[number];
     const uint4* const from = step.store + static_cast<std::size_t>(load.expert) * step.blob_words;
     uint4* const to = pool + static_cast<std::size_t>(load.slot) * step.blob_words;
-    const std::size_t stop = part == 0 ? step.first_words : step.blob_words;
-    const std::size_t begin =
-        (part == 0 ? std::size_t{of_blob} * kChunk : step.first_words + std::size_t{of_blob - chunks[0]} * kChunk) +
-        thread;
-    uint4 words[kInFlight];
+    const std::size_t stride = std::size_t{step.copiers} * kThreads * kInFlight;
+    const unsigned warp = blockIdx.x * (kThreads / kDecodeWarp) + thread / kDecodeWarp;
+    for (std::size_t at = begin + warp * kDecodeWarp * kInFlight + thread % kDecodeWarp; at < end; at += stride) {
+      uint4 words[kInFlight];
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      if (begin + i * kThreads < stop) {
-        words[i] = load_weights(from + begin + i * kThreads);
+      for (int i = 0; i < kInFlight; ++i) {
+        if (at + i * kDecodeWarp < end) {
+          words[i] = load_weights(from + at + i * kDecodeWarp);
+        }
+      }
+      // Plain stores: the products find them in L2.
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        if (at + i * kDecodeWarp < end) {
+          to[at + i * kDecodeWarp] = words[i];
+        }
       }
     }
-    // Plain stores: the products find them in L2.
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      if (begin + i * kThreads < stop) {
-        to[begin + i * kThreads] = words[i];
-      }
-    }
-    __syncthreads();
-    if (thread == 0) {
+    __syncwarp();
+    if (thread % kDecodeWarp == 0) {
       count_down(&step.workspace->left[number * kFetchParts + part]);
     }
+  };
+  if (step.request == nullptr) {
+    for (unsigned load = 0; load < shared_loads; ++load) {
+      copy(load, 0, 0, step.first_words);
+      copy(load, 1, step.first_words, step.blob_words);
+    }
+  } else if (shared_loads > 0) {
+    copy(0, 0, 0, step.own_words);
   }
+  __syncthreads();
   if (thread == 0) {
     if (blockIdx.x == 0 && step.request != nullptr) {
       for (unsigned load = 0; load < shared_loads; ++load) {
-        wait_arrived(step, load, 0);
-        wait_arrived(step, load, 1);
+        wait_arrived(step, load, 0, 100);
+        wait_arrived(step, load, 1, 100);
       }
     }
     leave(step);

@@ -19,6 +19,9 @@ struct CopyRequest {
   Load loads[kDecodeMaxTopK];
 };
 
+/// Blocks that copy.
+inline constexpr std::int64_t kFetchCopiers = 32;
+
 /// Parts of a blob that arrive one by one: gate and up, then down.
 inline constexpr std::int64_t kFetchParts = 2;
 /// Bytes at the front of the first load that the kernel copies itself while the host thread wakes: up to 1 MiB of its
@@ -42,6 +45,8 @@ struct DecodeFetch {
   /// a host thread that copies the rest and, behind part p of load i, writes 0 to word i * kFetchParts + p of
   /// decode_fetch_flags(workspace). Memory as the kernel sees it. Ignored by the CPU.
   CopyRequest* request = nullptr;
+  std::int64_t copiers = kFetchCopiers;
+  std::int64_t poll_ns = 2000;
 };
 
 /// Bytes of DecodeFetch::workspace.

@@ -200,16 +200,16 @@ void check_all(SplitMix64& random, bool gpu) {
   other.layers_per_group = 2;
   check_steps(random, shape, other, gpu, 20);
   other = {.num_layers = 3, .num_experts = 100, .slots = 250, .layers_per_group = 3};
-  check_steps(random, shape, other, gpu, 12);
+  check_steps(random, shape, other, gpu, 11);  // seldom a hit
   // As many slots as experts of a token, one expert, as many as there can be.
-  check_steps(random, shape, {.num_layers = 1, .num_experts = 9, .slots = 4}, gpu, 12);
+  check_steps(random, shape, {.num_layers = 1, .num_experts = 9, .slots = 4}, gpu, 25);
   check_steps(random, {.num_tokens = 1, .top_k = 1, .hidden_size = 8, .expert_hidden_size = 8},
-              {.num_layers = 1, .num_experts = 3, .slots = 1}, gpu, 12);
+              {.num_layers = 1, .num_experts = 3, .slots = 1}, gpu, 25);
   check_steps(random, {.num_tokens = 1, .top_k = 32, .hidden_size = 16, .expert_hidden_size = 24},
               {.num_layers = 1, .num_experts = 64, .slots = 40}, gpu, 8);
   // Blobs of many chunks.
   check_steps(random, {.num_tokens = 1, .top_k = 3, .hidden_size = 520, .expert_hidden_size = 264},
-              {.num_layers = 1, .num_experts = 7, .slots = 4}, gpu, 12);
+              {.num_layers = 1, .num_experts = 7, .slots = 4}, gpu, 25);
 }
 
 }  // namespace
