@@ -14,7 +14,7 @@ namespace {
 
 struct EvaluateArguments {
   RecipeArguments recipe;
-  std::string bundle;
+  EvaluateTarget target;
   bool json = false;
   bool quiet = false;
 };
@@ -25,13 +25,19 @@ void add_evaluate(CLI::App& app) {
   auto arguments = std::make_shared<EvaluateArguments>();
   CLI::App* verb = app.add_subcommand("evaluate", "compare baseline, control and tuned router on held-out text");
   add_recipe_arguments(*verb, arguments->recipe, "fine-tuning recipe, or the run directory it left");
-  verb->add_option("--bundle", arguments->bundle, "router bundle to compare (default: bundle/ in the run directory)");
+  auto* bundle = verb->add_option("--bundle", arguments->target.bundle,
+                                  "router bundle to compare (default: bundle/ in the run directory)");
+  verb->add_flag("--checkpoint", arguments->target.checkpoint,
+                 "compare the finished run as it stands, without a bundle; the way to measure train.trainable: all")
+      ->excludes(bundle);
+  verb->add_option("--only", arguments->target.only, "measure one router alone: baseline (needs no run) or tuned")
+      ->check(CLI::IsMember({kBaselineArm, kTunedArm}));
   verb->add_flag("--json", arguments->json, "print results.json instead of the table");
   verb->add_flag("--quiet", arguments->quiet, "no progress bar");
   verb->footer("Example: hestia evaluate recipes/quickstart.yaml evaluate.slots=[4,8]");
   verb->callback([arguments] {
     const auto loaded = load_recipe_or_run(arguments->recipe);
-    const Comparison comparison = run_evaluate(loaded, arguments->bundle, arguments->quiet);
+    const Comparison comparison = run_evaluate(loaded, arguments->target, arguments->quiet);
     if (arguments->json) {
       std::cout << comparison_json(comparison).dump(2) << "\n";
     } else {
@@ -39,7 +45,7 @@ void add_evaluate(CLI::App& app) {
     }
     const std::string& run_dir = loaded.recipe.run_dir;
     log_block("Files", {{"results", run_dir + "/results.json"},
-                        {"router bundle", comparison.bundle},
+                        {arguments->target.checkpoint ? "checkpoint" : "router bundle", comparison.bundle},
                         {"training log", run_dir + "/metrics.jsonl"},
                         {"checkpoints", run_dir + "/checkpoints"}});
   });

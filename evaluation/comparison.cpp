@@ -409,7 +409,7 @@ void check_evaluate_fits(const LoadedRecipe<FinetuneRecipe>& loaded, const Archi
   problems.throw_usage_if_any();
 }
 
-Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const std::filesystem::path& bundle, bool quiet) {
+Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const EvaluateTarget& target, bool quiet) {
   const auto start = std::chrono::steady_clock::now();
   FinetuneRecipe recipe = loaded.recipe;
   resolve_steps_from_run(recipe.train, recipe.run_dir);
@@ -418,10 +418,27 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const std::f
           ? recipe.model.threads
           : std::max<std::int64_t>(1, static_cast<std::int64_t>(std::thread::hardware_concurrency()))));
   const std::filesystem::path run_dir = recipe.run_dir;
-  const std::filesystem::path bundle_dir = bundle.empty() ? run_dir / "bundle" : bundle;
-  if (!std::filesystem::exists(bundle_dir / "manifest.json")) {
-    throw InputError(fmt::format("{}: there is no router bundle; make one with `hestia export {}`", bundle_dir.string(),
-                                 loaded.source.path().string()));
+  const bool with_baseline = target.only != kTunedArm;
+  const bool with_tuned = target.only != kBaselineArm;
+  const bool with_bundle = with_tuned && !target.checkpoint;
+  // Where the tuned router comes from.
+  std::filesystem::path origin;
+  if (with_bundle) {
+    origin = target.bundle.empty() ? run_dir / "bundle" : target.bundle;
+    if (!std::filesystem::exists(origin / "manifest.json")) {
+      throw InputError(fmt::format("{}: there is no router bundle; make one with `hestia export {}`", origin.string(),
+                                   loaded.source.path().string()));
+    }
+  } else if (with_tuned) {
+    const auto latest = latest_checkpoint(run_dir);
+    if (!latest || latest->first != recipe.train.steps) {
+      throw UsageError(
+          fmt::format("{}: --checkpoint needs the finished run, got step {} of {}; finish it with `hestia "
+                      "finetune {}{}`",
+                      run_dir.string(), latest ? latest->first : 0, recipe.train.steps, loaded.source.path().string(),
+                      latest ? " --resume" : ""));
+    }
+    origin = latest->second;
   }
   check_evaluate_fits(loaded, read_architecture(recipe.model.path));
   const std::unique_ptr<Tokenizer> tokenizer = open_tokenizer(recipe.model.path);
@@ -436,16 +453,19 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const std::f
   comparison.expert_bytes = expert_bytes_of(model);
   comparison.device = model->device().str();
   comparison.model_path = recipe.model.path;
-  comparison.bundle = bundle_dir.string();
-  BundleManifest manifest;
-  {
+  comparison.bundle = origin.string();
+  ResidencyRule served;
+  if (!with_bundle) {
+    served = rule_of_run(loaded, model, *tokenizer, at::get_num_threads());
+  } else {
     // A bundle that is damaged or of another model shows now, not after minutes of measuring the baseline.
     const torch::NoGradGuard no_grad;
     std::vector<torch::Tensor> base;
     for (const torch::Tensor& router : model->routers()) {
       base.push_back(router.clone());
     }
-    manifest = load_bundle(model, bundle_dir);
+    const BundleManifest manifest = load_bundle(model, origin);
+    served = manifest.residency;
     comparison.predictor = manifest.predictor;
     for (std::size_t i = 0; i < base.size(); ++i) {
       model->routers()[i].copy_(base[i]);
@@ -453,8 +473,7 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const std::f
     model->remove_adapters();
     model->set_top_k(comparison.top_k);
   }
-  const std::vector<ResidencyRule> rules =
-      residency_rules(loaded, manifest.residency, bundle_dir, model->architecture());
+  const std::vector<ResidencyRule> rules = residency_rules(loaded, served, origin, model->architecture());
   EvaluateOptions options = recipe.evaluate;
   if (!rules.empty()) {
     // What a rule is about is counted in any case.
@@ -469,7 +488,7 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const std::f
   std::vector<ArmFigures> under_rules;
   const auto arm = [&](const char* name, bool against_baseline = true) {
     comparison.arms.push_back(measure_arm(model, name, held_out, recipe.data.train, options,
-                                          recipe.data.sequence_length, quiet, against_baseline));
+                                          recipe.data.sequence_length, quiet, against_baseline && options.agreement));
     EvaluateOptions under_rule_options = options;
     under_rule_options.static_set.clear();  // a selector of its own, which knows no residents
     for (const ResidencyRule& rule : rules) {
@@ -481,21 +500,31 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const std::f
         continue;
       }
       model->set_selector(std::make_shared<ResidencySelector>(rule));
-      under_rules.push_back(measure_arm(model, under_rule(name, rule, manifest.residency.slots), held_out,
-                                        recipe.data.train, under_rule_options, recipe.data.sequence_length, quiet,
-                                        true));
+      under_rules.push_back(measure_arm(model, under_rule(name, rule, served.slots), held_out, recipe.data.train,
+                                        under_rule_options, recipe.data.sequence_length, quiet, options.agreement));
       under_rules.back().router = name;
       under_rules.back().residency = rule;
     }
     model->set_selector(std::make_shared<TopKSelector>());
   };
-  model->keep_reference_routers();
-  arm(kBaselineArm, false);
-  load_bundle(model, bundle_dir);
-  arm(kTunedArm);
+  if (options.agreement) {
+    model->keep_reference_routers();
+  }
+  if (with_baseline) {
+    arm(kBaselineArm, false);
+  }
+  if (with_bundle) {
+    load_bundle(model, origin);
+    arm(kTunedArm);
+  } else if (with_tuned) {
+    load_run_weights(model, origin, recipe.train.trainable);
+    arm(kTunedArm);
+  }
   const auto control = latest_checkpoint(run_dir / "control");
-  if (control && control->first == recipe.train.steps) {
-    load_checkpoint_weights(model, control->second);
+  if (!target.only.empty()) {
+    // One router was asked for.
+  } else if (control && control->first == recipe.train.steps) {
+    load_run_weights(model, control->second, recipe.train.trainable);
     arm(kControlArm);
     std::swap(comparison.arms[1], comparison.arms[2]);
   } else if (recipe.control.enabled) {
@@ -511,8 +540,14 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const std::f
   for (const std::string& override_text : loaded.source.overrides()) {
     comparison.command += fmt::format(" {}", shell_word(override_text));
   }
-  if (!bundle.empty()) {
-    comparison.command += fmt::format(" --bundle {}", shell_word(bundle.string()));
+  if (!target.bundle.empty()) {
+    comparison.command += fmt::format(" --bundle {}", shell_word(target.bundle.string()));
+  }
+  if (target.checkpoint) {
+    comparison.command += " --checkpoint";
+  }
+  if (!target.only.empty()) {
+    comparison.command += fmt::format(" --only {}", target.only);
   }
   write_text_atomically(run_dir / "results.json", comparison_json(comparison).dump(2) + "\n");
   return comparison;

@@ -168,6 +168,7 @@ FieldList EvaluateOptions::fields() {
   list.add("segments", segments, "steps per segment of the segment metrics (SRP, SCH); empty: none", {.low = 1});
   list.add("static_set", static_set, "experts per layer of the static-set test; 0: E/4, at least K; empty: none",
            {.low = 0});
+  list.add("agreement", agreement, "also how far each router agrees with the base's; false saves its CPU time");
   list.add_section("residency_prior", residency_prior.fields(), "arms under residency-aware routing");
   return list;
 }

@@ -7,6 +7,7 @@
 #include <fmt/ranges.h>
 
 #include "hestia/core/files.hpp"
+#include "hestia/trainer/data_source.hpp"
 #include "hestia/trainer/measure.hpp"
 
 namespace hestia {
@@ -15,6 +16,24 @@ namespace {
 
 constexpr std::int64_t kResidencyFormat = 1;
 constexpr std::int64_t kRows = 8;
+
+// A rule that was in the loop belongs to the run: what is asked for now and differs would be ignored.
+void check_overrides(const RecipeSource& source, const ResidencyRule& asked, const ResidencyRule& of_run) {
+  Problems problems;
+  const auto check = [&](const char* key, const auto& now, const auto& then) {
+    if (source.is_overridden(key) && now != then) {
+      problems.add(
+          fmt::format("{}: {} was {} when the run was trained in the loop, and that goes into the bundle, got "
+                      "{}; leave it out, or serve with another one through evaluate.residency_prior",
+                      source.location(key), key, then, now));
+    }
+  };
+  check("residency.lambda", asked.lambda, of_run.lambda);
+  check("residency.always_keep", asked.always_keep, of_run.always_keep);
+  check("residency.slots", asked.slots, of_run.slots);
+  check("residency.policy", asked.policy, of_run.policy);
+  problems.throw_usage_if_any();
+}
 
 }  // namespace
 
@@ -72,6 +91,26 @@ void calibrate(ResidencyRule& rule, MoeModel& model, const PackedData& data, std
   }
   rule.calibration =
       fmt::format("{} tokens of the training split of {}", data.num_tokens(), fmt::join(data.domains, ", "));
+}
+
+ResidencyRule rule_of_run(const LoadedRecipe<FinetuneRecipe>& loaded, MoeModel& model, const Tokenizer& tokenizer,
+                          std::int64_t threads) {
+  const FinetuneRecipe& recipe = loaded.recipe;
+  ResidencyRule rule = residency_rule(loaded, model->architecture());
+  if (std::filesystem::exists(residency_path(recipe.run_dir))) {
+    const ResidencyRule of_run = read_residency(residency_path(recipe.run_dir));
+    check_overrides(loaded.source, rule, of_run);
+    return of_run;
+  }
+  // As many as hold the calibration set whole.
+  DataOptions first_part = recipe.data;
+  const std::int64_t enough = recipe.residency.calibration_tokens + recipe.data.sequence_length;
+  first_part.max_tokens_per_domain =
+      first_part.max_tokens_per_domain == 0 ? enough : std::min(enough, first_part.max_tokens_per_domain);
+  calibrate(rule, model,
+            calibration_data(load_training_data(first_part, tokenizer, threads), recipe.residency.calibration_tokens),
+            recipe.data.sequence_length);
+  return rule;
 }
 
 Json residency_json(const ResidencyRule& rule) {

@@ -312,24 +312,6 @@ void check_predictor(const LoadedRecipe<FinetuneRecipe>& loaded, const Architect
   }
 }
 
-// A rule that was in the loop belongs to the run: what is asked for now and differs would be ignored.
-void check_overrides(const RecipeSource& source, const ResidencyRule& asked, const ResidencyRule& of_run) {
-  Problems problems;
-  const auto check = [&](const char* key, const auto& now, const auto& then) {
-    if (source.is_overridden(key) && now != then) {
-      problems.add(
-          fmt::format("{}: {} was {} when the run was trained in the loop, and that goes into the bundle, got "
-                      "{}; leave it out, or serve with another one through evaluate.residency_prior",
-                      source.location(key), key, then, now));
-    }
-  };
-  check("residency.lambda", asked.lambda, of_run.lambda);
-  check("residency.always_keep", asked.always_keep, of_run.always_keep);
-  check("residency.slots", asked.slots, of_run.slots);
-  check("residency.policy", asked.policy, of_run.policy);
-  problems.throw_usage_if_any();
-}
-
 PreferencePredictor make_predictor(const FinetuneRecipe& recipe, MoeModel& model,
                                    const std::vector<PackedBatch>& batches, PreferenceWriter& writer,
                                    std::int64_t slots) {
@@ -507,8 +489,8 @@ void run_finetune(const LoadedRecipe<FinetuneRecipe>& loaded, const RunFlags& fl
   problems.throw_usage_if_any();
   if (recipe.train.trainable == "all") {
     log_warning(
-        fmt::format("{}: what train.trainable \"all\" tunes stays in the run: hestia export takes routers and "
-                    "adapters only",
+        fmt::format("{}: what train.trainable \"all\" tunes stays in the run, where hestia evaluate --checkpoint "
+                    "measures it: hestia export takes routers and adapters only",
                     loaded.source.location("train.trainable")));
   }
   const PackedData train_data = load_training_data(recipe.data, *tokenizer, threads);
@@ -710,22 +692,7 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, con
   manifest.base_router_hash = router_hash(model);
   // Of the run: overrides that are missing now were part of it.
   manifest.recipe = read_text_file(std::filesystem::path(recipe.run_dir) / "recipe.yaml");
-  manifest.residency = residency_rule(loaded, architecture);
-  if (std::filesystem::exists(residency_path(recipe.run_dir))) {
-    const ResidencyRule of_run = read_residency(residency_path(recipe.run_dir));
-    check_overrides(loaded.source, manifest.residency, of_run);
-    manifest.residency = of_run;
-  } else {
-    // As many as hold the calibration set whole.
-    DataOptions first_part = recipe.data;
-    const std::int64_t enough = recipe.residency.calibration_tokens + recipe.data.sequence_length;
-    first_part.max_tokens_per_domain =
-        first_part.max_tokens_per_domain == 0 ? enough : std::min(enough, first_part.max_tokens_per_domain);
-    calibrate(
-        manifest.residency, model,
-        calibration_data(load_training_data(first_part, *tokenizer, threads), recipe.residency.calibration_tokens),
-        recipe.data.sequence_length);
-  }
+  manifest.residency = rule_of_run(loaded, model, *tokenizer, threads);
   const std::int64_t slots = manifest.residency.slots;
 
   const std::vector<torch::Tensor> base_routers = copies_of_routers(model);

@@ -30,6 +30,7 @@ using Clock = std::chrono::steady_clock;
 constexpr const char* kDoneMarker = "DONE";
 constexpr const char* kRouterFile = "router.safetensors";
 constexpr const char* kAdapterFile = "adapters.safetensors";
+constexpr const char* kOptimizerFile = "optimizer.safetensors";
 constexpr std::int64_t kStateFormat = 1;
 
 double seconds_since(Clock::time_point start) {
@@ -141,13 +142,13 @@ class Optimizer {
         steps = state.step();
       }
     }
-    write_tensors(folder / "optimizer.safetensors", tensors,
+    write_tensors(folder / kOptimizerFile, tensors,
                   {{"format", "hestia optimizer 1"}, {"step", std::to_string(steps)}});
   }
 
   void load(const std::filesystem::path& folder) {
     const torch::NoGradGuard no_grad;
-    const SafetensorsFile file(folder / "optimizer.safetensors");
+    const SafetensorsFile file(folder / kOptimizerFile);
     const auto step_text = file.metadata().find("step");
     if (step_text == file.metadata().end()) {
       throw InputError(
@@ -676,6 +677,18 @@ void load_checkpoint_weights(MoeModel& model, const std::filesystem::path& folde
     model->remove_adapters();
   }
   model->set_top_k(parts.top_k);
+}
+
+void load_run_weights(MoeModel& model, const std::filesystem::path& folder, const std::string& trainable) {
+  load_checkpoint_weights(model, folder);
+  if (trainable != "all") {
+    return;
+  }
+  const SafetensorsFile file(folder / kOptimizerFile);
+  const std::vector<torch::Tensor> parameters = model->all_parameters();
+  for (std::size_t i = 0; i < parameters.size(); ++i) {
+    copy_into(file.tensor(fmt::format("master.{}", i)), parameters[i]);
+  }
 }
 
 std::vector<torch::Tensor> select_trainable(MoeModel& model, const std::string& trainable) {

@@ -116,5 +116,75 @@ TEST_CASE("what was trained beyond routers and adapters is not exported") {
   }
 }
 
+TEST_CASE("evaluate takes a run from its checkpoint: all parameters, without a bundle, one router alone") {
+  const SmallProject project;
+  project.pretrain();
+  const auto arms_of = [&](const std::string& run_dir) {
+    return read_json_file(project.path() / run_dir / "results.json").at("arms");
+  };
+  check_complaint(project.run({"evaluate", "finetune.yaml", "--checkpoint"}), 2,
+                  {"--checkpoint needs the finished run, got step 0 of 6", "hestia finetune finetune.yaml"});
+  // The base model needs no run.
+  done(project.run({"evaluate", "finetune.yaml", "run_dir=runs/none", "--only", "baseline", "--quiet",
+                    "evaluate.residency_prior.lambdas=[0.4]", "evaluate.residency_prior.always_keep=[1]"}));
+  const Json alone = arms_of("runs/none");
+  REQUIRE(alone.size() == 2);
+  CHECK(alone.at(0).at("name") == "baseline");
+  CHECK(alone.at(1).at("name") == "baseline, lambda 0.4, J 1");
+
+  const std::vector<std::string> all = {"finetune.yaml", "train.trainable=all", "run_dir=runs/all",
+                                        "train.evaluate_tokens=2000", "--quiet"};
+  const auto with = [&](const std::string& verb, const std::vector<std::string>& more) {
+    std::vector<std::string> arguments = {verb};
+    arguments.insert(arguments.end(), all.begin(), all.end());
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    return arguments;
+  };
+  done(project.run(with("finetune", {})));
+  CHECK_THAT(done(project.run(with("evaluate", {"--checkpoint"}))), Catch::Contains("nll control"));
+  const Json arms = arms_of("runs/all");
+  REQUIRE(arms.size() == 3);
+  CHECK(arms.at(0).at("domains") == alone.at(0).at("domains"));
+  // The training loop measured the same weights on the same text.
+  const auto check_measured = [&](const Json& arm, const std::string& run_dir) {
+    Json held_out;
+    read_json_lines(project.path() / run_dir / "metrics.jsonl", [&](std::int64_t, const Json& event) {
+      if (event.at("event") == "evaluate") {
+        held_out = event.at("held_out");
+      }
+    });
+    for (const Json& domain : arm.at("domains")) {
+      const std::string name = domain.at("domain").get<std::string>();
+      const double expected = held_out.at(name).at("nll").get<double>();
+      INFO(arm.at("name") << ", " << name);
+      CHECK(domain.at("nll").get<double>() == Approx(expected).epsilon(1e-5));
+    }
+  };
+  check_measured(arms.at(1), "runs/all/control");
+  check_measured(arms.at(2), "runs/all");
+  CHECK(std::abs(arms.at(2).at("domains").at(0).at("nll").get<double>() -
+                 arms.at(0).at("domains").at(0).at("nll").get<double>()) > 1e-3);
+
+  // Routers and adapters: the same figures as from the bundle.
+  const std::vector<std::string> lora = {"finetune.yaml", "train.trainable=router+lora", "train.lora.rank=2",
+                                         "control.enabled=false", "--quiet"};
+  const auto run = [&](std::vector<std::string> arguments, const std::vector<std::string>& more = {}) {
+    arguments.insert(arguments.end(), lora.begin(), lora.end());
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    return done(project.run(arguments));
+  };
+  run({"finetune"});
+  run({"export"});
+  run({"evaluate"});
+  const Json from_bundle = arms_of("runs/tuned").at(1);
+  CHECK_FALSE(from_bundle.at("domains").at(0).at("kendall_tau").is_null());
+  std::filesystem::remove_all(project.path() / "runs/tuned/bundle");
+  run({"evaluate"}, {"--checkpoint", "--only", "tuned"});
+  REQUIRE(arms_of("runs/tuned").size() == 1);
+  CHECK(arms_of("runs/tuned").at(0) == from_bundle);
+  run({"evaluate"}, {"--checkpoint", "--only", "tuned", "evaluate.agreement=false"});
+  CHECK(arms_of("runs/tuned").at(0).at("domains").at(0).at("kendall_tau").is_null());
+}
+
 }  // namespace
 }  // namespace hestia::testing

@@ -84,7 +84,7 @@ struct Comparison {              // NOLINT(bugprone-exception-escape): the check
   std::int64_t expert_bytes = 0;  ///< One expert in the dtype the recipe holds it in.
   std::string device;             ///< What the measurement ran on.
   std::string model_path;
-  std::string bundle;   ///< Folder the tuned router came from.
+  std::string bundle;   ///< Folder the tuned router came from, a bundle or a checkpoint; empty: not measured.
   std::string command;  ///< What was run.
   Json predictor;       ///< How the bundle's preference predictor compares; null when it has none.
   double seconds = 0.0;
@@ -112,11 +112,18 @@ inline constexpr const char* kTunedArm = "tuned";
 /// experts, static sets that cannot serve a token, a prior that leaves nothing to choose.
 void check_evaluate_fits(const LoadedRecipe<FinetuneRecipe>& loaded, const Architecture& architecture);
 
+/// Which routers `hestia evaluate` measures.
+struct EvaluateTarget {
+  std::filesystem::path bundle;  ///< Of the tuned router; empty: bundle/ in the run directory.
+  bool checkpoint = false;       ///< The tuned model is the run's last checkpoint instead, with all that was trained.
+  std::string only;              ///< kBaselineArm or kTunedArm: that one alone; empty: all there are.
+};
+
 /// `hestia evaluate`: baseline, control (when the run has one) and tuned router on the held-out split of
-/// `data.evaluate`, then each of them under the residency rules of `evaluate.residency_prior` and of the bundle; writes
-/// run_dir/results.json and returns the comparison. Throws InputError when the bundle is missing (names the export
-/// command).
-Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const std::filesystem::path& bundle, bool quiet);
+/// `data.evaluate`, then each of them under the residency rules of `evaluate.residency_prior` and of the bundle
+/// (without one: of the run); writes run_dir/results.json and returns the comparison. Throws InputError when the bundle
+/// is missing (names the export command), UsageError when the checkpoint is (the run is not finished).
+Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const EvaluateTarget& target, bool quiet);
 
 /// The aligned table that `hestia evaluate` prints.
 [[nodiscard]] std::string comparison_table(const Comparison& comparison);

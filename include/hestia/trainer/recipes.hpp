@@ -152,6 +152,7 @@ struct EvaluateOptions {
   double gamma = 0.9;                             ///< Of the gamma-cache.
   std::vector<std::int64_t> segments = {16, 64};  ///< Steps per segment of the segment metrics; empty: none.
   std::vector<std::int64_t> static_set = {0};     ///< C of the static-set test; 0: E/4, at least K; empty: none.
+  bool agreement = true;                          ///< Compare every router with the base's (CPU time of its own).
   ResidencyPriorOptions residency_prior;
   FieldList fields();
 };

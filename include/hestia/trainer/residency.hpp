@@ -5,6 +5,7 @@
 
 #include "hestia/core/json_lines.hpp"
 #include "hestia/data/packing.hpp"
+#include "hestia/data/tokenizer.hpp"
 #include "hestia/model/moe_model.hpp"
 #include "hestia/routing/residency.hpp"
 #include "hestia/trainer/recipes.hpp"
@@ -25,6 +26,12 @@ namespace hestia {
 /// over. `model` must be the base model: its routers as they are now, its selector as it is set. Throws RunError when a
 /// logit is not finite.
 void calibrate(ResidencyRule& rule, MoeModel& model, const PackedData& data, std::int64_t sequence_length);
+
+/// The rule that the routers of the recipe's run are served with: its residency.json, or where there is none
+/// residency_rule, calibrated on `model`, which must be the base model. Throws UsageError when an override asks for
+/// another rule than the run was trained under.
+[[nodiscard]] ResidencyRule rule_of_run(const LoadedRecipe<FinetuneRecipe>& loaded, MoeModel& model,
+                                        const Tokenizer& tokenizer, std::int64_t threads);
 
 /// The rule as it stands in `residency.json` of a run directory and under `residency` in a bundle's manifest.
 [[nodiscard]] Json residency_json(const ResidencyRule& rule);

@@ -81,6 +81,10 @@ TrainingResult train(const TrainingJob& job);
 /// InputError when a file is damaged or of another model.
 void load_checkpoint_weights(MoeModel& model, const std::filesystem::path& folder);
 
+/// The same for a run of any trainable set: with "all", every parameter becomes its float32 master, rounded. The model
+/// then has nothing of the base left. Throws InputError when a file is damaged or of another model.
+void load_run_weights(MoeModel& model, const std::filesystem::path& folder, const std::string& trainable);
+
 /// Sets requires_grad for a trainable set ("router", "router+lora" or "all") and returns the trainable parameters in a
 /// fixed order: routers by layer, then adapters as MoeModel::adapters gives them; or all_parameters. Throws
 /// std::invalid_argument for router+lora on a model without adapters, and for another name.
