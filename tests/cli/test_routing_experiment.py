@@ -1,0 +1,241 @@
+#!/usr/bin/env python3
+"""The driver of the routing experiment on a toy: pretraining, arms, interruption, going on, table and picture.
+
+    test_routing_experiment.py PROGRAM
+"""
+
+import importlib.util
+import json
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+import xml.etree.ElementTree
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+FOLDER = ROOT / "benchmarks" / "routing_experiment"
+PROGRAM = sys.argv.pop() if len(sys.argv) > 1 else str(ROOT / "build" / "bin" / "hestia")
+sys.path.insert(0, str(FOLDER))
+SPEC = importlib.util.spec_from_file_location("driver", FOLDER / "driver.py")
+driver = importlib.util.module_from_spec(SPEC)
+sys.modules["driver"] = driver
+SPEC.loader.exec_module(driver)
+
+TOY_MODEL = (
+    "architecture.hidden_size=16 architecture.expert_intermediate_size=8 architecture.num_layers=2 "
+    "architecture.num_attention_heads=2 architecture.num_key_value_heads=2 architecture.num_experts=8 "
+    "architecture.top_k=2 architecture.initializer_range=0.2 tokenizer.vocab_size=320 tokenizer.sample_bytes=200000 "
+    "train.steps=4 train.warmup_steps=1 train.evaluate_every=0 train.evaluate_tokens=500"
+).split()
+TOY = (
+    "model.device=cpu model.dtype=float32 model.threads=1 data.sequence_length=64 data.held_out_fraction=0.3 "
+    "train.rows_per_batch=2"
+).split()
+TOY_ARMS = (
+    "train.steps=2 train.warmup_steps=1 train.log_every=1 evaluate.static_set=[2] "
+    "evaluate.residency_prior.always_keep=[1] evaluate.residency_prior.lambdas=[0.5] residency.always_keep=1"
+).split()
+ARMS = """# a comment
+python - 1 base
+python router 1 nll_1e-2 train.learning_rate=1e-2
+python router,all 1 cs.2 losses.cache_simulation.weight=0.2
+python router+lora 1 loop residency.in_loop=true residency.lambda=0.3 train.lora.rank=2
+"""
+
+
+def toy_corpus(folder):
+    source = random.Random(4)
+    folder.mkdir()
+    for domain in driver.domains_of(FOLDER / "tune_a.yaml"):
+        words = ["".join(source.choices("abcdefghij", k=4)) for _ in range(12)]
+        lines = [{"name": str(n), "text": " ".join(source.choices(words, k=150))} for n in range(80)]
+        (folder / f"{domain}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+class Experiment(unittest.TestCase):
+    def setUp(self):
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.out = pathlib.Path(temporary.name)
+        toy_corpus(self.out / "corpus")
+        (self.out / "arms.txt").write_text(ARMS)
+
+    def command(self, verb, *more):
+        arguments = [sys.executable, FOLDER / "driver.py", verb, "--out", self.out, *more]
+        if verb in ("pretrain", "run"):
+            arguments += ["--program", PROGRAM, "--corpus", self.out / "corpus", "--gpus", "cpu", *TOY]
+            arguments += TOY_MODEL if verb == "pretrain" else TOY_ARMS
+        return [str(word) for word in arguments]
+
+    def call(self, verb, *more, code=0):
+        done = subprocess.run(self.command(verb, *more), capture_output=True, text=True, check=False)
+        self.assertEqual(done.returncode, code, done.stdout + done.stderr)
+        return done.stdout + done.stderr
+
+    def run_arms(self, *more, code=0):
+        small = ["--tuned-tokens", 1500, "--other-tokens", 300]
+        return self.call("run", "--arms", self.out / "arms.txt", *small, *more, code=code)
+
+    def rows(self):
+        return driver.read_rows(self.out / "results.jsonl")
+
+    def test_end_to_end(self):
+        self.assertIn("make it with driver.py pretrain", self.run_arms(code=1))
+        self.call("pretrain")
+        self.assertFalse((self.out / "base" / "checkpoints").exists())
+        self.assertIn("there already", self.call("pretrain"))
+        self.assertIn("no arms yet", self.call("table", code=1))
+
+        # Too little time for anything: what was begun is ended and leaves nothing.
+        self.assertIn("0 arms done, 0 failed, 5 to go", self.run_arms("--seconds", 0.2))
+        self.assertEqual(self.rows(), [])
+        # Interrupted while arms run: what landed stays, the next call does the rest, once.
+        arguments = self.command("run", "--arms", self.out / "arms.txt", "--tuned-tokens", 1500, "--other-tokens", 300)
+        with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            for _ in range(600):
+                if self.rows():
+                    break
+                time.sleep(0.1)
+            process.send_signal(signal.SIGTERM)
+            said = process.communicate()[0]
+        self.assertRegex(said, r"[1-4] arms done, 0 failed, [1-4] to go")
+        self.assertFalse((self.out / "arms").exists())
+        first = len(self.rows())
+        self.assertIn(f"{5 - first} arms done, 0 failed, 0 to go", self.run_arms("--jobs-per-gpu", 2))
+        self.assertIn("0 arms done, 0 failed, 0 to go", self.run_arms())
+        rows = {row["arm"]: row for row in self.rows()}
+        self.assertEqual(len(rows), 5)
+        self.assertEqual(len(self.rows()), 5)
+
+        base = rows["python/-/base/seed1"]
+        self.assertEqual([point["residency"] for point in base["points"]][0], None)
+        self.assertEqual(base["points"][1]["residency"], {"lambda": 0.5, "always_keep": 1, "slots": 2})
+        loop = rows["python/router+lora/loop/seed1"]
+        self.assertEqual([p["residency"] and p["residency"]["lambda"] for p in loop["points"]], [None, 0.5, 0.3])
+        whole = rows["python/all/cs.2/seed1"]["points"][0]["domains"]
+        self.assertEqual(sorted(whole), sorted(driver.domains_of(FOLDER / "tune_a.yaml")))
+        for domain, figures in whole.items():
+            self.assertNotEqual(figures["nll"], base["points"][0]["domains"][domain]["nll"], domain)
+            self.assertEqual(sorted(figures["loads"]["lru"]), ["1", "2", "4"])
+            self.assertEqual(sorted(figures["loads"]), ["belady", "lru"])
+        self.assertEqual(list(whole["python"]["static_set"]), ["2"])
+        self.assertEqual({row["base_sha256"] for row in rows.values()}, {driver.sha256_of(self.out / "base" / "model")})
+
+        said = self.call("table")
+        self.assertRegex(said, r"router +cs\.2 +1 ")
+        self.assertRegex(said, r"router +cs\.2 +0\.5, J 1 +1 ")
+        self.call("plot", "--svg", self.out / "plot.svg")
+        xml.etree.ElementTree.parse(self.out / "plot.svg")
+
+        # One arm that cannot run does not keep the others from it.
+        (self.out / "arms.txt").write_text(
+            "python router 1 bad train.learning_rate=fast\npython router 1 nll_1e-1 train.learning_rate=1e-1\n"
+        )
+        said = self.run_arms(code=1)
+        self.assertIn("1 arms done, 1 failed, 0 to go", said)
+        self.assertIn("train.learning_rate", said)
+        # Arms of another base model.
+        other = {**base, "base_sha256": "0" * 64}
+        with (self.out / "results.jsonl").open("a") as stream:
+            stream.write(json.dumps(other) + "\n")
+        self.assertIn("cannot be compared", self.call("table", code=1))
+        self.assertIn("another base model (000000000000)", self.run_arms(code=1))
+
+
+class Table(unittest.TestCase):
+    @staticmethod
+    def row(trainable, name, loads, perplexity, outside=10.0, seed=1, overrides=()):
+        def figures(value):
+            return {
+                "nll": driver.math.log(value),
+                "perplexity": value,
+                "loads": {"lru": {"16": loads}, "belady": {"16": loads / 2}},
+                "static_set": {"16": 2 * value},
+                "expert_overlap_ratio": 0.5,
+                "usage_entropy": 0.9,
+            }
+
+        point = {"residency": None, "domains": {"python": figures(perplexity), "prose": figures(outside)}}
+        return {
+            "domain": "python",
+            "trainable": trainable,
+            "name": name,
+            "seed": seed,
+            "overrides": list(overrides),
+            "experts": 64,
+            "points": [point],
+        }
+
+    def test_points(self):
+        rows = [
+            self.row("-", "base", 4.0, 8.0),
+            self.row("router", "nll_1", 4.0, 7.0),
+            self.row("router", "nll_2", 4.0, 6.0),
+            self.row("router", "nll_mix", 4.0, 5.0, overrides=["data.train=[python,prose]"]),
+            self.row("router", "nll_long", 4.0, 4.0, overrides=["train.steps=9"]),
+            self.row("router", "long", 2.0, 5.0, overrides=["train.steps=9"]),
+            self.row("router", "good", 1.0, 6.05, outside=10.05),
+            self.row("router", "forgets", 1.0, 6.03, outside=12.0),
+            self.row("router", "worse", 1.5, 6.1, seed=1),
+            self.row("router", "worse", 1.5, 6.3, seed=2),
+            self.row("all", "nll_1", 4.0, 4.0),
+            self.row("all", "far", 0.3, 4.1),
+        ]
+        points = {(p.trainable, p.name): p for p in driver.points_by_domain(rows, "python")}
+        good = points["router", "good"]
+        self.assertAlmostEqual(good.factor, 4.0)
+        self.assertAlmostEqual(good.against_nll, 6.05 / 6 - 1)
+        self.assertAlmostEqual(good.outside, 0.005)
+        self.assertAlmostEqual(good.static, 1.0)
+        self.assertEqual(good.targets(), "AC")
+        self.assertEqual(points["router", "forgets"].targets(), "A")
+        self.assertEqual(points["all", "far"].targets(), "B")
+        self.assertAlmostEqual(points["router", "long"].against_nll, 0.25)
+        worse = points["router", "worse"]
+        self.assertEqual(worse.seeds, 2)
+        self.assertAlmostEqual(worse.perplexity, 6.2)
+        self.assertAlmostEqual(worse.against_nll_spread, 0.2 / 6)
+        self.assertFalse(worse.front)
+        self.assertFalse(good.front, "another has as few loads at less perplexity")
+        self.assertTrue(points["router", "forgets"].front)
+        self.assertIn("Met: A, B, C", driver.table_text(rows, "python"))
+        self.assertIn("no base row yet", driver.table_text(rows[1:], "python"))
+
+    def test_shipped_arms(self):
+        arms = driver.read_arms(FOLDER / "arms_a.txt")
+        self.assertGreater(len(arms), 100)
+        self.assertEqual({arm.trainable for arm in arms}, {"-", "router", "router+lora", "all"})
+        # Every key that an arm sets, in the first arm that does.
+        keys = set()
+        for arm in arms:
+            new = {word.partition("=")[0] for word in arm.overrides} - keys
+            keys |= new
+            if new and arm.trainable != driver.BASE_SET:
+                words = driver.merged([f"train.trainable={arm.trainable}"], arm.overrides)
+                command = [PROGRAM, "validate", "--no-files", FOLDER / "tune_a.yaml", *words]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                self.assertEqual(done.returncode, 0, f"{arm.id}: {done.stderr}")
+
+    def test_bad_arms(self):
+        wrong = ("python router 1", "python router x nll", "python - 1 nll", "python most 1 nll", "python all 1 a b")
+        for text in wrong:
+            with tempfile.TemporaryDirectory() as folder:
+                path = pathlib.Path(folder) / "arms.txt"
+                path.write_text(text + "\n")
+                with self.assertRaisesRegex(SystemExit, "arms.txt:1: "):
+                    driver.read_arms(path)
+
+    def test_queue_leaves_out_what_would_not_end(self):
+        arms = [driver.Arm("python", trainable, 1, "x", ()) for trainable in ("all", "router")]
+        rows = [{"trainable": "all", "seconds": {"all": 90}}, {"trainable": "router", "seconds": {"all": 20}}]
+        queue = driver.Queue(arms, rows, time.monotonic() + 60)
+        self.assertEqual(queue.next().trainable, "router")
+        self.assertIsNone(queue.next())
+
+
+if __name__ == "__main__":
+    unittest.main()
