@@ -5,6 +5,7 @@
 #include <bit>
 #include <cstring>
 #include <numeric>
+#include <stdexcept>
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -162,19 +163,41 @@ void write_codes(const Group& group, unsigned char* row_in_tile) {
   }
 }
 
-float get(ExpertFormat format, const TilePlace& place, const unsigned char* tile) {
-  const unsigned byte = tile[place.byte];
-  if (format == ExpertFormat::kInt8) {
-    return static_cast<float>(static_cast<std::int8_t>(byte));
+/// Where the inputs of a row lie, from the row's first byte.
+template <ExpertFormat kFormat>
+struct RowPlaces {
+  std::array<TilePlace, kTileInputs> of{};
+  constexpr RowPlaces() {
+    for (std::size_t input = 0; input < of.size(); ++input) {
+      of[input] = tile_place(kFormat, 0, static_cast<std::int64_t>(input));
+    }
   }
-  const unsigned bits = place.high ? byte >> 4U : byte & 15U;
-  return static_cast<float>(bits) - (format == ExpertFormat::kInt4 ? 8.0F : 0.0F);
-}
+};
 
-/// w' of the integer; the kernels' arithmetic.
-float dequantised(ExpertFormat format, float integer, const unsigned char* scales) {
-  const float product = integer * read_bfloat16(scales);
-  return format == ExpertFormat::kInt4Asymmetric ? read_bfloat16(scales + 2) + product : product;
+/// The first `size` weights of a group, whose first byte is at `row_in_tile`; the kernels' arithmetic.
+template <ExpertFormat kFormat>
+void dequantise_group(const unsigned char* row_in_tile, const unsigned char* scales, std::int64_t size,
+                      float* weights) {
+  static constexpr RowPlaces<kFormat> kPlaces;
+  const float scale = read_bfloat16(scales);
+  float minimum = 0.0F;
+  if constexpr (kFormat == ExpertFormat::kInt4Asymmetric) {
+    minimum = read_bfloat16(scales + 2);
+  }
+  for (std::int64_t i = 0; i < size; ++i) {
+    const TilePlace& place = kPlaces.of[static_cast<std::size_t>(i)];
+    const unsigned byte = row_in_tile[place.byte];
+    if constexpr (kFormat == ExpertFormat::kInt8) {
+      weights[i] = static_cast<float>(static_cast<std::int8_t>(byte)) * scale;
+    } else {
+      const auto integer = static_cast<float>(place.high ? byte >> 4U : byte & 15U);
+      if constexpr (kFormat == ExpertFormat::kInt4) {
+        weights[i] = (integer - 8.0F) * scale;
+      } else {
+        weights[i] = minimum + integer * scale;
+      }
+    }
+  }
 }
 
 std::size_t tile_bytes(ExpertFormat format) {
@@ -280,12 +303,21 @@ void dequantise_row(ExpertFormat format, const unsigned char* values, const unsi
     return;
   }
   const std::int64_t groups = tile_counts(1, inputs).groups;
-  for (std::int64_t i = 0; i < inputs; ++i) {
-    const std::int64_t tile = row / kTileRows * groups + i / kTileInputs;
-    const unsigned char* const scale = scales + (tile * kTileRows + row % kTileRows) * scale_bytes(format);
-    const TilePlace place = tile_place(format, row % kTileRows, i % kTileInputs);
-    weights[i] =
-        dequantised(format, get(format, place, values + static_cast<std::size_t>(tile) * tile_bytes(format)), scale);
+  const std::int64_t in_tile = row % kTileRows;
+  const std::int64_t row_byte = tile_place(format, in_tile, 0).byte;
+  for (std::int64_t group = 0; group < groups; ++group) {
+    const std::int64_t first = group * kTileInputs;
+    const std::int64_t tile = row / kTileRows * groups + group;
+    const unsigned char* const scale = scales + (tile * kTileRows + in_tile) * scale_bytes(format);
+    const unsigned char* const values_of_row = values + static_cast<std::size_t>(tile) * tile_bytes(format) + row_byte;
+    const std::int64_t size = std::min<std::int64_t>(kTileInputs, inputs - first);
+    if (format == ExpertFormat::kInt8) {
+      dequantise_group<ExpertFormat::kInt8>(values_of_row, scale, size, weights + first);
+    } else if (format == ExpertFormat::kInt4) {
+      dequantise_group<ExpertFormat::kInt4>(values_of_row, scale, size, weights + first);
+    } else {
+      dequantise_group<ExpertFormat::kInt4Asymmetric>(values_of_row, scale, size, weights + first);
+    }
   }
 }
 
@@ -300,6 +332,46 @@ void dequantise_expert(const DecodeExpertsShape& shape, const void* blob, float*
   for (std::int64_t i = 0; i < shape.hidden_size; ++i) {
     dequantise_row(shape.format, bytes + at.down, bytes + at.down_scales, i, shape.expert_hidden_size,
                    down + i * shape.expert_hidden_size);
+  }
+}
+
+void check_dequantise_count(std::int64_t count) {
+  constexpr std::int64_t kMost = 65535;  // a dimension of a grid
+  if (count < 0 || count > kMost) {
+    throw std::invalid_argument(fmt::format("dequantise experts: count must be from 0 to {}, got {}", kMost, count));
+  }
+}
+
+void dequantise_experts_cpu(const DecodeExpertsShape& shape, const void* pool, const std::int32_t* blobs,
+                            std::int64_t count, void* out) {
+  check_dequantise_count(count);
+  const ExpertBlob from = expert_blob(shape);
+  DecodeExpertsShape wide = shape;
+  wide.format = ExpertFormat::kBfloat16;
+  const ExpertBlob to = expert_blob(wide);
+  std::vector<float> row_weights(static_cast<std::size_t>(std::max(shape.hidden_size, shape.expert_hidden_size)));
+  const auto matrix = [&](const unsigned char* values, const unsigned char* scales, std::int64_t rows,
+                          std::int64_t inputs, unsigned char* at) {
+    for (std::int64_t row = 0; row < rows; ++row) {
+      dequantise_row(shape.format, values, scales, row, inputs, row_weights.data());
+      for (std::int64_t i = 0; i < inputs; ++i) {
+        (void)write_bfloat16(at + (row * inputs + i) * 2, row_weights[static_cast<std::size_t>(i)]);
+      }
+    }
+  };
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::int64_t blob = blobs == nullptr ? i : blobs[i];
+    if (blob < 0) {
+      continue;
+    }
+    const unsigned char* const packed =
+        static_cast<const unsigned char*>(pool) + static_cast<std::size_t>(blob) * from.bytes;
+    unsigned char* const weights = static_cast<unsigned char*>(out) + static_cast<std::size_t>(i) * to.bytes;
+    const std::int64_t hidden = shape.hidden_size;
+    const std::int64_t expert_hidden = shape.expert_hidden_size;
+    matrix(packed + from.gate, packed + from.gate_scales, expert_hidden, hidden, weights + to.gate);
+    matrix(packed + from.up, packed + from.up_scales, expert_hidden, hidden, weights + to.up);
+    matrix(packed + from.down, packed + from.down_scales, hidden, expert_hidden, weights + to.down);
   }
 }
 

@@ -47,7 +47,8 @@ struct TilePlace {
 
 /// A word of 8 weights of 4 bits holds, from the lowest, inputs 0 2 4 6 1 3 5 7: input pairs come out of it with one
 /// shift and one mask, 16 bits apart. A word of 4 weights of 8 bits holds inputs 0 2 1 3.
-[[nodiscard]] constexpr TilePlace tile_place(ExpertFormat format, std::int64_t row, std::int64_t input) {
+[[nodiscard]] HESTIA_HOST_DEVICE constexpr TilePlace tile_place(ExpertFormat format, std::int64_t row,
+                                                                std::int64_t input) {
   const std::int64_t lane = row % 8 * 4 + input / 32;
   const std::int64_t half = row / 8;
   const std::int64_t of_lane = input % 32;
@@ -63,5 +64,8 @@ struct TilePlace {
 /// begin (expert_formats.cpp).
 void dequantise_row(ExpertFormat format, const unsigned char* values, const unsigned char* scales, std::int64_t row,
                     std::int64_t inputs, float* weights);
+
+/// Throws std::invalid_argument when dequantise_experts takes no such count.
+void check_dequantise_count(std::int64_t count);
 
 }  // namespace hestia

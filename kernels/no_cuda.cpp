@@ -7,6 +7,7 @@
 #include "hestia/kernels/decode_router.hpp"
 #include "hestia/kernels/decode_sample.hpp"
 #include "hestia/kernels/expert_fetch.hpp"
+#include "hestia/kernels/expert_formats.hpp"
 #include "hestia/kernels/memory_probe.hpp"
 #include "hestia/kernels/residency_scan.hpp"
 #include "hestia/kernels/router_rows.hpp"
@@ -168,6 +169,10 @@ std::uint32_t* decode_fetch_flags(void*) {
 
 void decode_fetch_gate_up_cuda(const DecodeExpertsShape&, const DecodeFetch&, const std::uint16_t*, void*,
                                std::uint16_t*, void*) {
+  refuse();
+}
+
+void dequantise_experts_cuda(const DecodeExpertsShape&, const void*, const std::int32_t*, std::int64_t, void*, void*) {
   refuse();
 }
 

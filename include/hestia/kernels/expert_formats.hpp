@@ -37,4 +37,16 @@ ExpertError quantise_expert(const DecodeExpertsShape& shape, const std::uint16_t
 /// The weights that the kernels compute with: float32, of the shapes above.
 void dequantise_expert(const DecodeExpertsShape& shape, const void* blob, float* gate, float* up, float* down);
 
+/// The same rounded to bfloat16, for products that take no integers: blob i of `out` becomes blob blobs[i] of `pool`,
+/// or blob i where `blobs` is null, for i below `count`; it stays as it is where blobs[i] is negative. `pool`: blobs in
+/// the format of `shape`; `out`: blobs of the same sizes in kBfloat16 (expert_blob); both aligned to 16 and apart.
+/// CPU, synchronous, one thread. Throws std::invalid_argument as expert_blob does and for a negative count.
+void dequantise_experts_cpu(const DecodeExpertsShape& shape, const void* pool, const std::int32_t* blobs,
+                            std::int64_t count, void* out);
+/// The same bits on the GPU: device pointers, asynchronous on `stream` (a cudaStream_t) of the current device, one
+/// kernel, no allocation, fit for capture in a graph. At most 65,535 blobs. Throws RunError with the CUDA error when
+/// the launch fails, or when Hestia was built without its CUDA kernels.
+void dequantise_experts_cuda(const DecodeExpertsShape& shape, const void* pool, const std::int32_t* blobs,
+                             std::int64_t count, void* out, void* stream);
+
 }  // namespace hestia

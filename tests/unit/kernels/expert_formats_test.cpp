@@ -110,6 +110,75 @@ double check_matrix(ExpertFormat format, const Bits& weights, const std::vector<
   return error / whole;
 }
 
+struct Rounding {
+  DecodeExpertsShape shape;
+  std::vector<std::uint8_t> pool;      // kPool blobs
+  std::vector<std::int32_t> blobs;     // wanted, in this order
+  std::vector<std::uint8_t> expected;  // of `blobs`, untouched bytes where one is negative
+};
+
+constexpr std::int64_t kPool = 5;
+constexpr std::uint8_t kBefore = 0xC3;
+
+/// Packed experts and, by dequantise_expert, what their weights are rounded to.
+Rounding random_rounding(SplitMix64& random, ExpertFormat format, std::int64_t hidden, std::int64_t expert_hidden,
+                         bool listed) {
+  Rounding c;
+  c.shape = shape_of(format, hidden, expert_hidden);
+  const std::size_t bytes = expert_blob(c.shape).bytes;
+  const ExpertBlob wide_blob = expert_blob(shape_of(ExpertFormat::kBfloat16, hidden, expert_hidden));
+  c.pool.resize(bytes * kPool);
+  std::vector<std::vector<std::uint8_t>> rounded;
+  for (std::size_t i = 0; i < kPool; ++i) {
+    const Expert expert = random_expert(random, c.shape, 0.005);
+    quantise_expert(c.shape, expert.gate.data(), expert.up.data(), expert.down.data(), c.pool.data() + i * bytes);
+    const std::size_t size = expert.gate.size();
+    std::vector<float> weights(3 * size);
+    dequantise_expert(c.shape, c.pool.data() + i * bytes, weights.data(), weights.data() + size,
+                      weights.data() + 2 * size);
+    rounded.emplace_back(wide_blob.bytes);
+    REQUIRE(wide_blob.bytes == 3 * size * sizeof(std::uint16_t));
+    for (std::size_t w = 0; w < weights.size(); ++w) {
+      const std::uint16_t bits = float_to_bfloat16_bits(weights[w]);
+      std::memcpy(rounded.back().data() + w * sizeof bits, &bits, sizeof bits);
+    }
+  }
+  c.blobs = listed ? std::vector<std::int32_t>{4, -1, 0, 4, 2, -7, 3} : std::vector<std::int32_t>{0, 1, 2, 3, 4};
+  for (const std::int32_t blob : c.blobs) {
+    const std::vector<std::uint8_t> of_blob =
+        blob < 0 ? std::vector<std::uint8_t>(wide_blob.bytes, kBefore) : rounded[static_cast<std::size_t>(blob)];
+    c.expected.insert(c.expected.end(), of_blob.begin(), of_blob.end());
+  }
+  return c;
+}
+
+void check_rounding(bool gpu) {
+  SplitMix64 random(44);
+  for (const auto& [hidden, expert_hidden] :
+       std::vector<std::pair<std::int64_t, std::int64_t>>{{8, 8}, {128, 16}, {136, 24}, {264, 40}, {120, 392}}) {
+    for (const ExpertFormat format :
+         {ExpertFormat::kBfloat16, ExpertFormat::kInt8, ExpertFormat::kInt4, ExpertFormat::kInt4Asymmetric}) {
+      for (const bool listed : {false, true}) {
+        CAPTURE(hidden, expert_hidden, expert_format_name(format), listed);
+        const Rounding c = random_rounding(random, format, hidden, expert_hidden, listed);
+        Guarded<std::uint8_t> pool(c.pool, gpu);
+        Guarded<std::int32_t> blobs(c.blobs, gpu);
+        Guarded<std::uint8_t> out(std::vector<std::uint8_t>(c.expected.size(), kBefore), gpu);
+        const auto count = static_cast<std::int64_t>(c.blobs.size());
+        const std::int32_t* const list = listed ? blobs.data() : nullptr;
+        if (gpu) {
+          dequantise_experts_cuda(c.shape, pool.data(), list, count, out.data(), nullptr);
+        } else {
+          dequantise_experts_cpu(c.shape, pool.data(), list, count, out.data());
+        }
+        CHECK(out.values() == c.expected);
+        CHECK(out.guards_whole());
+        CHECK(pool.values() == c.pool);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 TEST_CASE("expert formats: every weight is stored as the nearest that its group can say") {
@@ -201,4 +270,17 @@ TEST_CASE("expert formats: names go both ways, a wrong one is answered with the 
   }
   CHECK_THROWS_AS(expert_format_from_name("int4-asymetric"), UsageError);
   CHECK_THROWS_WITH(expert_format_from_name("int4-asymetric"), Catch::Contains("did you mean \"int4-asymmetric\"?"));
+}
+
+TEST_CASE("expert formats: whole blobs come back in bfloat16, each weight rounded once") {
+  check_rounding(false);
+  const DecodeExpertsShape shape = shape_of(ExpertFormat::kInt4, 8, 8);
+  CHECK_THROWS_AS(dequantise_experts_cpu(shape, nullptr, nullptr, -1, nullptr), std::invalid_argument);
+  CHECK_NOTHROW(dequantise_experts_cpu(shape, nullptr, nullptr, 0, nullptr));
+}
+
+TEST_CASE("expert formats: the GPU rounds whole blobs to the bits of the CPU", "[gpu]") {
+  if (gpu_ready()) {
+    check_rounding(true);
+  }
 }
