@@ -494,6 +494,9 @@ void merge_adapters(OffloadedModel& offloaded) {
   if (!settings) {
     return;
   }
+  if (offloaded.store.format() != ExpertFormat::kBfloat16) {
+    throw std::invalid_argument("decoder: adapters must be merged before experts are packed");
+  }
   const double scale = settings->alpha / static_cast<double>(settings->rank);
   const Architecture& a = model->architecture();
   const std::vector<Tensor> adapters = model->adapters();

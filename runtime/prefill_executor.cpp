@@ -27,15 +27,36 @@ void PrefillExecutor::start_copy(std::int64_t moe_layer) {
   half.copied.record(*side_);
 }
 
+const ExpertWeights& PrefillExecutor::unpacked(const Tensor& pool_NB, std::int64_t first) {
+  if (!unpacked_) {
+    try {
+      unpacked_.emplace(architecture_, store_.format(), architecture_.num_experts, device_);
+    } catch (const c10::OutOfMemoryError&) {
+      const auto bytes = static_cast<double>(expert_blob_layout(architecture_, torch::kBFloat16).bytes);
+      throw RunError(
+          fmt::format("prefill: the GPU has no memory for a layer of experts in bfloat16, got out of memory at {}; ask "
+                      "for fewer slots with --expert-slots",
+                      format_bytes(bytes * static_cast<double>(architecture_.num_experts))));
+    }
+  }
+  return unpacked_->consecutive(pool_NB, first);
+}
+
 torch::Tensor PrefillExecutor::run(const ExpertWeights& experts, const torch::Tensor& x_TD,
                                    const torch::Tensor& selected_TK, const torch::Tensor& weights_TK,
                                    std::int64_t moe_layer) {
   const torch::NoGradGuard no_grad;
-  if (!device_.is_cuda()) {
-    return grouped_.run(experts, x_TD, selected_TK, weights_TK, moe_layer);
-  }
   const std::int64_t num_experts = architecture_.num_experts;
+  const bool packed = store_.format() != ExpertFormat::kBfloat16;
+  if (!device_.is_cuda()) {
+    return grouped_.run(packed ? unpacked(store_.blobs(), moe_layer * num_experts) : experts, x_TD, selected_TK,
+                        weights_TK, moe_layer);
+  }
   if (slots_->all_resident()) {
+    if (packed) {
+      return grouped_.run(unpacked(slots_->memory(), moe_layer * num_experts), x_TD, selected_TK, weights_TK,
+                          moe_layer);
+    }
     ExpertWeights layer = slots_->slots();
     for (Tensor* tensor : {&layer.gate_EFD, &layer.up_EFD, &layer.down_EDF, &layer.gate_bias_EF, &layer.up_bias_EF,
                            &layer.down_bias_ED}) {
@@ -61,7 +82,9 @@ torch::Tensor PrefillExecutor::run(const ExpertWeights& experts, const torch::Te
                         "with --expert-slots",
                         format_bytes(static_cast<double>(bytes))));
       }
-      half.experts = experts_in_blobs(architecture_, store_.layout(), half.blobs_EB);
+      if (!packed) {
+        half.experts = experts_in_blobs(architecture_, store_.layout(), half.blobs_EB);
+      }
       half.used.record(current);
     }
     halves_ = std::move(halves);
@@ -74,12 +97,18 @@ torch::Tensor PrefillExecutor::run(const ExpertWeights& experts, const torch::Te
   }
   Half& half = halves_[static_cast<std::size_t>(moe_layer % 2)];
   half.copied.block(current);
+  if (packed) {
+    const ExpertWeights& layer = unpacked(half.blobs_EB, 0);
+    half.used.record(current);
+    return grouped_.run(layer, x_TD, selected_TK, weights_TK, moe_layer);
+  }
   Tensor out = grouped_.run(half.experts, x_TD, selected_TK, weights_TK, moe_layer);
   half.used.record(current);
   return out;
 }
 
 void PrefillExecutor::release() {
+  unpacked_.reset();
   if (halves_.empty()) {
     return;
   }

@@ -18,6 +18,7 @@
 #include "hestia/kernels/decode_experts.hpp"
 #include "hestia/kernels/decode_fetch.hpp"
 #include "hestia/kernels/expert_fetch.hpp"
+#include "packed_experts.hpp"
 
 namespace hestia {
 namespace {
@@ -41,8 +42,9 @@ std::uint16_t* mutable_bits(const Tensor& bfloat16) {
 }
 
 // Whether the decode kernels take these experts, lying as they do in the blob.
-bool kernels_take(const Architecture& a, const ExpertBlobLayout& layout, std::int64_t rows, std::int64_t top_k,
+bool kernels_take(const Architecture& a, const ExpertStore& store, std::int64_t rows, std::int64_t top_k,
                   torch::Device device) {
+  const ExpertBlobLayout& layout = store.layout();
   if (!device.is_cuda() || layout.dtype != torch::kBFloat16 || a.expert_bias || a.swiglu_limit ||
       a.hidden_size % 8 != 0 || a.expert_intermediate_size % 8 != 0 || rows > kDecodeMaxTokens ||
       top_k > kDecodeMaxTopK) {
@@ -51,7 +53,11 @@ bool kernels_take(const Architecture& a, const ExpertBlobLayout& layout, std::in
   const ExpertBlob blob = expert_blob({.num_tokens = rows,
                                        .top_k = top_k,
                                        .hidden_size = a.hidden_size,
-                                       .expert_hidden_size = a.expert_intermediate_size});
+                                       .expert_hidden_size = a.expert_intermediate_size,
+                                       .format = store.format()});
+  if (store.format() != ExpertFormat::kBfloat16) {
+    return layout.bytes == blob.bytes;
+  }
   return layout.parts.size() == 3 && layout.bytes == blob.bytes && layout.parts[0].offset == blob.gate &&
          layout.parts[1].offset == blob.up && layout.parts[2].offset == blob.down;
 }
@@ -103,6 +109,7 @@ struct SlotExecutor::Impl {
 
   Tensor slots_SB;  // uint8 [slots, bytes]: on a GPU its own memory, on the CPU with all resident the store's
   ExpertWeights slots;
+  std::unique_ptr<UnpackedExperts> unpacked;  // of packed slots, where the kernels do not take them
   bool kernels = false;
   bool early = false;
   Tensor hidden_TKF, product_TKD;  // of the decode kernels
@@ -169,24 +176,27 @@ struct SlotExecutor::Impl {
   // down(gated(gate x, up x)) of one token for the experts in slots [n] -> [n, D], rounded to the model's dtype.
   [[nodiscard]] Tensor expert_rows(const ExpertWeights& how, const Tensor& x_D, const Tensor& slot_N) const {
     const std::int64_t count = slot_N.size(0);
+    const ExpertWeights& from = unpacked ? unpacked->listed(slots_SB, slot_N) : slots;
     const auto product = [&](const Tensor& weights, const Tensor& bias, const Tensor& in_NI1) {
-      const Tensor out = weights.index_select(0, slot_N).bmm(in_NI1).squeeze(2);
+      const Tensor out = (unpacked ? weights : weights.index_select(0, slot_N)).bmm(in_NI1).squeeze(2);
       return bias.defined() ? out + bias.index_select(0, slot_N) : out;
     };
     const Tensor x_ND1 = x_D.view({1, -1, 1}).expand({count, -1, 1});
-    const Tensor hidden = gated_activation(how, product(slots.gate_EFD, slots.gate_bias_EF, x_ND1),
-                                           product(slots.up_EFD, slots.up_bias_EF, x_ND1));
-    return product(slots.down_EDF, slots.down_bias_ED, hidden.unsqueeze(2));
+    const Tensor hidden = gated_activation(how, product(from.gate_EFD, from.gate_bias_EF, x_ND1),
+                                           product(from.up_EFD, from.up_bias_EF, x_ND1));
+    return product(from.down_EDF, from.down_bias_ED, hidden.unsqueeze(2));
   }
 
   // The same of one expert, on the CPU, without a copy of its weights.
   [[nodiscard]] Tensor expert_row(const ExpertWeights& how, const Tensor& x_1D, std::int64_t slot) const {
+    const ExpertWeights& from = unpacked ? unpacked->consecutive(slots_SB, slot) : slots;
+    const std::int64_t at = unpacked ? 0 : slot;
     const auto product = [&](const Tensor& weights, const Tensor& bias, const Tensor& in) {
-      return at::linear(in, weights.select(0, slot), bias.defined() ? bias.select(0, slot) : Tensor());
+      return at::linear(in, weights.select(0, at), bias.defined() ? bias.select(0, at) : Tensor());
     };
-    const Tensor hidden = gated_activation(how, product(slots.gate_EFD, slots.gate_bias_EF, x_1D),
-                                           product(slots.up_EFD, slots.up_bias_EF, x_1D));
-    return product(slots.down_EDF, slots.down_bias_ED, hidden);
+    const Tensor hidden = gated_activation(how, product(from.gate_EFD, from.gate_bias_EF, x_1D),
+                                           product(from.up_EFD, from.up_bias_EF, x_1D));
+    return product(from.down_EDF, from.down_bias_ED, hidden);
   }
 
   template <class Index>
@@ -311,6 +321,7 @@ struct SlotExecutor::Impl {
                                    .top_k = top_k,
                                    .hidden_size = architecture.hidden_size,
                                    .expert_hidden_size = architecture.expert_intermediate_size,
+                                   .format = store.format(),
                                    .dependent = early};
     const auto* selected = selected_TK.const_data_ptr<std::int32_t>();
     const auto* weights = weights_TK.const_data_ptr<float>();
@@ -379,8 +390,13 @@ SlotExecutor::SlotExecutor(const Architecture& architecture, ExpertStore store, 
       impl.slots_SB.copy_(impl.store.blobs());
     }
   }
-  impl.slots = experts_in_blobs(architecture, layout, impl.slots_SB);
-  impl.kernels = kernels_take(architecture, layout, rows, top_k, device);
+  impl.kernels = kernels_take(architecture, impl.store, rows, top_k, device);
+  if (impl.store.format() == ExpertFormat::kBfloat16) {
+    impl.slots = experts_in_blobs(architecture, layout, impl.slots_SB);
+  } else if (!impl.kernels) {
+    impl.unpacked =
+        std::make_unique<UnpackedExperts>(architecture, impl.store.format(), device.is_cuda() ? top_k : 1, device);
+  }
   const auto options = torch::TensorOptions().device(device);
   if (impl.kernels) {
     impl.hidden_TKF =
@@ -609,6 +625,10 @@ std::int64_t SlotExecutor::slot_bytes() const noexcept {
 
 bool SlotExecutor::all_resident() const noexcept {
   return !impl_->shape;
+}
+
+const torch::Tensor& SlotExecutor::memory() const noexcept {
+  return impl_->slots_SB;
 }
 
 const ExpertWeights& SlotExecutor::slots() const noexcept {

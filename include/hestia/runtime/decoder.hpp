@@ -101,7 +101,7 @@ class Decoder {
 };
 
 /// Adds adapters into the experts in the store, W + scale * B A in float32, rounded once, and takes them off the model.
-/// Nothing without adapters.
+/// Nothing without adapters. Throws std::invalid_argument when the store is packed already: see BeforePacking.
 void merge_adapters(OffloadedModel& offloaded);
 
 }  // namespace hestia

@@ -2,26 +2,41 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <memory>
+#include <vector>
 
 #include <torch/types.h>
 
 #include "hestia/architecture/architecture.hpp"
+#include "hestia/kernels/expert_formats.hpp"
 #include "hestia/model/expert_blobs.hpp"
 #include "hestia/model/moe_model.hpp"
 
 namespace hestia {
 
-/// The routed experts of a model in host memory, one contiguous blob each (expert_blobs.hpp): expert e of MoE layer l
-/// is blob l * E + e. The memory lies in huge pages where the system gives them and is there in full from the start.
-/// Copies share it; it lives as long as a copy or a tensor of it does.
+/// The routed experts of a model in host memory, one contiguous blob each: expert e of MoE layer l is blob l * E + e,
+/// as the model has it (expert_blobs.hpp) or packed in integers (hestia/kernels/expert_formats.hpp). The memory lies in
+/// huge pages where the system gives them and is there in full once it is filled. Copies share it; it lives as long as
+/// a copy or a tensor of it does.
 class ExpertStore {
  public:
   /// Memory for all routed experts of `architecture` in `dtype`, zeros, every page of it touched by
   /// `at::get_num_threads()` threads. Throws RunError with the bytes asked for when there is not as much memory.
   ExpertStore(const Architecture& architecture, torch::Dtype dtype);
+  /// The experts of `from`, a filled store of bfloat16, packed in an integer format by `at::get_num_threads()` threads,
+  /// with a progress bar when there are many and not `quiet`. Gives the pages of `from` back as it goes: it holds zeros
+  /// afterwards. Throws UsageError as stored_expert_bytes does, RunError as the other constructor does, and InputError
+  /// naming layer and expert of a weight that is not finite.
+  [[nodiscard]] static ExpertStore packed(const Architecture& architecture, const ExpertStore& from,
+                                          ExpertFormat format, bool quiet = false);
 
+  /// kBfloat16: blobs are as the model has them, of whatever dtype.
+  [[nodiscard]] ExpertFormat format() const noexcept { return format_; }
+  /// Of packed blobs, `bytes` alone says something.
   [[nodiscard]] const ExpertBlobLayout& layout() const noexcept { return layout_; }
+  /// What packing lost: of each MoE layer, the mean over its experts; empty when the store is not packed.
+  [[nodiscard]] const std::vector<ExpertError>& errors() const noexcept { return errors_; }
   /// uint8 [MoE layers * E, layout().bytes], on the CPU: what `load_model` and `create_model` fill.
   [[nodiscard]] const torch::Tensor& blobs() const noexcept { return blobs_NB_; }
   [[nodiscard]] std::int64_t num_blobs() const { return blobs_NB_.size(0); }
@@ -38,23 +53,43 @@ class ExpertStore {
 
  private:
   struct Memory;
+  ExpertStore() = default;
+  // `touch`: every page, now; else pages come as they are written.
+  void take_memory(std::int64_t num_blobs, bool touch);
+
+  ExpertFormat format_ = ExpertFormat::kBfloat16;
   ExpertBlobLayout layout_;
+  std::vector<ExpertError> errors_;
   std::shared_ptr<Memory> memory_;
   torch::Tensor blobs_NB_;
 };
 
-/// A model whose routed experts lie in a store.
+/// Bytes of one routed expert in a store. Throws UsageError when the format does not hold such experts, saying why: the
+/// integer formats are packed from bfloat16 and hold plain gate, up and down matrices of sizes that are multiples of 8.
+[[nodiscard]] std::int64_t stored_expert_bytes(const Architecture& architecture, torch::Dtype dtype,
+                                               ExpertFormat format);
+
+/// A model whose routed experts lie in a store. When that is packed, the model's own expert parameters are NaN of no
+/// memory: only a decoder runs it.
 struct OffloadedModel {
   MoeModel model{nullptr};
   ExpertStore store;
 };
 
-/// `load_model` with the routed experts in host memory, straight from the mapped files, and the rest on `device`; the
-/// store is pinned when that is a GPU. Throws what load_model, ExpertStore and pin do.
+/// Looks at a model between loading and packing, and may change it: where adapters are merged (merge_adapters).
+using BeforePacking = std::function<void(OffloadedModel&)>;
+
+/// `load_model` with the routed experts in host memory, straight from the mapped files, and the rest on `device`; then
+/// `before` is called, the experts are packed in `format`, and the store is pinned when `device` is a GPU. Throws what
+/// stored_expert_bytes (first of all), load_model, ExpertStore and pin do.
 [[nodiscard]] OffloadedModel load_offloaded(const std::filesystem::path& directory, torch::Dtype dtype,
-                                            torch::Device device, bool quiet = false);
-/// The same for `create_model`: random weights.
+                                            torch::Device device, bool quiet = false,
+                                            ExpertFormat format = ExpertFormat::kBfloat16,
+                                            const BeforePacking& before = {});
+/// The same for `create_model`: random weights, in each format those of bfloat16.
 [[nodiscard]] OffloadedModel create_offloaded(const Architecture& architecture, torch::Dtype dtype,
-                                              torch::Device device, std::uint64_t seed);
+                                              torch::Device device, std::uint64_t seed, bool quiet = true,
+                                              ExpertFormat format = ExpertFormat::kBfloat16,
+                                              const BeforePacking& before = {});
 
 }  // namespace hestia

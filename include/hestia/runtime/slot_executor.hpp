@@ -61,8 +61,9 @@ struct SlotCacheOptions {
 /// graph, and stays correct whatever its routing is. A token's result depends on its own input and experts alone, bit
 /// by bit, and not on slots, policy, waves or the other tokens of the step. No gradient. Not thread-safe.
 ///
-/// Products: bfloat16 experts without biases or clamp, of sizes that are multiples of 8, run in the decode kernels
-/// (decode_experts.hpp); all others one row at a time through LibTorch, which on a GPU copies every weight once more.
+/// Products: on a GPU, packed experts and bfloat16 ones without biases or clamp, of sizes that are multiples of 8, run
+/// in the decode kernels (decode_experts.hpp); all others one row at a time through LibTorch, which on a GPU copies
+/// every weight once more. Packed experts are dequantised into bfloat16 there, which the kernels do without rounding.
 class SlotExecutor : public Executor {
  public:
   /// For steps of up to `rows` tokens with `top_k` experts each. `cache` nullopt: all experts are resident. The slots
@@ -119,7 +120,9 @@ class SlotExecutor : public Executor {
   /// Bytes of the slots on the device, scratch slots included; 0 where the store itself serves.
   [[nodiscard]] std::int64_t slot_bytes() const noexcept;
   [[nodiscard]] bool all_resident() const noexcept;
-  /// The slots as an executor takes experts, [slots, ...]; with all resident, expert e of MoE layer l is l * E + e.
+  /// uint8 [slots, bytes of a blob]: with all resident, expert e of MoE layer l is l * E + e.
+  [[nodiscard]] const torch::Tensor& memory() const noexcept;
+  /// The same as an executor takes experts, [slots, ...]; of packed ones nothing is defined.
   [[nodiscard]] const ExpertWeights& slots() const noexcept;
 
  private:

@@ -36,9 +36,10 @@ const torch::Device kCpu(torch::kCPU);
 const torch::Device kGpu(torch::kCUDA, 0);
 
 // Norms and biases off their initial values.
-OffloadedModel make_offloaded(const Architecture& a, torch::Dtype dtype, torch::Device device) {
+OffloadedModel make_offloaded(const Architecture& a, torch::Dtype dtype, torch::Device device,
+                              ExpertFormat format = ExpertFormat::kBfloat16) {
   const torch::NoGradGuard no_grad;
-  OffloadedModel offloaded = create_offloaded(a, dtype, device, 11);
+  OffloadedModel offloaded = create_offloaded(a, dtype, device, 11, /*quiet=*/true, format);
   std::uint64_t seed = 500;
   for (auto& [name, tensor] : offloaded.model->named_tensors()) {
     ++seed;
@@ -126,8 +127,9 @@ std::int64_t loads_of(const std::vector<SlotCacheCounts>& counts) {
   return loads;
 }
 
-void check_same_bits(const Architecture& a, torch::Dtype dtype, torch::Device device, bool kernels = true) {
-  const OffloadedModel offloaded = make_offloaded(a, dtype, device);
+void check_same_bits(const Architecture& a, torch::Dtype dtype, torch::Device device, bool kernels = true,
+                     ExpertFormat format = ExpertFormat::kBfloat16) {
+  const OffloadedModel offloaded = make_offloaded(a, dtype, device, format);
   for (const std::int64_t rows : {1, 3}) {
     const Tensor prompt = prompt_of(a, rows);
     DecoderOptions all;
@@ -257,9 +259,10 @@ void check_every_policy_and_start(torch::Dtype dtype, torch::Device device) {
   }
 }
 
-void check_replay(torch::Device device, CacheStart start, torch::Dtype dtype) {
+void check_replay(torch::Device device, CacheStart start, torch::Dtype dtype,
+                  ExpertFormat format = ExpertFormat::kBfloat16) {
   const Architecture a = kernel_architecture();
-  const OffloadedModel offloaded = make_offloaded(a, dtype, device);
+  const OffloadedModel offloaded = make_offloaded(a, dtype, device, format);
   constexpr std::int64_t kSteps = 14;
   // Different experts in each step.
   const Tensor steps_LSBK =
@@ -395,6 +398,21 @@ TEST_CASE("decoding with few slots gives the bits of decoding with all experts r
                   GENERATE(torch::kFloat32, torch::kBFloat16), kCpu);
 }
 
+TEST_CASE("decoding packed experts with few slots gives the bits of all of them resident") {
+  check_same_bits(GENERATE(small_architecture(), mixed_architecture(), deepseek_architecture()), torch::kBFloat16, kCpu,
+                  true, GENERATE(ExpertFormat::kInt8, ExpertFormat::kInt4, ExpertFormat::kInt4Asymmetric));
+}
+
+TEST_CASE("on the GPU, decoding packed experts with few slots gives the bits of all of them resident", "[gpu]") {
+  if (!gpu_ready()) {
+    return;
+  }
+  const ExpertFormat format = GENERATE(ExpertFormat::kInt8, ExpertFormat::kInt4, ExpertFormat::kInt4Asymmetric);
+  check_same_bits(GENERATE(kernel_architecture(), qwen3_architecture(), mixtral_architecture()), torch::kBFloat16, kGpu,
+                  true, format);
+  check_same_bits(GENERATE(kernel_architecture(), mixed_architecture()), torch::kBFloat16, kGpu, false, format);
+}
+
 TEST_CASE("on the GPU, decoding with few slots gives the bits of all resident, in a graph and out of it", "[gpu]") {
   if (!gpu_ready()) {
     return;
@@ -471,6 +489,17 @@ TEST_CASE("counts on the GPU are the simulator's on the recorded trace, for ever
 
 TEST_CASE("replay serves the trace's experts, whatever the router says") {
   check_replay(kCpu, GENERATE(CacheStart::kCold, CacheStart::kPrefill), torch::kFloat32);
+}
+
+TEST_CASE("replay counts are the same whatever format experts are in") {
+  check_replay(kCpu, CacheStart::kCold, torch::kBFloat16,
+               GENERATE(ExpertFormat::kBfloat16, ExpertFormat::kInt8, ExpertFormat::kInt4Asymmetric));
+}
+
+TEST_CASE("replay on the GPU counts the same whatever format experts are in", "[gpu]") {
+  if (gpu_ready()) {
+    check_replay(kGpu, CacheStart::kPrefill, torch::kBFloat16, GENERATE(ExpertFormat::kInt8, ExpertFormat::kInt4));
+  }
 }
 
 TEST_CASE("replay on the GPU serves the trace's experts", "[gpu]") {
