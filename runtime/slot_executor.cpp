@@ -427,7 +427,8 @@ SlotExecutor::SlotExecutor(const Architecture& architecture, ExpertStore store, 
     const ExpertBlob blob = expert_blob({.num_tokens = rows,
                                          .top_k = top_k,
                                          .hidden_size = architecture.hidden_size,
-                                         .expert_hidden_size = architecture.expert_intermediate_size});
+                                         .expert_hidden_size = architecture.expert_intermediate_size,
+                                         .format = impl.store.format()});
     impl.proxy =
         std::make_unique<CopyProxy>(impl.store, blob, impl.slots_SB.mutable_data_ptr<std::uint8_t>(),
                                     decode_fetch_flags(impl.fetch_workspace.mutable_data_ptr()), device.index());
