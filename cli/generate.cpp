@@ -18,6 +18,8 @@
 #include "hestia/core/progress.hpp"
 #include "hestia/data/tokenizer.hpp"
 #include "hestia/evaluation/build_info.hpp"
+#include "hestia/evaluation/throughput.hpp"
+#include "hestia/kernels/expert_formats.hpp"
 #include "hestia/model/tensors.hpp"
 #include "hestia/routing/fold.hpp"
 #include "hestia/routing/preload.hpp"
@@ -49,6 +51,7 @@ struct GenerateArguments {
   double top_p = 1.0;
   std::string device = "auto";
   std::string dtype = "bfloat16";
+  std::string expert_format = "bf16";
   std::optional<std::uint64_t> random_weights;
   bool ignore_eos = false;
   bool no_graph = false;
@@ -212,6 +215,7 @@ void run_generate(const GenerateArguments& arguments) {
   }
   const torch::Device device = device_from_recipe(arguments.device);
   const torch::Dtype dtype = dtype_from_recipe(arguments.dtype);
+  const ExpertFormat format = expert_format_from_name(arguments.expert_format);
   const Architecture stored = read_architecture(arguments.model);
   // Everything that can be wrong is looked at before the weights are read.
   std::optional<std::unique_ptr<Tokenizer>> tokenizer;
@@ -255,7 +259,7 @@ void run_generate(const GenerateArguments& arguments) {
   }
 
   DecoderOptions options;
-  const std::int64_t blob_bytes = static_cast<std::int64_t>(expert_blob_layout(stored, dtype).bytes);
+  const std::int64_t blob_bytes = stored_expert_bytes(stored, dtype, format);
   if (!arguments.expert_slots.empty()) {
     options.cache.emplace();
     options.cache->slots = parse_expert_slots(arguments.expert_slots, stored, blob_bytes, stored.top_k);
@@ -286,17 +290,21 @@ void run_generate(const GenerateArguments& arguments) {
   options.record = !arguments.record.empty();
   options.record_logits = !arguments.record_logits.empty();
 
-  OffloadedModel offloaded = arguments.random_weights
-                                 ? create_offloaded(stored, dtype, device, *arguments.random_weights)
-                                 : load_offloaded(arguments.model, dtype, device, arguments.quiet);
+  std::optional<BundleManifest> manifest;
+  const auto load_router = [&](OffloadedModel& loaded) {
+    if (!arguments.router.empty()) {
+      manifest = load_bundle(loaded.model, arguments.router);
+      merge_adapters(loaded);
+    }
+  };
+  OffloadedModel offloaded =
+      arguments.random_weights
+          ? create_offloaded(stored, dtype, device, *arguments.random_weights, arguments.quiet, format, load_router)
+          : load_offloaded(arguments.model, dtype, device, arguments.quiet, format, load_router);
   if (arguments.random_weights) {
     log_warning("weights are random: text, routing and hit rates say nothing of a trained model");
   }
-  std::optional<BundleManifest> manifest;
-  if (!arguments.router.empty()) {
-    manifest = load_bundle(offloaded.model, arguments.router);
-    merge_adapters(offloaded);
-  }
+  const Json expert_error = expert_error_json(offloaded.store);
   options.residency = residency_from(arguments.residency, manifest);
   const Architecture architecture = offloaded.model->architecture();
   Decoder decoder(std::move(offloaded), options);
@@ -375,6 +383,9 @@ void run_generate(const GenerateArguments& arguments) {
       {"random_weights", arguments.random_weights.has_value()},
       {"device", device.str()},
       {"dtype", arguments.dtype},
+      {"expert_format", stored_format_name(dtype, format)},
+      {"expert_bytes", blob_bytes},
+      {"expert_error", expert_error},
       {"prompt_tokens", prompt_length},
       {"tokens", tokens},
       {"text", stream ? Json(stream->text()) : Json()},
@@ -420,6 +431,11 @@ void run_generate(const GenerateArguments& arguments) {
         {"first token", format_seconds(times.prompt_seconds)},
         {"speed", fmt::format("{:.1f} tokens/s over {} steps{}", rate, times.steps,
                               traced ? " (traced: not a benchmark run)" : "")}};
+    if (!expert_error.is_null()) {
+      rows.emplace_back("packed", fmt::format("{}, {} an expert, relative square error {:.3g} (worst layer {:.3g})",
+                                              arguments.expert_format, format_bytes(static_cast<double>(blob_bytes)),
+                                              expert_error["mean"].get<double>(), expert_error["max"].get<double>()));
+    }
     if (options.cache) {
       rows.emplace_back("experts",
                         fmt::format("{} slots {}, {} on the device, {} policy, {} start", decoder.slots().num_slots(),
@@ -484,6 +500,9 @@ void add_generate(CLI::App& app) {
   verb->add_option("--seed", arguments->seed, "of drawn tokens and the policy random")->capture_default_str();
   verb->add_option("--device", arguments->device, "cpu, cuda, cuda:N or auto")->capture_default_str();
   verb->add_option("--dtype", arguments->dtype, "bfloat16 or float32")->capture_default_str();
+  verb->add_option("--expert-format", arguments->expert_format,
+                   "experts in memory: bf16 (as --dtype says), or packed at loading: int8, int4, int4-asymmetric")
+      ->capture_default_str();
   verb->add_option("--random-weights", arguments->random_weights,
                    "make weights of this seed in memory: DIR needs only config.json (for replay)")
       ->option_text("SEED");

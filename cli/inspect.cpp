@@ -17,9 +17,11 @@
 #include "hestia/core/progress.hpp"
 #include "hestia/core/safetensors.hpp"
 #include "hestia/evaluation/throughput.hpp"
+#include "hestia/kernels/expert_formats.hpp"
 #include "hestia/routing/metrics.hpp"
 #include "hestia/routing/preferences.hpp"
 #include "hestia/routing/trace.hpp"
+#include "hestia/runtime/expert_store.hpp"
 #include "hestia/trainer/bundle.hpp"
 #include "hestia/trainer/recipes.hpp"
 #include "hestia/trainer/trainer.hpp"
@@ -130,6 +132,26 @@ void inspect_model(const std::filesystem::path& directory, const std::string& me
                               shape_text({architecture.num_experts, architecture.hidden_size}))}};
   if (!memory.empty()) {
     rows.push_back(slots_row(memory, other_stored, expert_bytes, layers, architecture.num_experts));
+  }
+  try {
+    std::vector<std::string> sizes;
+    Rows slots;
+    for (const std::string& name : expert_format_names()) {
+      const ExpertFormat format = expert_format_from_name(name);
+      if (format == ExpertFormat::kBfloat16) {
+        continue;
+      }
+      const std::int64_t bytes = stored_expert_bytes(architecture, torch::kBFloat16, format);
+      sizes.push_back(fmt::format("{} {}", name, format_bytes(static_cast<double>(bytes))));
+      if (!memory.empty()) {
+        slots.push_back(slots_row(memory, other_stored, bytes, layers, architecture.num_experts));
+        slots.back().first += ", " + name;
+      }
+    }
+    rows.emplace_back("packed, per expert", fmt::format("{}", fmt::join(sizes, ", ")));
+    rows.insert(rows.end(), slots.begin(), slots.end());
+  } catch (const UsageError& error) {
+    rows.emplace_back("packed, per expert", fmt::format("none: {}", error.what()));
   }
   print(directory.string() + ": model directory", rows);
 }

@@ -116,6 +116,7 @@ void check_recipe(const std::string& path, const std::vector<std::string>& overr
     if (with_files) {
       complaints.collect([&] {
         const Architecture architecture = read_architecture(loaded.recipe.model.path);
+        complaints.collect([&] { check_bench_formats(loaded, architecture); });
         if (!loaded.recipe.replay.trace.empty()) {
           std::string fold;
           static_cast<void>(bench_trace(loaded.recipe.replay, architecture, fold));

@@ -40,6 +40,8 @@ FieldList BenchOptions::fields() {
   FieldList list;
   list.add("slots", slots, "experts on the device: all, 16 (per layer), total:256 or memory:6GiB");
   list.add("policies", policies, "which expert leaves a full cache", policy_names());
+  list.add("expert_formats", expert_formats, "experts in memory: bf16 (as model.dtype says), or packed from bfloat16",
+           expert_format_names());
   list.add("gamma", gamma, "discount of the policy gamma", {.low = 0.0, .high = 1.0});
   list.add("fetch", fetch,
            "how misses come: in one kernel with the products, by the copy engine, or in kernels of their own",
@@ -88,12 +90,20 @@ LoadedRecipe<BenchRecipe> load_bench_recipe(const std::filesystem::path& path,
   not_empty(bench.slots, "bench.slots");
   not_empty(bench.policies, "bench.policies");
   not_empty(bench.fetch, "bench.fetch");
+  not_empty(bench.expert_formats, "bench.expert_formats");
   not_empty(bench.batch, "bench.batch");
   not_empty(bench.prompt_tokens, "bench.prompt_tokens");
   not_empty(bench.new_tokens, "bench.new_tokens");
   if (std::find(bench.policies.begin(), bench.policies.end(), "belady") != bench.policies.end()) {
     problems.add(fmt::format("{}: bench.policies: belady knows the future, a decoder does not; take another",
                              loaded.source.location("bench.policies")));
+  }
+  for (const std::string& format : bench.expert_formats) {
+    if (format != "bf16" && loaded.recipe.model.dtype != "bfloat16") {
+      problems.add(
+          fmt::format("{}: bench.expert_formats: {} is packed from bfloat16, got model.dtype {}; take bfloat16",
+                      loaded.source.location("bench.expert_formats"), format, loaded.recipe.model.dtype));
+    }
   }
   problems.throw_usage_if_any();
   return loaded;
@@ -113,6 +123,36 @@ RoutingTrace bench_trace(const BenchReplayOptions& replay, const Architecture& a
   }
   static_cast<void>(replay_of(trace, {turns.front()}, architecture));
   return trace;
+}
+
+void check_bench_formats(const LoadedRecipe<BenchRecipe>& loaded, const Architecture& architecture) {
+  Problems problems;
+  for (const std::string& name : loaded.recipe.bench.expert_formats) {
+    try {
+      static_cast<void>(stored_expert_bytes(architecture, dtype_from_recipe(loaded.recipe.model.dtype),
+                                            expert_format_from_name(name)));
+    } catch (const UsageError& error) {
+      problems.add(
+          fmt::format("{}: bench.expert_formats: {}", loaded.source.location("bench.expert_formats"), error.what()));
+    }
+  }
+  problems.throw_usage_if_any();
+}
+
+Json expert_error_json(const ExpertStore& store) {
+  if (store.errors().empty()) {
+    return {};
+  }
+  Json layers = Json::array();
+  double sum = 0.0;
+  double most = 0.0;
+  for (const ExpertError& error : store.errors()) {
+    const double mean = (error.gate + error.up + error.down) / 3.0;
+    sum += mean;
+    most = std::max(most, mean);
+    layers.push_back({{"gate", error.gate}, {"up", error.up}, {"down", error.down}});
+  }
+  return {{"mean", sum / static_cast<double>(store.errors().size())}, {"max", most}, {"layers", layers}};
 }
 
 double DecodeBound::seconds(const std::vector<std::int64_t>& misses, const std::vector<std::int64_t>& hits) const {
@@ -192,29 +232,53 @@ class Bench {
     if (recipe_.model.threads > 0) {
       at::set_num_threads(static_cast<int>(recipe_.model.threads));
     }
-    const torch::Dtype dtype = dtype_from_recipe(recipe_.model.dtype);
     const Architecture architecture = read_architecture(recipe_.model.path);
+    check_bench_formats(loaded, architecture);
     if (!recipe_.replay.trace.empty()) {
       trace_ = bench_trace(recipe_.replay, architecture, fold_);
     }
-    for (const std::int64_t batch : recipe_.bench.batch) {
-      for (const std::string& slots : recipe_.bench.slots) {
-        static_cast<void>(cache_of(architecture, slots, "lru", batch));
+    for (const std::string& name : recipe_.bench.expert_formats) {
+      format_ = expert_format_from_name(name);
+      for (const std::int64_t batch : recipe_.bench.batch) {
+        for (const std::string& slots : recipe_.bench.slots) {
+          static_cast<void>(cache_of(architecture, slots, "lru", batch));
+        }
       }
-    }
-    const bool random = recipe_.model.weights == "random";
-    offloaded_ = random ? create_offloaded(architecture, dtype, device_, static_cast<std::uint64_t>(recipe_.model.seed))
-                        : load_offloaded(recipe_.model.path, dtype, device_, quiet);
-    if (random && !trace_) {
-      log_warning("weights are random: routing and hit rates say nothing of a trained model; replay a trace");
     }
   }
 
   std::vector<Json> run() {
-    before_ = probe_rates(offloaded_->store, device_);
+    if (recipe_.model.weights == "random" && !trace_) {
+      log_warning("weights are random: routing and hit rates say nothing of a trained model; replay a trace");
+    }
     if (!device_.is_cuda()) {
       log_warning("no GPU: speeds are the CPU's, without a link there is no bound");
     }
+    for (const std::string& name : recipe_.bench.expert_formats) {
+      format_ = expert_format_from_name(name);
+      offloaded_.reset();  // before the next: one store at a time
+      load();
+      run_format();
+    }
+    for (Json& row : rows_) {
+      row["warnings"] = degradations();
+    }
+    return rows_;
+  }
+
+ private:
+  void load() {
+    const torch::Dtype dtype = dtype_from_recipe(recipe_.model.dtype);
+    offloaded_ = recipe_.model.weights == "random"
+                     ? create_offloaded(read_architecture(recipe_.model.path), dtype, device_,
+                                        static_cast<std::uint64_t>(recipe_.model.seed), quiet_, format_)
+                     : load_offloaded(recipe_.model.path, dtype, device_, quiet_, format_);
+    expert_error_ = expert_error_json(offloaded_->store);
+  }
+
+  void run_format() {
+    const std::size_t first = rows_.size();
+    before_ = probe_rates(offloaded_->store, device_);
     for (const std::int64_t batch : recipe_.bench.batch) {
       for (const std::int64_t prompt : recipe_.bench.prompt_tokens) {
         for (const std::int64_t tokens : recipe_.bench.new_tokens) {
@@ -223,14 +287,11 @@ class Bench {
       }
     }
     const ProbedRates after = probe_rates(offloaded_->store, device_);
-    for (Json& row : rows_) {
-      row["rates_after"] = rates_json(after);
-      row["warnings"] = degradations();
+    for (std::size_t row = first; row < rows_.size(); ++row) {
+      rows_[row]["rates_after"] = rates_json(after);
     }
-    return rows_;
   }
 
- private:
   static Json rates_json(const ProbedRates& rates) {
     return {{"link_copy_gb_s", rates.link_copy / 1e9},
             {"link_gather_gb_s", rates.link_gather / 1e9},
@@ -245,8 +306,7 @@ class Bench {
     SlotCacheOptions cache;
     try {
       const torch::Dtype dtype = dtype_from_recipe(recipe_.model.dtype);
-      cache.slots =
-          parse_expert_slots(slots, a, static_cast<std::int64_t>(expert_blob_layout(a, dtype).bytes), batch * a.top_k);
+      cache.slots = parse_expert_slots(slots, a, stored_expert_bytes(a, dtype, format_), batch * a.top_k);
     } catch (const UsageError& error) {
       throw UsageError(fmt::format("{}: bench.slots: {}", loaded_->source.location("bench.slots"), error.what()));
     }
@@ -437,6 +497,9 @@ class Bench {
         {"fold", fold_.empty() ? Json() : Json(fold_)},
         {"trace_steps", replay ? Json(replay->steps_LSBK.size(1)) : Json()},
         {"dtype", recipe_.model.dtype},
+        {"expert_format", stored_format_name(dtype_from_recipe(recipe_.model.dtype), format_)},
+        {"expert_bytes", offloaded_->store.layout().bytes},
+        {"expert_error", expert_error_},
         {"slots", arm.slots},
         {"policy", arm.policy},
         {"start", arm.policy.empty() ? "" : recipe_.bench.start},
@@ -473,7 +536,9 @@ class Bench {
   bool quiet_;
   std::optional<RoutingTrace> trace_;
   std::string fold_;
+  ExpertFormat format_ = ExpertFormat::kBfloat16;
   std::optional<OffloadedModel> offloaded_;
+  Json expert_error_;
   ProbedRates before_;
   std::vector<Json> rows_;
 };
@@ -499,14 +564,15 @@ std::vector<Json> run_bench(const LoadedRecipe<BenchRecipe>& loaded, bool quiet)
 }
 
 std::string bench_table(const std::vector<Json>& rows) {
-  std::string text = fmt::format("{:>10} {:>7} {:>8} {:>5} {:>6} {:>5} {:>9} {:>17} {:>9} {:>8} {:>7} {:>11} {:>7}\n",
-                                 "slots", "policy", "fetch", "batch", "prompt", "new", "tokens/s", "(low - high)",
-                                 "first", "loads/l", "hits", "bytes/token", "bound");
+  std::string text =
+      fmt::format("{:>15} {:>10} {:>7} {:>8} {:>5} {:>6} {:>5} {:>9} {:>17} {:>9} {:>8} {:>7} {:>11} {:>7}\n",
+                  "experts", "slots", "policy", "fetch", "batch", "prompt", "new", "tokens/s", "(low - high)", "first",
+                  "loads/l", "hits", "bytes/token", "bound");
   for (const Json& row : rows) {
     text += fmt::format(
-        "{:>10} {:>7} {:>8} {:>5} {:>6} {:>5} {:>9.1f} {:>17} {:>9} {:>8.3f} {:>6.1f}% {:>11} {:>7}\n",
-        row["slots"].get<std::string>(), row["policy"].get<std::string>(), row["fetch"].get<std::string>(),
-        row["batch"].get<std::int64_t>(), row["prompt_tokens"].get<std::int64_t>(),
+        "{:>15} {:>10} {:>7} {:>8} {:>5} {:>6} {:>5} {:>9.1f} {:>17} {:>9} {:>8.3f} {:>6.1f}% {:>11} {:>7}\n",
+        row["expert_format"].get<std::string>(), row["slots"].get<std::string>(), row["policy"].get<std::string>(),
+        row["fetch"].get<std::string>(), row["batch"].get<std::int64_t>(), row["prompt_tokens"].get<std::int64_t>(),
         row["new_tokens"].get<std::int64_t>(), row["tokens_per_second"].get<double>(),
         fmt::format("({:.1f} - {:.1f})", row["tokens_per_second_low"].get<double>(),
                     row["tokens_per_second_high"].get<double>()),

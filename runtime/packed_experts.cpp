@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include <ATen/Parallel.h>
@@ -25,7 +26,7 @@ void check_packable(const Architecture& a, torch::Dtype dtype, ExpertFormat form
   if (dtype != torch::kBFloat16) {
     throw UsageError(
         fmt::format("expert format: {} is packed from bfloat16, got a model of {}; use dtype bfloat16, or bf16 experts",
-                    name, c10::toString(dtype)));
+                    name, stored_format_name(dtype, ExpertFormat::kBfloat16)));
   }
   if (a.expert_bias) {
     throw UsageError(fmt::format("expert format: {} holds experts without biases, got those of a {} model; use bf16",
@@ -77,6 +78,13 @@ std::int64_t stored_expert_bytes(const Architecture& architecture, torch::Dtype 
   }
   check_packable(architecture, dtype, format);
   return static_cast<std::int64_t>(expert_blob(packed_shape(architecture, format)).bytes);
+}
+
+std::string stored_format_name(torch::Dtype dtype, ExpertFormat format) {
+  if (format == ExpertFormat::kBfloat16 && dtype != torch::kBFloat16) {
+    return dtype == torch::kFloat64 ? "float64" : "float32";
+  }
+  return std::string(expert_format_name(format));
 }
 
 ExpertStore ExpertStore::packed(const Architecture& architecture, const ExpertStore& from, ExpertFormat format,

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <filesystem>
 #include <string>
 #include <vector>
@@ -57,6 +58,51 @@ TEST_CASE("generate says the same with few slots as with all experts, and counts
   CHECK(again["warnings"].size() == 2);
 }
 
+TEST_CASE("generate decodes packed experts, few or all, to the same tokens, and says what packing lost") {
+  const TemporaryFolder folder;
+  const std::string trace_file = folder.path() / "trace.csv";
+  const Json plain = Json::parse(done(hestia(generate({"--expert-slots", "5", "--record", trace_file}))));
+  CHECK(plain["expert_format"] == "bf16");
+  CHECK(plain["expert_error"].is_null());
+  double smaller = plain["expert_bytes"].get<double>();
+  double larger_error = 0.0;
+  for (const std::string format : {"int8", "int4"}) {
+    INFO(format);
+    const Json all = Json::parse(done(hestia(generate({"--expert-format", format}))));
+    const Json few = Json::parse(done(hestia(generate({"--expert-format", format, "--expert-slots", "5"}))));
+    CHECK(few["tokens"] == all["tokens"]);
+    CHECK(few["expert_format"] == format);
+    CHECK(few["expert_bytes"].get<double>() < 0.8 * smaller);  // inputs come in groups of 128
+    smaller = few["expert_bytes"].get<double>();
+    const Json& error = few["expert_error"];
+    REQUIRE(error["layers"].size() == 6);
+    double sum = 0.0;
+    double most = 0.0;
+    for (const Json& layer : error["layers"]) {
+      const double mean = (layer["gate"].get<double>() + layer["up"].get<double>() + layer["down"].get<double>()) / 3.0;
+      sum += mean;
+      most = std::max(most, mean);
+    }
+    CHECK(error["mean"].get<double>() == Approx(sum / 6));
+    CHECK(error["max"].get<double>() == Approx(most));
+    CHECK(error["mean"].get<double>() > 5 * larger_error);
+    larger_error = error["mean"].get<double>();
+    // The same experts served: the same counts, fewer bytes.
+    const Json again =
+        Json::parse(done(hestia(generate({"--expert-format", format, "--expert-slots", "5", "--replay", trace_file}))));
+    for (const char* count : {"requests", "hits", "cold", "loads", "evictions"}) {
+      CHECK(again["cache"][count] == plain["cache"][count]);
+    }
+    CHECK(again["cache"]["bytes_per_token"].get<double>() ==
+          Approx(plain["cache"]["bytes_per_token"].get<double>() * smaller / plain["expert_bytes"].get<double>()));
+  }
+  CHECK(larger_error < 0.03);
+  const Outcome streamed = hestia({"generate", "--model", "checkpoints/tiny", "--prompt", "The kernel", "--max-tokens",
+                                   "3", "--device", "cpu", "--expert-format", "int4-asymmetric"});
+  static_cast<void>(done(streamed));
+  CHECK_THAT(streamed.err, Catch::Contains("int4-asymmetric, ") && Catch::Contains("relative square error"));
+}
+
 TEST_CASE("generate streams text on stdout and keeps its statistics to stderr") {
   const Json json = Json::parse(done(hestia(generate({}))));
   const Outcome streamed = hestia({"generate", "--model", "checkpoints/tiny", "--prompt", "The kernel", "--max-tokens",
@@ -96,6 +142,8 @@ TEST_CASE("generate names what is wrong before it loads a model") {
   complains({"--top-p", "0"}, {"--top-p", "0"});
   complains({"--residency-prior", "0.3,2"}, {"--residency-prior", "--router"});
   complains({"--fold"}, {"--fold", "--replay"});
+  complains({"--expert-format", "int5"}, {"expert format", "\"int5\"", "int4", "bf16"});
+  complains({"--expert-format", "int4", "--dtype", "float32"}, {"int4", "float32", "dtype bfloat16"});
   const auto complains_of_tokens = [](const std::string& tokens) {
     check_complaint(hestia({"generate", "--model", "checkpoints/tiny", "--prompt", "x", "--max-tokens", tokens}), 2,
                     {"--max-tokens", tokens});
@@ -118,6 +166,7 @@ TEST_CASE("bench decodes a grid and says the bound's figures where there is a GP
                                               "replay.fold=false",
                                               "bench.slots=[all,\"6\"]",
                                               "bench.policies=[lru,lifo]",
+                                              "bench.expert_formats=[bf16,int4]",
                                               "bench.batch=[1,3]",
                                               "bench.prompt_tokens=[4]",
                                               "bench.new_tokens=[9]",
@@ -126,7 +175,7 @@ TEST_CASE("bench decodes a grid and says the bound's figures where there is a GP
   std::vector<std::string> as_json = arguments;
   as_json.insert(as_json.begin() + 2, "--json");
   const std::vector<std::string> lines = lines_of(done(hestia(as_json)));
-  REQUIRE(lines.size() == 6);  // all, and 6 slots under two policies, for two batches
+  REQUIRE(lines.size() == 12);  // all, and 6 slots under two policies, for two batches, in two formats
   const Json first = Json::parse(lines[0]);
   CHECK(first["slots"] == "all");
   CHECK(first["mode"] == "replay");
@@ -157,6 +206,24 @@ TEST_CASE("bench decodes a grid and says the bound's figures where there is a GP
   const Json batch = Json::parse(lines[3]);
   CHECK(batch["batch"] == 3);
   CHECK(batch["requests_per_step_and_layer"].get<double>() > 4.0);
+  // The formats one after the other: the trace's experts, in fewer bytes.
+  for (std::size_t i = 0; i < 6; ++i) {
+    const Json plain = Json::parse(lines[i]);
+    const Json packed = Json::parse(lines[i + 6]);
+    CHECK(plain["expert_format"] == "bf16");
+    CHECK(plain["expert_error"].is_null());
+    CHECK(packed["expert_format"] == "int4");
+    CHECK(packed["expert_error"]["layers"].size() == 6);
+    for (const char* same : {"slots", "policy", "batch", "loads_per_step_and_layer", "hit_rate"}) {
+      CHECK(packed[same] == plain[same]);
+    }
+    CHECK(packed["bytes_per_token"].get<double>() * plain["expert_bytes"].get<double>() ==
+          Approx(plain["bytes_per_token"].get<double>() * packed["expert_bytes"].get<double>()));
+    CHECK(packed["expert_bytes"].get<double>() < 0.4 * plain["expert_bytes"].get<double>());
+    CHECK(packed.contains("rates_before"));
+    CHECK(packed.contains("rates_after"));
+    CHECK(plain.contains("rates_after"));
+  }
   CHECK_THAT(done(hestia(arguments)), Catch::Contains("tokens/s") && Catch::Contains("lifo"));
 }
 
@@ -172,6 +239,9 @@ TEST_CASE("bench refuses a grid that there is not, with the recipe's line") {
   complains({"bench.batch=[]"}, {"bench.batch", "at least one"});
   complains({"bench.start=full", "bench.slots=[\"4\"]"}, {"bench.start", "32"});
   complains({"bench.slot=[all]"}, {"bench.slot", "bench.slots"});
+  complains({"bench.expert_formats=[int5]"}, {"bench.expert_formats", "int5", "int4"});
+  complains({"bench.expert_formats=[]"}, {"bench.expert_formats", "at least one"});
+  complains({"bench.expert_formats=[bf16,int8]", "model.dtype=float32"}, {"bench.expert_formats", "int8", "float32"});
 }
 
 }  // namespace

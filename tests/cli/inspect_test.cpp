@@ -34,6 +34,8 @@ TEST_CASE("inspect tells what a model directory holds") {
                       Catch::Contains("model.layers.0.mlp.gate.weight"));
   // 22 slots: (16 MiB - 5.1 MiB dense) / (84 KiB x 6 layers)
   CHECK_THAT(done(hestia({"inspect", "checkpoints/tiny", "--memory", "16MiB"})), Catch::Contains("22 of 32 per layer"));
+  CHECK_THAT(done(hestia({"inspect", "checkpoints/tiny", "--memory", "16MiB"})),
+             Catch::Contains("slots in 16MiB, int4") && Catch::Contains("packed, per expert"));
   CHECK_THAT(done(hestia({"inspect", "checkpoints/tiny", "--memory", "1GiB"})), Catch::Contains("32 of 32 per layer"));
   CHECK_THAT(done(hestia({"inspect", "checkpoints/tiny", "--memory", "5MiB"})), Catch::Contains("do not fit"));
   for (const char* wrong : {"-5GiB", "16 apples", "nan"}) {

@@ -8,6 +8,7 @@
 #include "hestia/core/json_lines.hpp"
 #include "hestia/core/recipe.hpp"
 #include "hestia/routing/trace.hpp"
+#include "hestia/runtime/expert_store.hpp"
 #include "hestia/trainer/recipes.hpp"
 
 namespace hestia {
@@ -27,6 +28,7 @@ struct BenchModelOptions {
 struct BenchOptions {
   std::vector<std::string> slots = {"all", "16", "32"};  ///< `all`, or as `--expert-slots` takes them.
   std::vector<std::string> policies = {"lru"};
+  std::vector<std::string> expert_formats = {"bf16"};  ///< As `--expert-format` takes them.
   double gamma = 0.9;
   std::vector<std::string> fetch = {"together"};  ///< SlotCacheOptions::fetch
   std::string start = "cold";  ///< cold | prefill | full: slots hold every expert, so that every request is a hit.
@@ -67,9 +69,17 @@ struct BenchRecipe {
 [[nodiscard]] RoutingTrace bench_trace(const BenchReplayOptions& replay, const Architecture& architecture,
                                        std::string& fold);
 
-/// Decodes every arm of the grid and returns one object per arm (docs/decoding.md has the fields). The arms of one
-/// batch and length take turns, after a round that does not count; rates of link and memory are probed before and
-/// after. Throws what loading a model and decoding throw; UsageError for a grid that the model does not have.
+/// Throws UsageError with all formats of the grid that do not hold the model's experts, each with file:line.
+void check_bench_formats(const LoadedRecipe<BenchRecipe>& loaded, const Architecture& architecture);
+
+/// What packing lost, as results have it: {"mean", "max", "layers": [{"gate", "up", "down"}]}, relative square errors;
+/// mean and max are over the MoE layers of the mean of the three. Null when the store is not packed.
+[[nodiscard]] Json expert_error_json(const ExpertStore& store);
+
+/// Decodes every arm of the grid and returns one object per arm (docs/decoding.md has the fields). One format of the
+/// experts after the other, so that one store is held at a time; in it, the arms of one batch and length take turns,
+/// after a round that does not count, and rates of link and memory are probed before and after. Throws what loading a
+/// model and decoding throw; UsageError for a grid that the model does not have.
 [[nodiscard]] std::vector<Json> run_bench(const LoadedRecipe<BenchRecipe>& loaded, bool quiet);
 
 /// The rows as a table.

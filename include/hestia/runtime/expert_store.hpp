@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <functional>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include <torch/types.h>
@@ -68,6 +69,9 @@ class ExpertStore {
 /// integer formats are packed from bfloat16 and hold plain gate, up and down matrices of sizes that are multiples of 8.
 [[nodiscard]] std::int64_t stored_expert_bytes(const Architecture& architecture, torch::Dtype dtype,
                                                ExpertFormat format);
+
+/// What results call the experts' format: its name, or "float32" where kBfloat16 leaves experts in another dtype.
+[[nodiscard]] std::string stored_format_name(torch::Dtype dtype, ExpertFormat format);
 
 /// A model whose routed experts lie in a store. When that is packed, the model's own expert parameters are NaN of no
 /// memory: only a decoder runs it.

@@ -217,7 +217,7 @@ TEST_CASE("what cannot be packed is refused before weights are read, with the re
     }
   };
   complains(gpt_oss_architecture(), torch::kBFloat16, {"biases", "gpt_oss", "use bf16"});
-  complains(small_architecture(), torch::kFloat32, {"Float", "dtype bfloat16"});
+  complains(small_architecture(), torch::kFloat32, {"a model of float32", "dtype bfloat16"});
   Architecture a = small_architecture();
   a.hidden_size = 20;
   complains(a, torch::kBFloat16, {"multiples of 8", "hidden size of 20"});
