@@ -39,6 +39,12 @@ float write_bfloat16(unsigned char* at, float value) {
   return bfloat16_bits_to_float(bits);
 }
 
+/// float_to_bfloat16_bits of what is no NaN; vectorises.
+std::uint16_t rounded_bits(float value) {
+  const auto bits = std::bit_cast<std::uint32_t>(value);
+  return static_cast<std::uint16_t>((bits + 0x7fffU + (bits >> 16U & 1U)) >> 16U);
+}
+
 /// One group of a row on its way into its tile. All loops run over a whole group, so that they vectorise.
 struct Group {
   std::array<float, kTileInputs> weights{};
@@ -163,39 +169,39 @@ void write_codes(const Group& group, unsigned char* row_in_tile) {
   }
 }
 
-/// Where the inputs of a row lie, from the row's first byte.
+/// The inverse of write_codes.
 template <ExpertFormat kFormat>
-struct RowPlaces {
-  std::array<TilePlace, kTileInputs> of{};
-  constexpr RowPlaces() {
-    for (std::size_t input = 0; input < of.size(); ++input) {
-      of[input] = tile_place(kFormat, 0, static_cast<std::int64_t>(input));
+void read_codes(const unsigned char* row_in_tile, std::array<unsigned char, kTileInputs>& codes) {
+  static constexpr RowBytes<kFormat> kBytes;
+  for (std::size_t i = 0; i < kBytes.kCount; ++i) {
+    const unsigned byte = row_in_tile[kBytes.offset[i]];
+    if constexpr (kBytes.kPairs) {
+      codes[kBytes.low[i]] = static_cast<unsigned char>(byte & 15U);
+      codes[kBytes.high[i]] = static_cast<unsigned char>(byte >> 4U);
+    } else {
+      codes[kBytes.low[i]] = static_cast<unsigned char>(byte);
     }
   }
-};
+}
 
-/// The first `size` weights of a group, whose first byte is at `row_in_tile`; the kernels' arithmetic.
+/// The weights of a whole group, whose first byte is at `row_in_tile`; the kernels' arithmetic.
 template <ExpertFormat kFormat>
-void dequantise_group(const unsigned char* row_in_tile, const unsigned char* scales, std::int64_t size,
-                      float* weights) {
-  static constexpr RowPlaces<kFormat> kPlaces;
+void dequantise_group(const unsigned char* row_in_tile, const unsigned char* scales,
+                      std::array<float, kTileInputs>& weights) {
+  std::array<unsigned char, kTileInputs> codes{};
+  read_codes<kFormat>(row_in_tile, codes);
   const float scale = read_bfloat16(scales);
   float minimum = 0.0F;
   if constexpr (kFormat == ExpertFormat::kInt4Asymmetric) {
     minimum = read_bfloat16(scales + 2);
   }
-  for (std::int64_t i = 0; i < size; ++i) {
-    const TilePlace& place = kPlaces.of[static_cast<std::size_t>(i)];
-    const unsigned byte = row_in_tile[place.byte];
+  for (std::size_t i = 0; i < codes.size(); ++i) {
     if constexpr (kFormat == ExpertFormat::kInt8) {
-      weights[i] = static_cast<float>(static_cast<std::int8_t>(byte)) * scale;
+      weights[i] = static_cast<float>(static_cast<std::int8_t>(codes[i])) * scale;
+    } else if constexpr (kFormat == ExpertFormat::kInt4) {
+      weights[i] = static_cast<float>(static_cast<int>(codes[i]) - 8) * scale;
     } else {
-      const auto integer = static_cast<float>(place.high ? byte >> 4U : byte & 15U);
-      if constexpr (kFormat == ExpertFormat::kInt4) {
-        weights[i] = (integer - 8.0F) * scale;
-      } else {
-        weights[i] = minimum + integer * scale;
-      }
+      weights[i] = minimum + static_cast<float>(codes[i]) * scale;
     }
   }
 }
@@ -305,19 +311,20 @@ void dequantise_row(ExpertFormat format, const unsigned char* values, const unsi
   const std::int64_t groups = tile_counts(1, inputs).groups;
   const std::int64_t in_tile = row % kTileRows;
   const std::int64_t row_byte = tile_place(format, in_tile, 0).byte;
+  std::array<float, kTileInputs> of_group{};
   for (std::int64_t group = 0; group < groups; ++group) {
     const std::int64_t first = group * kTileInputs;
     const std::int64_t tile = row / kTileRows * groups + group;
     const unsigned char* const scale = scales + (tile * kTileRows + in_tile) * scale_bytes(format);
     const unsigned char* const values_of_row = values + static_cast<std::size_t>(tile) * tile_bytes(format) + row_byte;
-    const std::int64_t size = std::min<std::int64_t>(kTileInputs, inputs - first);
     if (format == ExpertFormat::kInt8) {
-      dequantise_group<ExpertFormat::kInt8>(values_of_row, scale, size, weights + first);
+      dequantise_group<ExpertFormat::kInt8>(values_of_row, scale, of_group);
     } else if (format == ExpertFormat::kInt4) {
-      dequantise_group<ExpertFormat::kInt4>(values_of_row, scale, size, weights + first);
+      dequantise_group<ExpertFormat::kInt4>(values_of_row, scale, of_group);
     } else {
-      dequantise_group<ExpertFormat::kInt4Asymmetric>(values_of_row, scale, size, weights + first);
+      dequantise_group<ExpertFormat::kInt4Asymmetric>(values_of_row, scale, of_group);
     }
+    std::copy_n(of_group.begin(), std::min<std::int64_t>(kTileInputs, inputs - first), weights + first);
   }
 }
 
@@ -350,13 +357,15 @@ void dequantise_experts_cpu(const DecodeExpertsShape& shape, const void* pool, c
   wide.format = ExpertFormat::kBfloat16;
   const ExpertBlob to = expert_blob(wide);
   std::vector<float> row_weights(static_cast<std::size_t>(std::max(shape.hidden_size, shape.expert_hidden_size)));
+  std::vector<std::uint16_t> row_bits(row_weights.size());
   const auto matrix = [&](const unsigned char* values, const unsigned char* scales, std::int64_t rows,
                           std::int64_t inputs, unsigned char* at) {
     for (std::int64_t row = 0; row < rows; ++row) {
       dequantise_row(shape.format, values, scales, row, inputs, row_weights.data());
-      for (std::int64_t i = 0; i < inputs; ++i) {
-        (void)write_bfloat16(at + (row * inputs + i) * 2, row_weights[static_cast<std::size_t>(i)]);
+      for (std::size_t i = 0; i < static_cast<std::size_t>(inputs); ++i) {
+        row_bits[i] = rounded_bits(row_weights[i]);
       }
+      std::memcpy(at + row * inputs * 2, row_bits.data(), static_cast<std::size_t>(inputs) * sizeof row_bits[0]);
     }
   };
   for (std::int64_t i = 0; i < count; ++i) {
