@@ -152,6 +152,28 @@ TEST_CASE("generate names what is wrong before it loads a model") {
   complains_of_tokens("100000");
 }
 
+TEST_CASE("experts that cannot be packed are refused before weights are read, by generate, validate and bench") {
+  const TemporaryFolder folder;
+  const std::string model = folder.path();
+  const std::string config = read_text_file("checkpoints/tiny/config.json");
+  write_text_atomically(folder.path() / "config.json",
+                        replaced(config, "\"intermediate_size\": 56", "\"intermediate_size\": 60"));
+  const std::vector<std::string> reason = {"int8", "multiples of 8", "hidden size of 60", "use bf16"};
+  check_complaint(hestia({"generate", "--model", model, "--random-weights", "1", "--prompt-tokens", "1,2", "--device",
+                          "cpu", "--expert-format", "int8"}),
+                  2, reason);
+  const Json plain = Json::parse(done(hestia({"generate", "--model", model, "--random-weights", "1", "--prompt-tokens",
+                                              "1,2", "--max-tokens", "2", "--device", "cpu", "--json"})));
+  CHECK(plain["tokens"].size() == 2);
+  std::vector<std::string> in_recipe = reason;
+  in_recipe.insert(in_recipe.end(), {"bench.expert_formats", "int4"});
+  for (const char* verb : {"validate", "bench"}) {
+    check_complaint(hestia({verb, "recipes/bench_olmoe.yaml", "model.path=" + model, "replay.trace=\"\"",
+                            "replay.fold=false", "bench.expert_formats=[bf16,int8,int4]"}),
+                    2, in_recipe);
+  }
+}
+
 TEST_CASE("bench decodes a grid and says the bound's figures where there is a GPU") {
   const TemporaryFolder folder;
   const std::string trace_file = folder.path() / "trace.csv";

@@ -187,6 +187,27 @@ TEST_CASE("on the GPU, a decoder of packed experts is one of the weights that th
   }
 }
 
+TEST_CASE("on the GPU, packed experts decode where the kernels do not take them", "[gpu]") {
+  if (!gpu_ready()) {
+    return;
+  }
+  Architecture a = odd_architecture();
+  a.num_experts = 36;
+  a.top_k = 34;  // more than the kernels take
+  for (const ExpertFormat format : kIntegers) {
+    CAPTURE(expert_format_name(format));
+    const OffloadedModel packed = create(a, format, kGpu);
+    const Decoded all = decode(packed, 2, 4, 0);
+    const Decoded few = decode(packed, 2, 4, 5);
+    CHECK(few.tokens.equal(all.tokens));
+    CHECK(few.logits.equal(all.logits));
+    const Decoded expected = decode(rounded(a, format, kGpu), 2, 4, 5);
+    CHECK(few.first.equal(expected.first));
+    CHECK(few.tokens.equal(expected.tokens));
+    CHECK(square_error(few.logits, expected.logits) < 1e-4);
+  }
+}
+
 TEST_CASE("logits of packed experts are as near those of bfloat16 as the bits allow") {
   Architecture a = odd_architecture();
   a.top_k = a.num_experts;  // no choice that could change
