@@ -98,7 +98,7 @@ ResidencyRule rule_of_run(const LoadedRecipe<FinetuneRecipe>& loaded, MoeModel& 
   const FinetuneRecipe& recipe = loaded.recipe;
   ResidencyRule rule = residency_rule(loaded, model->architecture());
   if (std::filesystem::exists(residency_path(recipe.run_dir))) {
-    const ResidencyRule of_run = read_residency(residency_path(recipe.run_dir));
+    ResidencyRule of_run = read_residency(residency_path(recipe.run_dir));
     check_overrides(loaded.source, rule, of_run);
     return of_run;
   }

@@ -442,8 +442,12 @@ def spread(values):
     return max(values) - min(values)
 
 
-def rule_text(rule):
-    return "" if rule is None else f"{rule['lambda']:g}, J {rule['always_keep']}"
+def rule_text(rule, quarter):
+    """Lambda and J, and C where the rule's cache is not the one that the table is about."""
+    if rule is None:
+        return ""
+    other = "" if rule["slots"] == quarter else f", C {rule['slots']}"
+    return f"{rule['lambda']:g}, J {rule['always_keep']}{other}"
 
 
 def override_of(row, key):
@@ -472,7 +476,8 @@ def points_by_domain(rows, domain):
     for row in rows:
         if row["domain"] == domain:
             for point in row["points"]:
-                key = (row["trainable"], row["name"], rule_text(point["residency"]), override_of(row, "train.steps"))
+                rule = rule_text(point["residency"], row["experts"] // 4)
+                key = (row["trainable"], row["name"], rule, override_of(row, "train.steps"))
                 groups.setdefault(key, []).append(point["domains"])
     points = []
     for (trainable, name, rule, steps), seeds in groups.items():
