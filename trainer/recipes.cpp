@@ -96,6 +96,7 @@ FieldList LogitDistillationOptions::fields() {
   FieldList list;
   list.add("weight", weight, "weight of the term, which costs a forward of the base model; 0: not computed",
            {.low = 0.0});
+  list.add("teacher", teacher, "model directory whose logits are held to instead, of the same vocabulary and width");
   return list;
 }
 

@@ -132,6 +132,30 @@ bool is_finished(const std::filesystem::path& run_dir, std::int64_t steps) {
   return latest && latest->first == steps;
 }
 
+// Stands in for the base model: so no loss may want the base's own routing.
+MoeModel load_teacher(const LoadedRecipe<FinetuneRecipe>& loaded, const Architecture& student,
+                      const std::vector<WeightedLoss>& losses, torch::Device device, bool quiet) {
+  const char* key = "losses.logit_distillation.teacher";
+  const std::string& path = loaded.recipe.distillation.teacher;
+  const Architecture teacher = read_architecture(path);
+  Problems problems;
+  if (teacher.vocab_size != student.vocab_size || teacher.hidden_size != student.hidden_size ||
+      teacher.moe_layers().empty()) {
+    problems.add(
+        fmt::format("{}: {} must be a MoE model of {} tokens and width {}, as the tuned one, got {} of {} and "
+                    "{}; choose another",
+                    loaded.source.location(key), key, student.vocab_size, student.hidden_size, path, teacher.vocab_size,
+                    teacher.hidden_size));
+  }
+  if (std::any_of(losses.begin(), losses.end(),
+                  [](const WeightedLoss& loss) { return loss.loss->needs_base_forward(); })) {
+    problems.add(fmt::format("{}: {} does not go with losses.rank_matching.reference base_forward; choose one",
+                             loaded.source.location(key), key));
+  }
+  problems.throw_usage_if_any();
+  return load_model(path, dtype_from_recipe(loaded.recipe.model.dtype), device, quiet);
+}
+
 void finetune_once(const LoadedRecipe<FinetuneRecipe>& loaded, const std::string& resolved, const std::string& label,
                    const PackedData& train_data, const PackedData& held_out, const RunFlags& flags, bool resume) {
   const FinetuneRecipe& recipe = loaded.recipe;
@@ -167,7 +191,9 @@ void finetune_once(const LoadedRecipe<FinetuneRecipe>& loaded, const std::string
   const bool base_forward = job.distillation_weight > 0.0 ||
                             std::any_of(job.losses.begin(), job.losses.end(),
                                         [](const WeightedLoss& loss) { return loss.loss->needs_base_forward(); });
-  if (base_forward && recipe.train.trainable == "all") {
+  if (job.distillation_weight > 0.0 && !recipe.distillation.teacher.empty()) {
+    job.base_model = load_teacher(loaded, model->architecture(), job.losses, device, flags.quiet);
+  } else if (base_forward && recipe.train.trainable == "all") {
     log_info("a second copy of the model is held for the base model's forward: train.trainable is all");
     job.base_model = load_model(recipe.model.path, dtype_from_recipe(recipe.model.dtype), device, flags.quiet);
   }
@@ -354,6 +380,27 @@ PreferencePredictor make_predictor(const FinetuneRecipe& recipe, MoeModel& model
   return predictor;
 }
 
+// A model directory of a run that trained all parameters, in the recipe's dtype; whole or not at all.
+void write_whole_model(const FinetuneRecipe& recipe, const std::filesystem::path& checkpoint,
+                       const std::filesystem::path& output, bool quiet) {
+  if (std::filesystem::exists(output) &&
+      !(std::filesystem::is_directory(output) && std::filesystem::is_empty(output))) {
+    throw UsageError(fmt::format("{}: exists already; remove it or choose another --output", output.string()));
+  }
+  constexpr std::size_t kShardBytes = 5'000'000'000;
+  const torch::Dtype dtype = dtype_from_recipe(recipe.model.dtype);
+  MoeModel model = load_model(recipe.model.path, dtype, torch::kCPU, quiet);
+  load_run_weights(model, checkpoint, recipe.train.trainable);
+  std::filesystem::path folder = output;
+  folder += ".tmp";
+  std::filesystem::remove_all(folder);
+  std::filesystem::create_directories(folder);
+  save_model(model, folder, dtype, kShardBytes);
+  copy_tokenizer(recipe.model.path, folder);
+  std::filesystem::remove(output);
+  std::filesystem::rename(folder, output);
+}
+
 std::vector<PackedBatch> all_batches(const PackedData& data, const TrainOptions& train, std::int64_t sequence_length) {
   return pack_for_evaluation(data, -1, train.rows_per_batch, sequence_length);
 }
@@ -490,7 +537,7 @@ void run_finetune(const LoadedRecipe<FinetuneRecipe>& loaded, const RunFlags& fl
   if (recipe.train.trainable == "all") {
     log_warning(
         fmt::format("{}: what train.trainable \"all\" tunes stays in the run, where hestia evaluate --checkpoint "
-                    "measures it: hestia export takes routers and adapters only",
+                    "measures it, and can be exported as a whole only (--to hf)",
                     loaded.source.location("train.trainable")));
   }
   const PackedData train_data = load_training_data(recipe.data, *tokenizer, threads);
@@ -634,10 +681,10 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, con
     throw UsageError(fmt::format("{}: the run is not finished ({} of {}); finish it with `{}{}`", recipe.run_dir,
                                  latest ? latest->first : 0, whole, command, latest ? " --resume" : ""));
   }
-  if (recipe.train.trainable == "all") {
+  if (recipe.train.trainable == "all" && to != "hf") {
     throw UsageError(
-        fmt::format("{}: routers and adapters can be exported, got train.trainable \"{}\"; tune with "
-                    "train.trainable=router or router+lora",
+        fmt::format("{}: routers and adapters can be exported, got train.trainable \"{}\"; write the whole model "
+                    "with --to hf, or tune with train.trainable=router or router+lora",
                     loaded.source.location("train.trainable"), recipe.train.trainable));
   }
   std::filesystem::path directory = target.output;
@@ -657,6 +704,11 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, con
   if (to == "gguf") {
     write_tuned_gguf(recipe.model.path, tuned_parts(latest->second, read_architecture(recipe.model.path)), target.gguf,
                      directory);
+    log_info(fmt::format("tuned model in {}", directory.string()));
+    return directory;
+  }
+  if (to == "hf" && recipe.train.trainable == "all") {
+    write_whole_model(recipe, latest->second, directory, quiet);
     log_info(fmt::format("tuned model in {}", directory.string()));
     return directory;
   }

@@ -101,7 +101,7 @@ TEST_CASE("routers with adapters and fewer experts, from recipe to a model direc
   CHECK_FALSE(std::filesystem::exists(project.path() / "runs/tuned/bundle"));
 }
 
-TEST_CASE("what was trained beyond routers and adapters is not exported") {
+TEST_CASE("what was trained beyond routers and adapters is exported as a whole only") {
   const SmallProject project;
   project.pretrain();
   const std::vector<std::string> all = {"train.trainable=all", "control.enabled=false", "--quiet"};
@@ -110,10 +110,39 @@ TEST_CASE("what was trained beyond routers and adapters is not exported") {
     return arguments;
   };
   done(project.run(with({"finetune", "finetune.yaml"})));
-  for (const char* format : {"bundle", "hf"}) {
-    check_complaint(project.run(with({"export", "finetune.yaml", "--to", format})), 2,
-                    {"train.trainable \"all\"", "router or router+lora"});
-  }
+  check_complaint(project.run(with({"export", "finetune.yaml"})), 2,
+                  {"train.trainable \"all\"", "--to hf", "router or router+lora"});
+  CHECK(done(project.run(with({"export", "finetune.yaml", "--to", "hf"}))) == "runs/tuned/hf\n");
+  check_complaint(project.run(with({"export", "finetune.yaml", "--to", "hf"})), 2, {"runs/tuned/hf", "remove it"});
+  // The directory is the tuned model: a base for another run.
+  const auto nll_of = [&](const std::string& run_dir) {
+    const Json results = read_json_file(project.path() / run_dir / "results.json");
+    return results.at("arms").at(0).at("domains").at(0).at("nll").get<double>();
+  };
+  done(project.run(with({"evaluate", "finetune.yaml", "--checkpoint", "--only", "tuned"})));
+  done(project.run(
+      with({"evaluate", "finetune.yaml", "--only", "baseline", "model.path=runs/tuned/hf", "run_dir=runs/whole"})));
+  CHECK(nll_of("runs/whole") == nll_of("runs/tuned"));
+
+  // And a teacher: the base, held to it, is not where it is.
+  const auto first_step = [&](const std::string& run_dir) {
+    Json first;
+    read_json_lines(project.path() / run_dir / "metrics.jsonl", [&](std::int64_t, const Json& event) {
+      if (event.at("event") == "step" && event.at("step") == 1) {
+        first = event;
+      }
+    });
+    return first.at("logit_distillation").get<double>();
+  };
+  const std::string weight = "losses.logit_distillation.weight=1";
+  const std::string teacher = "losses.logit_distillation.teacher=runs/tuned/hf";
+  done(project.run(with({"finetune", "finetune.yaml", "run_dir=runs/held", weight})));
+  done(project.run(with({"finetune", "finetune.yaml", "run_dir=runs/taught", weight, teacher})));
+  CHECK(first_step("runs/held") < 1e-6);
+  CHECK(first_step("runs/taught") > 1e-4);
+  check_complaint(project.run(with({"finetune", "finetune.yaml", "run_dir=runs/refused", weight, teacher,
+                                    "losses.rank_matching.reference=base_forward"})),
+                  2, {"losses.logit_distillation.teacher", "base_forward"});
 }
 
 TEST_CASE("evaluate takes a run from its checkpoint: all parameters, without a bundle, one router alone") {

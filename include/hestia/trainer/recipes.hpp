@@ -85,6 +85,7 @@ struct TrainOptions {
 /// what the task data do not speak of stays as it was (trainer/distillation.hpp). Costs a forward of the base model.
 struct LogitDistillationOptions {
   double weight = 0.0;
+  std::string teacher;  ///< Model directory of the same vocabulary and width; empty: the base model.
   FieldList fields();
 };
 
