@@ -84,6 +84,20 @@ TEST_CASE("routers with adapters and fewer experts, from recipe to a model direc
   CHECK_THAT(done(project.run({"inspect", "runs/tuned/hf"})), Catch::Contains("8 per layer, 1 per token"));
   CHECK(project.read("runs/tuned/hf/tokenizer.model") == project.read("runs/base/model/tokenizer.model"));
   check_complaint(project.run(with({"export", "finetune.yaml", "--to", "hf"})), 2, {"runs/tuned/hf: exists already"});
+
+  // Decoded in integers, adapters are merged before experts are packed: what is lost is the same in both.
+  const auto packed = [&](const std::vector<std::string>& model) {
+    std::vector<std::string> arguments = {
+        "generate", "--prompt-tokens", "1,2,3", "--max-tokens",    "4",   "--ignore-eos", "--device", "cpu",
+        "--json",   "--expert-slots",  "2",     "--expert-format", "int8"};
+    arguments.insert(arguments.end(), model.begin(), model.end());
+    return Json::parse(done(project.run(arguments)));
+  };
+  const Json of_bundle = packed({"--model", "runs/base/model", "--router", "runs/tuned/bundle"});
+  CHECK(of_bundle.at("tokens").size() == 4);
+  CHECK(of_bundle.at("expert_error").at("mean").get<double>() > 0.0);
+  CHECK(packed({"--model", "runs/tuned/hf"}).at("expert_error").at("mean").get<double>() ==
+        Approx(of_bundle.at("expert_error").at("mean").get<double>()).epsilon(0.02));
   const std::vector<std::string> one_step = {"model.path=runs/tuned/hf",  "run_dir=runs/again",    "train.steps=1",
                                              "train.learning_rate=1e-12", "control.enabled=false", "--quiet"};
   for (const char* verb : {"finetune", "export", "evaluate"}) {
