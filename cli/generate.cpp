@@ -40,7 +40,7 @@ struct GenerateArguments {
   std::int64_t max_tokens = 128;
   std::string expert_slots;
   std::string policy = "lru";
-  std::string fetch = "together";
+  std::string fetch = "auto";
   double gamma = SlotCacheOptions{}.gamma;
   std::uint64_t seed = 1;
   std::string start = "cold";
@@ -479,7 +479,7 @@ void add_generate(CLI::App& app) {
       ->capture_default_str();
   verb->add_option(
           "--fetch", arguments->fetch,
-          "how misses come: together (one kernel copies and computes), copies (the copy engine, told by a host "
+          "how misses come: auto, together (one kernel copies and computes), copies (the copy engine, told by a host "
           "thread), waves (kernels of their own)")
       ->capture_default_str();
   verb->add_option("--gamma", arguments->gamma, "discount of the policy gamma")->capture_default_str();

@@ -43,9 +43,10 @@ FieldList BenchOptions::fields() {
   list.add("expert_formats", expert_formats, "experts in memory: bf16 (as model.dtype says), or packed from bfloat16",
            expert_format_names());
   list.add("gamma", gamma, "discount of the policy gamma", {.low = 0.0, .high = 1.0});
-  list.add("fetch", fetch,
-           "how misses come: in one kernel with the products, by the copy engine, or in kernels of their own",
-           fetch_path_names());
+  list.add(
+      "fetch", fetch,
+      "how misses come: in one kernel with the products, by the copy engine, or in kernels of their own; auto: by size",
+      fetch_path_names());
   list.add("start", start, "slots at the first step; full: all experts, in arms with as many slots",
            {"cold", "prefill", "full"});
   list.add("batch", batch, "sequences decoded together", {.low = 1});

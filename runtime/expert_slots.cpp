@@ -17,7 +17,7 @@ namespace {
 constexpr std::string_view kForms =
     "write a number of slots per layer (16), of one pool (total:256) or of bytes (memory:6GiB)";
 
-constexpr std::array<std::string_view, 3> kFetchPaths = {"together", "copies", "waves"};
+constexpr std::array<std::string_view, 4> kFetchPaths = {"auto", "together", "copies", "waves"};
 
 [[noreturn]] void refuse(std::string_view text, std::string_view why) {
   throw UsageError(fmt::format("--expert-slots: {}, got \"{}\"; {}", why, text, kForms));

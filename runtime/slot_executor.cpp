@@ -422,6 +422,10 @@ SlotExecutor::SlotExecutor(const Architecture& architecture, ExpertStore store, 
   impl.resident_LE = torch::zeros({impl.shape->num_layers, architecture.num_experts}, options.dtype(torch::kUInt8));
   if (impl.kernels && rows == 1 && impl.overlaps(1)) {
     impl.fetch_path = cache->fetch;
+    if (impl.fetch_path == FetchPath::kAuto) {
+      impl.fetch_path =
+          static_cast<std::int64_t>(layout.bytes) >= kCopiedExpertBytes ? FetchPath::kCopies : FetchPath::kTogether;
+    }
   }
   if (impl.fetch_path == FetchPath::kCopies) {
     const ExpertBlob blob = expert_blob({.num_tokens = rows,

@@ -30,7 +30,7 @@ struct BenchOptions {
   std::vector<std::string> policies = {"lru"};
   std::vector<std::string> expert_formats = {"bf16"};  ///< As `--expert-format` takes them.
   double gamma = 0.9;
-  std::vector<std::string> fetch = {"together"};  ///< SlotCacheOptions::fetch
+  std::vector<std::string> fetch = {"auto"};  ///< SlotCacheOptions::fetch
   std::string start = "cold";  ///< cold | prefill | full: slots hold every expert, so that every request is a hit.
   std::vector<std::int64_t> batch = {1};
   std::vector<std::int64_t> prompt_tokens = {128};

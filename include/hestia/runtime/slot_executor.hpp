@@ -33,12 +33,16 @@ struct ExpertSlots {
 
 /// How the misses of a step come to the GPU.
 enum class FetchPath : std::int32_t {
+  kAuto,      ///< `copies` for experts of kCopiedExpertBytes and more, else `together`: the faster one as measured.
   kTogether,  ///< One kernel serves the step, copies its misses and computes with the hits meanwhile.
   kCopies,    ///< The same, but for what the copy engine moves, as a host thread tells it when the kernel asks.
   kWaves,     ///< A kernel each for serving, for copying and for every wave's products, copies on a second stream.
 };
 
-/// Names of the paths on the command line and in recipes, in enum order: together, copies, waves.
+/// Bytes of an expert from which the copy engine is faster.
+inline constexpr std::int64_t kCopiedExpertBytes = std::int64_t{4} << 20;
+
+/// Names of the paths on the command line and in recipes, in enum order: auto, together, copies, waves.
 [[nodiscard]] std::vector<std::string> fetch_path_names();
 [[nodiscard]] std::string fetch_path_name(FetchPath path);
 /// Inverse of fetch_path_name. Throws UsageError with the nearest name.
@@ -52,7 +56,7 @@ struct SlotCacheOptions {
   std::uint64_t seed = SimulationOptions{}.seed;  ///< Of `random`.
   bool stress = false;                            ///< See SlotCacheShape::stress.
   /// For steps of one token in the decode kernels whose experts all fit the slots; all others come in waves.
-  FetchPath fetch = FetchPath::kTogether;
+  FetchPath fetch = FetchPath::kAuto;
 };
 
 /// Runs the experts of decode steps out of slots on the device: the slot cache says which experts of a step are there
@@ -103,8 +107,8 @@ class SlotExecutor : public Executor {
   /// uint8 [E] on the device, 1 where the slots of a layer hold the expert; asynchronous. Null when all are resident.
   [[nodiscard]] torch::Tensor resident(std::int64_t moe_layer);
 
-  /// How misses come, which is by waves where the options' path does not serve: on a CPU, for several rows, without the
-  /// decode kernels, under `static` or with fewer slots than a token has experts.
+  /// How misses come, never kAuto, and by waves where the options' path does not serve: on a CPU, for several rows,
+  /// without the decode kernels, under `static` or with fewer slots than a token has experts.
   [[nodiscard]] FetchPath fetch_path() const noexcept;
   /// Lets the host thread of `copies` look for requests, and decode() ask it; without effect on other paths. Not before
   /// a first step has run: what a kernel's first launch does may wait for the kernels that wait for the thread. And no
