@@ -122,7 +122,7 @@ struct CopyProxy::Impl {
 };
 
 CopyProxy::CopyProxy(const ExpertStore& store, const ExpertBlob& blob, std::uint8_t* pool, std::uint32_t* flags,
-                     std::int8_t device)
+                     int device)
     : impl_(std::make_unique<Impl>()) {
   Impl& impl = *impl_;
   impl.store = store.blobs().const_data_ptr<std::uint8_t>();

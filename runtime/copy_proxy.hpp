@@ -16,8 +16,7 @@ class CopyProxy {
   /// Copies from `store`, pinned, to `pool` (blobs one behind the other) on GPU `device`; `blob`: their layout;
   /// `flags`: decode_fetch_flags of the kernels' workspace. `pool` and `flags` must outlive this. Throws RunError when
   /// CUDA has no memory or stream, or is too old to write behind a copy.
-  CopyProxy(const ExpertStore& store, const ExpertBlob& blob, std::uint8_t* pool, std::uint32_t* flags,
-            std::int8_t device);
+  CopyProxy(const ExpertStore& store, const ExpertBlob& blob, std::uint8_t* pool, std::uint32_t* flags, int device);
   CopyProxy(const CopyProxy&) = delete;
   CopyProxy& operator=(const CopyProxy&) = delete;
   CopyProxy(CopyProxy&&) = delete;

@@ -45,8 +45,8 @@ struct DecodeFetch {
   /// a host thread that copies the rest and, behind part p of load i, writes 0 to word i * kFetchParts + p of
   /// decode_fetch_flags(workspace). Memory as the kernel sees it. Ignored by the CPU.
   CopyRequest* request = nullptr;
-  std::int64_t copiers = kFetchCopiers;
-  std::int64_t poll_ns = 2000;
+  std::int64_t copiers = kFetchCopiers;  ///< Blocks that copy.
+  std::int64_t poll_ns = 2000;           ///< Time between looks of the blocks that wait for a miss.
 };
 
 /// Bytes of DecodeFetch::workspace.
