@@ -40,6 +40,7 @@ TEST_CASE("generate says the same with few slots as with all experts, and counts
   options.slots = 5;
   options.start = CacheStart::kPrefill;
   const SimulationCounts counts = simulate(trace, options);
+  CHECK(few["cache"]["fetch"] == "waves");  // on a CPU
   CHECK(few["cache"]["requests"] == counts.requests);
   CHECK(few["cache"]["hits"] == counts.hits);
   CHECK(few["cache"]["cold"] == counts.cold);
@@ -142,6 +143,7 @@ TEST_CASE("generate names what is wrong before it loads a model") {
   complains({"--top-p", "0"}, {"--top-p", "0"});
   complains({"--residency-prior", "0.3,2"}, {"--residency-prior", "--router"});
   complains({"--fold"}, {"--fold", "--replay"});
+  complains({"--expert-slots", "4", "--fetch", "copie"}, {"fetch path", "\"copie\"", "did you mean \"copies\""});
   complains({"--expert-format", "int5"}, {"expert format", "\"int5\"", "int4", "bf16"});
   complains({"--expert-format", "int4", "--dtype", "float32"}, {"int4", "float32", "dtype bfloat16"});
   const auto complains_of_tokens = [](const std::string& tokens) {
@@ -155,7 +157,7 @@ TEST_CASE("generate names what is wrong before it loads a model") {
 TEST_CASE("experts that cannot be packed are refused before weights are read, by generate, validate and bench") {
   const TemporaryFolder folder;
   const std::string model = folder.path();
-  const std::string config = read_text_file("checkpoints/tiny/config.json");
+  const std::string config = read_text_file(std::filesystem::path(HESTIA_SOURCE_DIR) / "checkpoints/tiny/config.json");
   write_text_atomically(folder.path() / "config.json",
                         replaced(config, "\"intermediate_size\": 56", "\"intermediate_size\": 60"));
   const std::vector<std::string> reason = {"int8", "multiples of 8", "hidden size of 60", "use bf16"};
