@@ -142,6 +142,11 @@ CopyProxy::CopyProxy(const ExpertStore& store, const ExpertBlob& blob, std::uint
   int greatest = 0;
   check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "no stream priorities");
   check(cudaStreamCreateWithPriority(&impl.stream, cudaStreamNonBlocking, greatest), "no stream");
+  // Some systems have the function and refuse it.
+  if (impl.write(impl.stream, reinterpret_cast<CUdeviceptr>(flags), 0, 0) != CUDA_SUCCESS) {
+    throw RunError("copy proxy: this GPU or driver refuses cuStreamWriteValue32; fetch with --fetch together");
+  }
+  check(cudaStreamSynchronize(impl.stream), "its first write failed");
   impl.thread = std::thread([&impl] { impl.run(); });
 }
 

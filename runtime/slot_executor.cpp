@@ -14,6 +14,7 @@
 
 #include "copy_proxy.hpp"
 #include "hestia/core/error.hpp"
+#include "hestia/core/log.hpp"
 #include "hestia/core/progress.hpp"
 #include "hestia/kernels/decode_experts.hpp"
 #include "hestia/kernels/decode_fetch.hpp"
@@ -433,9 +434,17 @@ SlotExecutor::SlotExecutor(const Architecture& architecture, ExpertStore store, 
                                          .hidden_size = architecture.hidden_size,
                                          .expert_hidden_size = architecture.expert_intermediate_size,
                                          .format = impl.store.format()});
-    impl.proxy =
-        std::make_unique<CopyProxy>(impl.store, blob, impl.slots_SB.mutable_data_ptr<std::uint8_t>(),
-                                    decode_fetch_flags(impl.fetch_workspace.mutable_data_ptr()), device.index());
+    try {
+      impl.proxy =
+          std::make_unique<CopyProxy>(impl.store, blob, impl.slots_SB.mutable_data_ptr<std::uint8_t>(),
+                                      decode_fetch_flags(impl.fetch_workspace.mutable_data_ptr()), device.index());
+    } catch (const RunError& error) {
+      if (cache->fetch != FetchPath::kAuto) {
+        throw;
+      }
+      log_warning(fmt::format("{}; kernels fetch the misses themselves", error.what()));
+      impl.fetch_path = FetchPath::kTogether;
+    }
   }
   if (device.is_cuda()) {
     impl.side = c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device.index());
