@@ -57,7 +57,8 @@ struct DecodeTimes {
 };
 
 /// Decodes token by token with the routed experts in host memory: the one model with a slot executor in place of the
-/// grouped one. On a GPU a step runs without a word to the host. Not thread-safe; one decoder per model at a time.
+/// grouped one. On a GPU a step waits for nothing of the host, but for copies (FetchPath::kCopies). Not thread-safe;
+/// one decoder per model at a time.
 class Decoder {
  public:
   /// Takes the model over: its selector and executor are set here. Throws UsageError as SlotExecutor does and for a
