@@ -16,10 +16,10 @@ namespace hestia {
 
 /// Counters between the blocks; zero between launches.
 struct FetchWorkspace {
-  unsigned served;                                ///< 1 + loads, once the step is served
-  unsigned ended;                                 ///< blocks that wait for nothing any more
-  unsigned left[kDecodeMaxTopK * kFetchParts];    ///< warps that still copy of each part of each load
-  unsigned copied[kDecodeMaxTopK * kFetchParts];  ///< 1: the host thread has not copied it yet
+  unsigned served;                              ///< 1 + loads, once the step is served
+  unsigned ended;                               ///< blocks that wait for nothing any more
+  unsigned left[kDecodeMaxTopK * kFetchParts];  ///< warps that still copy of each part of each load
+  unsigned copied[kDecodeMaxTopK];              ///< 1: the host thread has not copied its share of the load yet
 };
 
 /// DecodeFetch as the kernels take it.
@@ -107,9 +107,8 @@ __device__ inline void leave(const FetchStep& step) {
 
 /// Waits until part `part` of load `load` is there; by one thread.
 __device__ inline void wait_arrived(const FetchStep& step, unsigned load, unsigned part, unsigned poll_ns) {
-  const unsigned word = load * kFetchParts + part;
-  while (load_acquire(&step.workspace->left[word]) != 0 ||
-         (step.request != nullptr && load_acquire_system(&step.workspace->copied[word]) != 0)) {
+  while (load_acquire(&step.workspace->left[load * kFetchParts + part]) != 0 ||
+         (step.request != nullptr && load_acquire_system(&step.workspace->copied[load]) != 0)) {
     __nanosleep(poll_ns);
   }
 }
@@ -146,9 +145,9 @@ __device__ inline void serve_and_copy(const FetchStep& step, uint4* pool) {
     const bool asks = step.request != nullptr && loads > 0;
     if (thread < loads * kFetchParts) {
       step.workspace->left[thread] = !asks || thread == 0 ? warps : 0;
-      step.workspace->copied[thread] = asks ? 1 : 0;
     }
     if (asks && thread < loads) {
+      step.workspace->copied[thread] = 1;
       const int blob = step.layer * static_cast<int>(step.cache.num_experts) + step.answer.loads[thread].expert;
       volatile CopyRequest::Load& load = step.request->loads[thread];
       load.blob = blob;
@@ -207,7 +206,6 @@ __device__ inline void serve_and_copy(const FetchStep& step, uint4* pool) {
     if (blockIdx.x == 0 && step.request != nullptr) {
       for (unsigned load = 0; load < shared_loads; ++load) {
         wait_arrived(step, load, 0, 100);
-        wait_arrived(step, load, 1, 100);
       }
     }
     leave(step);

@@ -1,5 +1,6 @@
 #include "copy_proxy.hpp"
 
+#include <array>
 #include <atomic>
 #include <string>
 #include <thread>
@@ -52,7 +53,8 @@ struct CopyProxy::Impl {
   WriteValue write = nullptr;
   CopyRequest* request = nullptr;         // as the host sees it
   CopyRequest* device_request = nullptr;  // as kernels do
-  cudaStream_t stream = nullptr;
+  /// Loads take turns, so that one keeps the link busy while the copy of another begins or is told of.
+  std::array<cudaStream_t, 2> streams{};
   std::atomic<bool> awake{false};
   std::atomic<bool> ended{false};
   std::atomic<int> error{0};  // cudaError_t of the first that failed
@@ -65,8 +67,10 @@ struct CopyProxy::Impl {
       awake.notify_one();
       thread.join();
     }
-    if (stream != nullptr) {
-      (void)cudaStreamDestroy(stream);
+    for (cudaStream_t stream : streams) {
+      if (stream != nullptr) {
+        (void)cudaStreamDestroy(stream);
+      }
     }
     if (request != nullptr) {
       (void)cudaFreeHost(request);
@@ -80,26 +84,17 @@ struct CopyProxy::Impl {
     }
   }
 
-  void copy(const CopyRequest::Load& load, std::size_t begin, std::size_t end) {
-    if (begin < end) {
-      note(cudaMemcpyAsync(pool + static_cast<std::size_t>(load.slot) * blob.bytes + begin,
-                           store + static_cast<std::size_t>(load.blob) * blob.bytes + begin, end - begin,
-                           cudaMemcpyHostToDevice, stream));
-    }
-  }
-  void write_flag(std::size_t word) {
-    if (write(stream, reinterpret_cast<CUdeviceptr>(flags + word), 0, 0) != CUDA_SUCCESS) {
-      note(cudaErrorUnknown);
-    }
-  }
-
   void serve(std::uint32_t count) {
     for (std::uint32_t i = 0; i < count; ++i) {
       const CopyRequest::Load load = request->loads[i];
-      copy(load, i == 0 ? fetch_own_bytes(blob) : 0, blob.down);
-      write_flag(std::size_t{i} * kFetchParts);
-      copy(load, blob.down, blob.bytes);
-      write_flag(std::size_t{i} * kFetchParts + 1);
+      cudaStream_t stream = streams[i % streams.size()];
+      const std::size_t begin = i == 0 ? fetch_own_bytes(blob) : 0;
+      note(cudaMemcpyAsync(pool + static_cast<std::size_t>(load.slot) * blob.bytes + begin,
+                           store + static_cast<std::size_t>(load.blob) * blob.bytes + begin, blob.bytes - begin,
+                           cudaMemcpyHostToDevice, stream));
+      if (write(stream, reinterpret_cast<CUdeviceptr>(flags + i), 0, 0) != CUDA_SUCCESS) {
+        note(cudaErrorUnknown);
+      }
     }
   }
 
@@ -141,12 +136,14 @@ CopyProxy::CopyProxy(const ExpertStore& store, const ExpertBlob& blob, std::uint
   int least = 0;
   int greatest = 0;
   check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "no stream priorities");
-  check(cudaStreamCreateWithPriority(&impl.stream, cudaStreamNonBlocking, greatest), "no stream");
+  for (cudaStream_t& stream : impl.streams) {
+    check(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, greatest), "no stream");
+  }
   // Some systems have the function and refuse it.
-  if (impl.write(impl.stream, reinterpret_cast<CUdeviceptr>(flags), 0, 0) != CUDA_SUCCESS) {
+  if (impl.write(impl.streams[0], reinterpret_cast<CUdeviceptr>(flags), 0, 0) != CUDA_SUCCESS) {
     throw RunError("copy proxy: this GPU or driver refuses cuStreamWriteValue32; fetch with --fetch together");
   }
-  check(cudaStreamSynchronize(impl.stream), "its first write failed");
+  check(cudaStreamSynchronize(impl.streams[0]), "its first write failed");
   impl.thread = std::thread([&impl] { impl.run(); });
 }
 

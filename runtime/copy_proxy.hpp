@@ -9,8 +9,8 @@
 
 namespace hestia {
 
-/// A host thread that copies misses with the GPU's copy engine as kernels ask for them (DecodeFetch::request), on a
-/// stream of its own. It takes a core while it is awake. Not thread-safe; the destructor ends the thread.
+/// A host thread that copies misses with the GPU's copy engine as kernels ask for them (DecodeFetch::request), on
+/// streams of its own. It takes a core while it is awake. Not thread-safe; the destructor ends the thread.
 class CopyProxy {
  public:
   /// Copies from `store`, pinned, to `pool` (blobs one behind the other) on GPU `device`; `blob`: their layout;

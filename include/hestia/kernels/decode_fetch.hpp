@@ -22,7 +22,7 @@ struct CopyRequest {
 /// Blocks that copy.
 inline constexpr std::int64_t kFetchCopiers = 32;
 
-/// Parts of a blob that arrive one by one: gate and up, then down.
+/// Parts of a blob that the kernel's own copies bring one by one: gate and up, then down.
 inline constexpr std::int64_t kFetchParts = 2;
 /// Bytes at the front of the first load that the kernel copies itself while the host thread wakes: up to 1 MiB of its
 /// first part.
@@ -42,8 +42,8 @@ struct DecodeFetch {
   /// decode_fetch_workspace() bytes, aligned to 16: zero before the first call, and zero again after each.
   void* workspace = nullptr;
   /// Null: the kernel copies all misses itself. Else it copies the first fetch_own_bytes of the first one and waits for
-  /// a host thread that copies the rest and, behind part p of load i, writes 0 to word i * kFetchParts + p of
-  /// decode_fetch_flags(workspace). Memory as the kernel sees it. Ignored by the CPU.
+  /// a host thread that copies the rest and, behind load i, writes 0 to word i of decode_fetch_flags(workspace). Memory
+  /// as the kernel sees it. Ignored by the CPU.
   CopyRequest* request = nullptr;
   std::int64_t copiers = kFetchCopiers;  ///< Blocks that copy.
   std::int64_t poll_ns = 2000;           ///< Time between looks of the blocks that wait for a miss.
@@ -51,7 +51,7 @@ struct DecodeFetch {
 
 /// Bytes of DecodeFetch::workspace.
 [[nodiscard]] std::size_t decode_fetch_workspace();
-/// The words of a workspace that a host thread writes: uint32 [kDecodeMaxTopK, kFetchParts].
+/// The words of a workspace that a host thread writes: uint32 [kDecodeMaxTopK].
 [[nodiscard]] std::uint32_t* decode_fetch_flags(void* workspace);
 
 /// slot_cache_serve, expert_fetch and decode_gate_up of one step in one: serves `fetch.selected`, copies the misses
