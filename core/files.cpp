@@ -82,6 +82,9 @@ MappedFile::MappedFile(const std::filesystem::path& path) : path_(path) {
   if (address == MAP_FAILED) {  // NOLINT(performance-no-int-to-ptr): the macro's own cast
     throw InputError(fmt::format("{}: cannot be mapped, {}; check the file system", path.string(), reason()));
   }
+  // The system then reads far ahead, in large pieces that it keeps together in memory: later reads find them faster
+  // than the single pages that POSIX_FADV_WILLNEED would have it fetch.
+  ::posix_fadvise(descriptor.get(), 0, 0, POSIX_FADV_SEQUENTIAL);
   data_ = static_cast<const std::byte*>(address);
   descriptor_ = descriptor.release();
 }
@@ -121,14 +124,6 @@ void MappedFile::read(std::size_t offset, std::span<std::byte> to) const {
     }
     to = to.subspan(static_cast<std::size_t>(got));
     offset += static_cast<std::size_t>(got);
-  }
-}
-
-void read_ahead(std::span<const std::byte> mapped) noexcept {
-  static const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
-  const std::size_t before = reinterpret_cast<std::uintptr_t>(mapped.data()) % page;
-  if (!mapped.empty()) {
-    ::madvise(const_cast<std::byte*>(mapped.data()) - before, mapped.size() + before, MADV_WILLNEED);
   }
 }
 

@@ -1,6 +1,8 @@
 #include <algorithm>
 #include <filesystem>
+#include <functional>
 #include <map>
+#include <optional>
 #include <set>
 #include <span>
 
@@ -14,12 +16,12 @@
 #include "hestia/core/error.hpp"
 #include "hestia/core/files.hpp"
 #include "hestia/core/progress.hpp"
-#include "hestia/core/quantised.hpp"
 #include "hestia/core/random.hpp"
 #include "hestia/core/safetensors.hpp"
 #include "hestia/model/moe_model.hpp"
 #include "hestia/model/placement.hpp"
 #include "hestia/model/tensors.hpp"
+#include "widening.hpp"
 
 namespace hestia {
 namespace {
@@ -72,50 +74,6 @@ void check_quantised(const std::string& subject, const TensorView& view, const s
   } else if (std::find(dtypes.begin(), dtypes.end(), view.dtype) == dtypes.end()) {
     problems.add(fmt::format("{}: tensor \"{}\" must be {}, got {}; config and weights do not belong together", subject,
                              view.name, std::string(dtype_name(dtypes.front())), std::string(dtype_name(view.dtype))));
-  }
-}
-
-std::span<const std::uint8_t> octets(const TensorView& view) {
-  return {reinterpret_cast<const std::uint8_t*>(view.bytes.data()), view.bytes.size()};
-}
-
-std::span<float> values_of(torch::Tensor& tensor) {
-  return {tensor.mutable_data_ptr<float>(), static_cast<std::size_t>(tensor.numel())};
-}
-
-// Through one float32 copy of one expert, [out, in]; `destination` [E, in, out].
-void copy_mxfp4(const TensorView& blocks, const TensorView& scales, const torch::Tensor& destination) {
-  const torch::NoGradGuard no_grad;
-  torch::Tensor wide = torch::empty({destination.size(2), destination.size(1)}, torch::kFloat32);
-  const std::size_t bytes = blocks.bytes.size() / static_cast<std::size_t>(destination.size(0));
-  const std::size_t groups = scales.bytes.size() / static_cast<std::size_t>(destination.size(0));
-  for (std::int64_t e = 0; e < destination.size(0); ++e) {
-    const auto expert = static_cast<std::size_t>(e);
-    dequantise_mxfp4(octets(blocks).subspan(expert * bytes, bytes), octets(scales).subspan(expert * groups, groups),
-                     values_of(wide));
-    destination.select(0, e).copy_(wide.t());
-  }
-}
-
-// Through a float32 copy of some rows of blocks.
-void copy_fp8(const Architecture& architecture, const TensorView& bits, const TensorView& scales,
-              const torch::Tensor& destination) {
-  const torch::NoGradGuard no_grad;
-  constexpr std::int64_t kValues = std::int64_t{1} << 22;
-  const std::int64_t rows = destination.size(0);
-  const std::int64_t columns = destination.size(1);
-  const std::int64_t block = architecture.scale_block_rows;
-  const std::int64_t step = std::max<std::int64_t>(1, kValues / columns / block) * block;
-  const torch::Tensor wide_scales = to_torch(scales).to(torch::kFloat32).contiguous();
-  for (std::int64_t begin = 0; begin < rows; begin += step) {
-    const std::int64_t end = std::min(rows, begin + step);
-    torch::Tensor wide = torch::empty({end - begin, columns}, torch::kFloat32);
-    const torch::Tensor some = wide_scales.slice(0, begin / block, (end + block - 1) / block);
-    dequantise_e4m3(octets(bits).subspan(static_cast<std::size_t>(begin * columns),
-                                         static_cast<std::size_t>((end - begin) * columns)),
-                    {some.const_data_ptr<float>(), static_cast<std::size_t>(some.numel())}, columns, block,
-                    architecture.scale_block_columns, values_of(wide));
-    destination.narrow(0, begin, end - begin).copy_(wide);
   }
 }
 
@@ -175,15 +133,24 @@ void check_routers(const SafetensorsFile& file, const Architecture& architecture
 }
 
 MoeModel load_model(const std::filesystem::path& directory, torch::Dtype dtype, torch::Device device, bool quiet,
-                    const torch::Tensor& expert_blobs_NB) {
+                    const torch::Tensor& expert_blobs_NB, const std::function<void(std::string_view part)>& begins) {
+  const torch::NoGradGuard no_grad;
+  const auto begin = [&](std::string_view part) {
+    if (begins) {
+      begins(part);
+    }
+  };
+  begin("open");
   const Architecture architecture = read_architecture(directory);
   const SafetensorsCheckpoint checkpoint(directory);
+  begin("check");
   const std::vector<TensorSpec> specs = tensor_specs(architecture);
   const std::string subject = directory.string();
   Problems problems;
   std::set<std::string, std::less<>> wanted;
+  std::vector<std::vector<StoredTensor>> stored_of;  // by spec
   for (const TensorSpec& spec : specs) {
-    const std::vector<StoredTensor> stored = stored_tensors(architecture, spec, checkpoint);
+    const std::vector<StoredTensor>& stored = stored_of.emplace_back(stored_tensors(architecture, spec, checkpoint));
     for (const StoredTensor& part : stored) {
       wanted.insert(part.name);
       if (!checkpoint.contains(part.name)) {
@@ -206,46 +173,44 @@ MoeModel load_model(const std::filesystem::path& directory, torch::Dtype dtype, 
     }
   }
   problems.throw_input_if_any();
+  begin("construct");
   MoeModel model(architecture, dtype, device, expert_blobs_NB);
+  begin("list");
   const auto tensors = model->named_tensors();
   std::vector<Placement> placements;
   std::vector<Placement> in_blobs;  // where the experts lie elsewhere
-  std::vector<std::size_t> others;  // quantised, or stored transposed
+  std::vector<Widening> widenings;
   std::int64_t bytes = 0;
   for (std::size_t i = 0; i < specs.size(); ++i) {
-    const std::vector<StoredTensor> stored = stored_tensors(architecture, specs[i], checkpoint);
-    const TensorView& values = checkpoint.tensor(stored[0].name);
+    const TensorView& values = checkpoint.tensor(stored_of[i][0].name);
+    const torch::Tensor& destination = tensors[i].second;
     bytes += static_cast<std::int64_t>(values.bytes.size());
-    if (stored.size() == 1 && tensors[i].second.is_contiguous()) {
-      const bool here = tensors[i].second.device() == model->device();
-      (here ? placements : in_blobs).push_back({values, tensors[i].second});
+    if (stored_of[i].size() == 2) {
+      const bool mxfp4 = architecture.quantisation == Quantisation::kMxfp4;
+      widenings.push_back({values, checkpoint.tensor(stored_of[i][1].name),
+                           mxfp4 ? destination.transpose(1, 2) : destination.unsqueeze(0)});
+    } else if (!destination.is_contiguous()) {
+      widenings.push_back({values, std::nullopt, destination.dim() == 2 ? destination.unsqueeze(0) : destination});
     } else {
-      others.push_back(i);
+      const bool here = destination.device() == model->device();
+      (here ? placements : in_blobs).push_back({values, destination});
     }
   }
   // In the order of the files: a disk reads on faster than it jumps.
-  const auto place_in_file = [](const Placement& placement) { return placement.source.bytes.data(); };
-  std::ranges::stable_sort(placements, {}, place_in_file);
-  std::ranges::stable_sort(in_blobs, {}, place_in_file);
+  std::ranges::stable_sort(placements, {}, [](const Placement& p) { return p.source.bytes.data(); });
+  std::ranges::stable_sort(in_blobs, {}, [](const Placement& p) { return p.source.bytes.data(); });
+  std::ranges::stable_sort(widenings, {}, [](const Widening& w) { return w.values.bytes.data(); });
   constexpr std::int64_t kWorthShowing = std::int64_t{1} << 28;
   Progress progress("load", bytes, "B", quiet || bytes < kWorthShowing);
-  for (const std::vector<Placement>& list : {placements, in_blobs}) {
-    place_tensors(list, {.advance = [&](std::int64_t done) { progress.advance(done); }});
+  const auto advance = [&](std::int64_t done) { progress.advance(done); };
+  begin("place");
+  for (const std::vector<Placement>& list : {std::cref(placements), std::cref(in_blobs)}) {
+    place_tensors(list, {.advance = advance});
   }
-  for (const std::size_t i : others) {
-    const std::vector<StoredTensor> stored = stored_tensors(architecture, specs[i], checkpoint);
-    const TensorView& values = checkpoint.tensor(stored[0].name);
-    const torch::Tensor& destination = tensors[i].second;
-    if (stored.size() == 1) {
-      copy_into(values, destination);
-    } else if (architecture.quantisation == Quantisation::kMxfp4) {
-      copy_mxfp4(values, checkpoint.tensor(stored[1].name), destination);
-    } else {
-      copy_fp8(architecture, values, checkpoint.tensor(stored[1].name), destination);
-    }
-    progress.advance(static_cast<std::int64_t>(values.bytes.size()));
-  }
+  begin("widen");
+  widen_tensors(architecture, widenings, {.advance = advance});
   progress.finish();
+  begin("close");
   return model;
 }
 

@@ -3,15 +3,17 @@
 #include <algorithm>
 #include <array>
 #include <mutex>
+#include <span>
 #include <stdexcept>
 
 #include <ATen/Parallel.h>
 #include <ATen/cuda/CUDAEvent.h>
+#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
 #include <fmt/format.h>
 
-#include "hestia/core/files.hpp"
 #include "hestia/model/tensors.hpp"
 
 namespace hestia {
@@ -21,90 +23,127 @@ using torch::Tensor;
 
 /// Consecutive elements of one tensor.
 struct Block {
-  const TensorView* tensor;
-  std::size_t offset;  ///< Bytes from the tensor's first.
-  std::size_t bytes;
-  torch::Dtype dtype;
-  Tensor destination;  ///< [elements]
-};
+  const Placement* placement;
+  std::size_t begin;  ///< Elements before it.
+  std::size_t count;
 
-void request(const Block& block) {
-  read_ahead(block.tensor->bytes.subspan(block.offset, block.bytes));
-}
+  [[nodiscard]] const Tensor& destination() const { return placement->destination; }
+  [[nodiscard]] std::size_t bytes() const { return count * dtype_size(placement->source.dtype); }
+  [[nodiscard]] torch::Dtype dtype() const { return torch_dtype(placement->source.dtype); }
+  [[nodiscard]] bool same_dtype() const { return destination().scalar_type() == dtype(); }
+  /// Where its values go.
+  [[nodiscard]] void* address() const {
+    return static_cast<std::byte*>(destination().data_ptr()) + begin * destination().element_size();
+  }
+  void read(void* to) const {
+    placement->source.read(begin * dtype_size(placement->source.dtype), {static_cast<std::byte*>(to), bytes()});
+  }
+  /// Converts `values`, this block's on the destination's device, into their place.
+  void convert(const Tensor& values) const {
+    const auto size = static_cast<std::int64_t>(count);
+    destination().view({-1}).narrow(0, static_cast<std::int64_t>(begin), size).copy_(values);
+  }
+};
 
 std::vector<Block> blocks_of(const std::vector<Placement>& placements, std::size_t block_bytes) {
   std::vector<Block> blocks;
-  for (const auto& [source, destination] : placements) {
+  for (const Placement& placement : placements) {
+    const auto& [source, destination] = placement;
     if (at::IntArrayRef(source.shape) != destination.sizes() || !destination.is_contiguous() ||
         destination.device() != placements.front().destination.device()) {
       throw std::invalid_argument(fmt::format(
           "placement: \"{}\" needs a contiguous destination of its shape on the device of the others", source.name));
     }
-    const torch::Dtype dtype = torch_dtype(source.dtype);
-    const Tensor flat = destination.view({-1});
-    const std::size_t width = dtype_size(source.dtype);
-    const auto step = static_cast<std::int64_t>(std::max<std::size_t>(1, block_bytes / width));
-    for (std::int64_t begin = 0; begin < flat.numel(); begin += step) {
-      const std::int64_t count = std::min(step, flat.numel() - begin);
-      blocks.push_back({&source, static_cast<std::size_t>(begin) * width, static_cast<std::size_t>(count) * width,
-                        dtype, flat.narrow(0, begin, count)});
+    const auto elements = static_cast<std::size_t>(destination.numel());
+    const std::size_t step = std::max<std::size_t>(1, block_bytes / dtype_size(source.dtype));
+    for (std::size_t begin = 0; begin < elements; begin += step) {
+      blocks.push_back({&placement, begin, std::min(step, elements - begin)});
     }
   }
   return blocks;
 }
 
-// The first bytes of a buffer as the block's elements.
-Tensor elements(const Tensor& buffer, const Block& block) {
-  return buffer.narrow(0, 0, static_cast<std::int64_t>(block.bytes)).view(block.dtype);
-}
+/// Hands blocks out, front to back, to lanes that ask for more when they are done: long runs first, for the system
+/// reads ahead of what looks like a sequence, short ones at the end, where no lane should wait for another.
+class Blocks {
+ public:
+  Blocks(const std::vector<Block>& blocks, std::size_t lanes) : blocks_(blocks), lanes_(lanes) {}
 
-void read_bytes(const Block& block, const Tensor& to) {
-  block.tensor->read(block.offset, {static_cast<std::byte*>(to.data_ptr()), block.bytes});
-}
+  /// Empty when none are left.
+  std::span<const Block> take() {
+    constexpr std::size_t kShortest = 8;
+    const std::lock_guard lock(mutex_);
+    const std::size_t left = blocks_.size() - next_;
+    const std::size_t count = std::min(left, std::max(left / (2 * lanes_), kShortest));
+    next_ += count;
+    return std::span(blocks_).subspan(next_ - count, count);
+  }
+  /// Leaves the rest alone, once a lane has failed.
+  void stop() {
+    const std::lock_guard lock(mutex_);
+    next_ = blocks_.size();
+  }
+
+ private:
+  const std::vector<Block>& blocks_;
+  std::size_t lanes_;
+  std::mutex mutex_;
+  std::size_t next_ = 0;
+};
 
 /// One thread's way to the CPU.
 class HostLane {
  public:
-  HostLane(torch::Device /*device*/, std::int64_t block_bytes) : scratch_(torch::empty({block_bytes}, torch::kUInt8)) {}
+  HostLane(torch::Device /*device*/, std::size_t block_bytes) : block_bytes_(static_cast<std::int64_t>(block_bytes)) {}
 
   void place(const Block& block) {
-    if (block.destination.scalar_type() == block.dtype) {
-      read_bytes(block, block.destination);
+    if (block.same_dtype()) {
+      block.read(block.address());
       return;
     }
-    const Tensor aligned = elements(scratch_, block);
-    read_bytes(block, aligned);
-    block.destination.copy_(aligned);
+    if (!scratch_.defined()) {
+      scratch_ = torch::empty({block_bytes_}, torch::kUInt8);
+    }
+    block.read(scratch_.data_ptr());
+    block.convert(scratch_.narrow(0, 0, static_cast<std::int64_t>(block.bytes())).view(block.dtype()));
   }
   void finish() {}
 
  private:
+  std::int64_t block_bytes_;
   Tensor scratch_;
 };
 
 /// One thread's way to a GPU: while a block is on the link, the next one is read.
 class DeviceLane {
  public:
-  DeviceLane(torch::Device device, std::int64_t block_bytes)
-      : stream_(c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device.index())), guard_(stream_) {
-    for (Slot& slot : slots_) {
-      slot.pinned = torch::empty({block_bytes}, torch::TensorOptions().dtype(torch::kUInt8).pinned_memory(true));
-    }
-    arrived_ = torch::empty({block_bytes}, torch::TensorOptions().dtype(torch::kUInt8).device(device));
+  DeviceLane(torch::Device device, std::size_t block_bytes)
+      : block_bytes_(static_cast<std::int64_t>(block_bytes)),
+        stream_(c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device.index())),
+        guard_(stream_) {}
+  DeviceLane(const DeviceLane&) = delete;
+  DeviceLane& operator=(const DeviceLane&) = delete;
+  ~DeviceLane() {
+    // After a failure too, no copy may outlive the memory at its ends.
+    C10_CUDA_CHECK_WARN(cudaStreamSynchronize(stream_));
   }
 
   void place(const Block& block) {
     Slot& slot = slots_[next_];
     next_ = (next_ + 1) % slots_.size();
+    if (!slot.pinned.defined()) {  // the second is made while the first is on the link
+      slot.pinned = torch::empty({block_bytes_}, torch::TensorOptions().dtype(torch::kUInt8).pinned_memory(true));
+    }
     slot.sent.synchronize();
-    const Tensor staged = elements(slot.pinned, block);
-    read_bytes(block, staged);
-    if (block.destination.scalar_type() == block.dtype) {
-      block.destination.copy_(staged, /*non_blocking=*/true);
+    const void* const staged = slot.pinned.data_ptr();
+    block.read(slot.pinned.data_ptr());
+    if (block.same_dtype()) {
+      send(block.address(), staged, block.bytes());
     } else {
-      const Tensor arrived = elements(arrived_, block);
-      arrived.copy_(staged, /*non_blocking=*/true);
-      block.destination.copy_(arrived);
+      const Tensor arrived =
+          torch::empty({static_cast<std::int64_t>(block.count)}, block.destination().options().dtype(block.dtype()));
+      send(arrived.data_ptr(), staged, block.bytes());
+      block.convert(arrived);
     }
     slot.sent.record(stream_);
   }
@@ -115,41 +154,45 @@ class DeviceLane {
     Tensor pinned;
     at::cuda::CUDAEvent sent;
   };
+  void send(void* to, const void* from, std::size_t bytes) {
+    C10_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_));
+  }
+
+  std::int64_t block_bytes_;
   c10::cuda::CUDAStream stream_;
   c10::cuda::CUDAStreamGuard guard_;
   std::array<Slot, 2> slots_;
-  Tensor arrived_;
   std::size_t next_ = 0;
 };
 
 template <class Lane>
-void place_blocks(const std::vector<Block>& blocks, torch::Device device, const PlacementOptions& options) {
-  constexpr std::int64_t kAhead = 2;  // blocks that the disk is asked for before they are read
-  std::size_t largest = 0;
+void place_blocks(const std::vector<Block>& blocks, torch::Device device, std::size_t num_lanes,
+                  const PlacementOptions& options) {
+  std::size_t block_bytes = 0;
   for (const Block& block : blocks) {
-    largest = std::max(largest, block.bytes);
+    block_bytes = std::max(block_bytes, block.bytes());
   }
-  // Room for whole elements of every dtype.
-  const auto block_bytes = static_cast<std::int64_t>((largest + 7) / 8 * 8);
+  block_bytes = (block_bytes + 7) / 8 * 8;  // whole elements of every dtype
+  Blocks shared(blocks, num_lanes);
   std::mutex advancing;
-  at::parallel_for(0, static_cast<std::int64_t>(blocks.size()), 1, [&](std::int64_t begin, std::int64_t end) {
+  at::parallel_for(0, static_cast<std::int64_t>(num_lanes), 1, [&](std::int64_t, std::int64_t) {
     const torch::NoGradGuard no_grad;
-    Lane lane(device, block_bytes);
-    for (std::int64_t i = begin; i < std::min(begin + kAhead, end); ++i) {
-      request(blocks[static_cast<std::size_t>(i)]);
-    }
-    for (std::int64_t i = begin; i < end; ++i) {
-      if (i + kAhead < end) {
-        request(blocks[static_cast<std::size_t>(i + kAhead)]);
+    try {
+      Lane lane(device, block_bytes);
+      for (std::span<const Block> run = shared.take(); !run.empty(); run = shared.take()) {
+        for (const Block& block : run) {
+          lane.place(block);
+          if (options.advance) {
+            const std::lock_guard lock(advancing);
+            options.advance(static_cast<std::int64_t>(block.bytes()));
+          }
+        }
       }
-      const Block& block = blocks[static_cast<std::size_t>(i)];
-      lane.place(block);
-      if (options.advance) {
-        const std::lock_guard lock(advancing);
-        options.advance(static_cast<std::int64_t>(block.bytes));
-      }
+      lane.finish();
+    } catch (...) {
+      shared.stop();
+      throw;
     }
-    lane.finish();
   });
 }
 
@@ -162,12 +205,13 @@ void place_tensors(const std::vector<Placement>& placements, const PlacementOpti
   const torch::NoGradGuard no_grad;
   const torch::Device device = placements.front().destination.device();
   const std::vector<Block> blocks = blocks_of(placements, options.block_bytes);
+  const auto num_threads = static_cast<std::size_t>(at::get_num_threads());
   if (device.is_cuda()) {
     // The memory may still be in use by work that its last owner queued.
     c10::cuda::getCurrentCUDAStream(device.index()).synchronize();
-    place_blocks<DeviceLane>(blocks, device, options);
+    place_blocks<DeviceLane>(blocks, device, std::min(num_threads, options.device_lanes), options);
   } else {
-    place_blocks<HostLane>(blocks, device, options);
+    place_blocks<HostLane>(blocks, device, num_threads, options);
   }
 }
 

@@ -35,9 +35,6 @@ class MappedFile {
   std::size_t size_ = 0;
 };
 
-/// Asks the system to read mapped bytes from the disk before they are touched; returns at once. A hint: nothing fails.
-void read_ahead(std::span<const std::byte> mapped) noexcept;
-
 /// Reads a whole file. Throws InputError naming the path and the system's reason.
 [[nodiscard]] std::string read_text_file(const std::filesystem::path& path);
 
