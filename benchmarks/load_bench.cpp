@@ -1,6 +1,8 @@
 // Time to load a checkpoint, with its files in the page cache and without them, beside what bounds it: the disk (direct
-// reads of the same files), the copy out of the page cache into page-locked memory, and the link to the GPU. Prints one
-// JSON object.
+// reads of the same files), the copy out of the page cache into page-locked memory, and the link to the GPU. Loads of a
+// round: "cold"; "second_read", during which Linux moves each page to its list of those in use; "warm_new_process", of
+// settled pages, with staging buffers made anew (so are those of the two before); "warm", with the buffers of the load
+// before. Prints one JSON object.
 
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -8,17 +10,19 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iostream>
-#include <memory>
 #include <string>
-#include <thread>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 #include <ATen/Parallel.h>
+#include <ATen/core/CachingHostAllocator.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <sys/resource.h>
 #include <torch/cuda.h>
@@ -50,7 +54,64 @@ struct Options {
   int repeats = 5;
   int threads = 0;
   std::vector<std::size_t> block_kib = {};
+  std::vector<std::size_t> lanes = {};
 };
+
+/// One load: all of it, and its parts in order, in milliseconds; they add up to it.
+struct LoadTimes {
+  double whole = 0.0;
+  std::vector<std::pair<std::string, double>> parts;
+};
+
+using Clock = std::chrono::steady_clock;
+
+double since(Clock::time_point begin) {
+  return std::chrono::duration<double, std::milli>(Clock::now() - begin).count();
+}
+
+/// Until the model is there and the device idle; `fresh`: staging buffers are made anew, as in a new process, and not
+/// those of the load before. The model goes outside of the time.
+LoadTimes time_load(const std::filesystem::path& directory, torch::Dtype dtype, torch::Device device, bool fresh) {
+  if (device.is_cuda()) {
+    c10::cuda::CUDACachingAllocator::emptyCache();
+    if (fresh) {
+      at::getHostAllocator(torch::kCUDA)->empty_cache();
+    }
+    torch::cuda::synchronize(device.index());
+  }
+  LoadTimes times;
+  Clock::time_point part = Clock::now();
+  const Clock::time_point begin = part;
+  const auto end_part = [&] {
+    if (!times.parts.empty()) {
+      times.parts.back().second = since(part);
+    }
+    part = Clock::now();
+  };
+  const MoeModel model = load_model(directory, dtype, device, /*quiet=*/true, {}, [&](std::string_view name) {
+    end_part();
+    times.parts.emplace_back(name, 0.0);
+  });
+  if (device.is_cuda()) {
+    torch::cuda::synchronize(device.index());
+  }
+  end_part();
+  times.whole = since(begin);
+  return times;
+}
+
+Json summary_of_parts(const std::vector<LoadTimes>& loads) {
+  Json result = Json::object();
+  for (std::size_t i = 0; i < loads.front().parts.size(); ++i) {
+    std::vector<double> times;
+    times.reserve(loads.size());
+    for (const LoadTimes& load : loads) {
+      times.push_back(load.parts.at(i).second);
+    }
+    result[loads.front().parts[i].first] = median(times) / 1e3;
+  }
+  return result;
+}
 
 std::vector<std::filesystem::path> files_of(const std::filesystem::path& model) {
   std::vector<std::filesystem::path> files;
@@ -163,7 +224,12 @@ double link_rate(torch::Device device) {
   return static_cast<double>(bytes) / median(times) * 1e3;
 }
 
-Json summary(const std::vector<double>& times, double bytes, double bound) {
+Json summary(const std::vector<LoadTimes>& loads, double bytes, double bound) {
+  std::vector<double> times;
+  times.reserve(loads.size());
+  for (const LoadTimes& load : loads) {
+    times.push_back(load.whole);
+  }
   const double middle = median(times);
   Json result = {{"median_s", middle / 1e3},
                  {"lowest_s", *std::min_element(times.begin(), times.end()) / 1e3},
@@ -173,6 +239,7 @@ Json summary(const std::vector<double>& times, double bytes, double bound) {
     result["bound_gb_per_s"] = bound / 1e9;
     result["share_of_bound"] = bytes / middle * 1e3 / bound;
   }
+  result["parts_s"] = summary_of_parts(loads);
   return result;
 }
 
@@ -196,76 +263,70 @@ Json measure(const Options& options) {
   const double link = device.is_cuda() ? link_rate(device) : 0.0;
   std::vector<double> disk;
   std::vector<double> cache;
-  std::vector<double> cold;
-  std::vector<double> warm;
-  std::vector<double> opened;
-  std::vector<double> allocated;
-  std::vector<double> placed;
-  std::vector<std::vector<double>> by_block(options.block_kib.size());
+  std::vector<LoadTimes> cold;
+  std::vector<LoadTimes> second;
+  std::vector<LoadTimes> fresh;
+  std::vector<LoadTimes> warm;
+  std::vector<std::vector<double>> placed(options.block_kib.size() * options.lanes.size());
   double stayed = 0.0;
-  const auto load = [&] {
-    if (device.is_cuda()) {
-      c10::cuda::CUDACachingAllocator::emptyCache();
-    }
-    return milliseconds([&] { static_cast<void>(load_model(directory, dtype, device, /*quiet=*/true)); }, device);
-  };
-  // What a warm load consists of.
-  const auto load_in_parts = [&] {
-    if (device.is_cuda()) {
-      c10::cuda::CUDACachingAllocator::emptyCache();
-    }
-    std::unique_ptr<SafetensorsCheckpoint> checkpoint;
-    opened.push_back(milliseconds([&] { checkpoint = std::make_unique<SafetensorsCheckpoint>(directory); }, device));
-    MoeModel model = nullptr;
-    allocated.push_back(milliseconds([&] { model = MoeModel(read_architecture(directory), dtype, device); }, device));
+  // Placing alone, with other blocks and lanes than load_model's.
+  const auto place = [&] {
+    const SafetensorsCheckpoint checkpoint(directory);
+    MoeModel model(read_architecture(directory), dtype, device);
     std::vector<Placement> placements;
     for (const auto& [name, tensor] : model->named_tensors()) {
-      placements.push_back({checkpoint->tensor(name), tensor});
+      placements.push_back({checkpoint.tensor(name), tensor});
     }
-    placed.push_back(milliseconds([&] { place_tensors(placements); }, device));
-    for (std::size_t i = 0; i < options.block_kib.size(); ++i) {
-      PlacementOptions blocks;
-      blocks.block_bytes = options.block_kib[i] << 10;
-      by_block[i].push_back(milliseconds([&] { place_tensors(placements, blocks); }, device));
+    std::ranges::stable_sort(placements, {}, [](const Placement& p) { return p.source.bytes.data(); });
+    for (std::size_t i = 0; i < placed.size(); ++i) {
+      const PlacementOptions settings = {.block_bytes = options.block_kib[i / options.lanes.size()] << 10,
+                                         .device_lanes = options.lanes[i % options.lanes.size()]};
+      placed[i].push_back(milliseconds([&] { place_tensors(placements, settings); }, device));
     }
   };
   for (int repeat = 0; repeat < options.repeats; ++repeat) {
     stayed = std::max(stayed, evict(files));
     disk.push_back(disk_rate(files));
     stayed = std::max(stayed, evict(files));
-    cold.push_back(load());
-    warm.push_back(load());
-    load_in_parts();
+    cold.push_back(time_load(directory, dtype, device, /*fresh=*/true));
+    second.push_back(time_load(directory, dtype, device, /*fresh=*/true));
+    fresh.push_back(time_load(directory, dtype, device, /*fresh=*/true));
+    warm.push_back(time_load(directory, dtype, device, /*fresh=*/false));
+    if (!placed.empty()) {
+      place();
+    }
     cache.push_back(page_cache_rate(files));
   }
   const double disk_middle = median(disk);
   rusage usage{};
   ::getrusage(RUSAGE_SELF, &usage);
   const double fastest_cold = link > 0.0 ? std::min(link, disk_middle) : disk_middle;
-  const double fastest_warm = link > 0.0 ? link : median(cache);
-  Json place_by_block = Json::object();
-  for (std::size_t i = 0; i < by_block.size(); ++i) {
-    place_by_block[fmt::format("{}_kib", options.block_kib[i])] = median(by_block[i]) / 1e3;
+  const double cache_middle = median(cache);
+  const double fastest_warm = link > 0.0 ? std::min(link, cache_middle) : cache_middle;
+  Json places = Json::object();
+  for (std::size_t i = 0; i < placed.size(); ++i) {
+    places[fmt::format("{}_kib_{}_lanes", options.block_kib[i / options.lanes.size()],
+                       options.lanes[i % options.lanes.size()])] = median(placed[i]) / 1e3;
   }
-  return {{"benchmark", "loading a checkpoint"},
-          {"version", program_version()},
-          {"commit", program_commit()},
-          {"machine", machine_info()},
-          {"device", device.str()},
-          {"threads", at::get_num_threads()},
-          {"bytes", bytes},
-          {"files", files.size()},
-          {"dtype", options.dtype},
-          {"repeats", options.repeats},
-          {"probes_gb_per_s",
-           {{"disk", disk_middle / 1e9}, {"page_cache_copy", median(cache) / 1e9}, {"link", link / 1e9}}},
-          {"page_cache_share_left_before_cold", stayed},
-          {"cold", summary(cold, bytes, fastest_cold)},
-          {"warm", summary(warm, bytes, fastest_warm)},
-          {"warm_parts_s",
-           {{"open", median(opened) / 1e3}, {"allocate", median(allocated) / 1e3}, {"place", median(placed) / 1e3}}},
-          {"warm_place_by_block_s", place_by_block},
-          {"highest_resident_bytes", static_cast<double>(usage.ru_maxrss) * 1024.0}};
+  return {
+      {"benchmark", "loading a checkpoint"},
+      {"version", program_version()},
+      {"commit", program_commit()},
+      {"machine", machine_info()},
+      {"device", device.str()},
+      {"threads", at::get_num_threads()},
+      {"bytes", bytes},
+      {"files", files.size()},
+      {"dtype", options.dtype},
+      {"repeats", options.repeats},
+      {"probes_gb_per_s", {{"disk", disk_middle / 1e9}, {"page_cache_copy", cache_middle / 1e9}, {"link", link / 1e9}}},
+      {"page_cache_share_left_before_cold", stayed},
+      {"cold", summary(cold, bytes, fastest_cold)},
+      {"second_read", summary(second, bytes, fastest_warm)},
+      {"warm_new_process", summary(fresh, bytes, fastest_warm)},
+      {"warm", summary(warm, bytes, fastest_warm)},
+      {"warm_place_s", places},
+      {"highest_resident_bytes", static_cast<double>(usage.ru_maxrss) * 1024.0}};
 }
 
 }  // namespace
@@ -278,10 +339,16 @@ int main(int argc, char** argv) {
     app.add_option("--make", options.make, "config.json: first write a model of it with random weights there");
     app.add_option("--device", options.device, "auto, cpu or cuda")->capture_default_str();
     app.add_option("--dtype", options.dtype, "dtype of the loaded model")->capture_default_str();
-    app.add_option("--repeats", options.repeats, "rounds: disk, cold, warm, page cache")->capture_default_str();
+    app.add_option("--repeats", options.repeats, "rounds: disk, a cold load, three warm ones, page cache")
+        ->capture_default_str();
     app.add_option("--threads", options.threads, "CPU threads; 0: as set by the environment")->capture_default_str();
     app.add_option("--block-kib", options.block_kib, "also time placing with these block sizes")->delimiter(',');
+    app.add_option("--lanes", options.lanes, "and each of these numbers of threads for a GPU (16 if none is given)")
+        ->delimiter(',');
     CLI11_PARSE(app, argc, argv);
+    if (options.lanes.empty()) {
+      options.lanes = {PlacementOptions{}.device_lanes};
+    }
     std::cout << measure(options).dump(2) << "\n";
     return 0;
   } catch (const std::exception& error) {
