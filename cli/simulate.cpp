@@ -60,14 +60,26 @@ struct Setting {
 std::vector<std::vector<std::uint16_t>> preload_of(const SimulateArguments& arguments, const RoutingTrace& trace) {
   const bool wanted = start_from_name(arguments.start) == CacheStart::kPreload;
   const PreferenceRouter router = router_from_name(arguments.preload_router, "--preload-router");
-  if (wanted != !arguments.preload.empty()) {
-    throw UsageError(wanted ? "start: preload needs the experts to begin with; add --preload FILE, a preferences.h5"
-                            : fmt::format("preload: goes with --start preload only, got --start {}; change the start "
-                                          "or leave out --preload",
-                                          arguments.start));
-  }
   if (!wanted) {
+    if (!arguments.preload.empty()) {
+      throw UsageError(
+          fmt::format("preload: goes with --start preload only, got --start {}; change the start or leave "
+                      "out --preload",
+                      arguments.start));
+    }
     return {};
+  }
+  if (arguments.preload.empty()) {
+    std::vector<std::vector<std::uint16_t>> recorded;
+    for (const TraceLayer& layer : trace.layers) {
+      recorded.push_back(layer.preload);
+    }
+    if (recorded.empty() || recorded.front().empty()) {
+      throw UsageError(
+          "start: preload needs the experts to begin with, and the trace has none; add --preload FILE, a "
+          "preferences.h5");
+    }
+    return recorded;
   }
   std::vector<std::int64_t> layers;
   for (const TraceLayer& layer : trace.layers) {
@@ -117,8 +129,8 @@ void print_json(const SimulateArguments& arguments, const std::optional<FoldedTr
                  {"evictions", setting.counts.evictions},
                  {"hit_rate", setting.counts.hit_rate()}};
     if (setting.options.start == CacheStart::kPreload) {
-      line["preload"] = arguments.preload;
-      line["preload_router"] = arguments.preload_router;
+      line["preload"] = arguments.preload.empty() ? arguments.trace : arguments.preload;
+      line["preload_router"] = arguments.preload.empty() ? Json() : Json(arguments.preload_router);
     }
     if (folded) {
       line["fold"] = {{"from", shape_text(folded->from)}, {"onto", shape_text(shape_of(folded->trace))}};
@@ -141,6 +153,9 @@ std::string start_text(const SimulateArguments& arguments) {
     case CacheStart::kPrefill:
       return "prefill (what the prompt's steps leave)";
     case CacheStart::kPreload:
+      if (arguments.preload.empty()) {
+        return "preload (as recorded)";
+      }
       return fmt::format("preload (most used of the {} router in {})", arguments.preload_router, arguments.preload);
     case CacheStart::kCold:
       break;
@@ -237,7 +252,8 @@ void add_simulate(CLI::App& app) {
       ->option_text("NAME");
   command
       ->add_option("--preload", arguments->preload,
-                   "with --start preload: a preferences.h5, whose most used experts are put in place")
+                   "with --start preload: a preferences.h5, whose most used experts are put in place (default: those "
+                   "that the trace says its recorder began with)")
       ->option_text("FILE");
   command
       ->add_option("--preload-router", arguments->preload_router,

@@ -12,6 +12,7 @@
 #include <utility>
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include "hestia/core/error.hpp"
 #include "hestia/core/files.hpp"
@@ -190,6 +191,11 @@ class TraceReader {
         layer.expert_bytes = header_number(pair, 0, INT64_MAX);
       } else if (pair.first == "dense_bytes") {
         layer.dense_bytes = header_number(pair, 0, INT64_MAX);
+      } else if (pair.first == "preload") {
+        for (const std::string_view expert : split(pair.second, ',')) {
+          const auto id = header_number({pair.first, std::string(expert)}, 0, kMaxExperts - 1);
+          layer.preload.push_back(static_cast<std::uint16_t>(id));
+        }
       }
     }
     if (!layers_.emplace(layer.layer, layer).second) {
@@ -497,6 +503,7 @@ class TraceReader {
     for (const auto& [index, layer] : layers_) {
       trace_.layers.push_back(layer);
     }
+    check_trace_preload(path_, trace_);
   }
 
   std::string path_;
@@ -524,6 +531,27 @@ void check_lengths(const RoutingTrace& trace) {
 }
 
 }  // namespace
+
+void check_trace_preload(const std::string& path, const RoutingTrace& trace) {
+  const auto wrong = [&](const TraceLayer& layer, const std::string& what) {
+    return InputError(fmt::format("{}: the preload of layer {} {}; correct the header or record the trace again", path,
+                                  layer.layer, what));
+  };
+  for (const TraceLayer& layer : trace.layers) {
+    if (layer.preload.empty() != trace.layers.front().preload.empty()) {
+      throw wrong(layer,
+                  fmt::format("must be there as that of layer {}, got {} experts and {}", trace.layers.front().layer,
+                              layer.preload.size(), trace.layers.front().preload.size()));
+    }
+    std::vector<bool> seen(static_cast<std::size_t>(trace.num_experts), false);
+    for (const std::uint16_t expert : layer.preload) {
+      if (expert >= trace.num_experts || seen[expert]) {
+        throw wrong(layer, fmt::format("must name different experts below {}, got {}", trace.num_experts, expert));
+      }
+      seen[expert] = true;
+    }
+  }
+}
 
 RoutingTrace read_trace(const std::filesystem::path& path) {
   const MappedFile file(path);
@@ -554,8 +582,9 @@ void write_trace_csv(const std::filesystem::path& path, const RoutingTrace& trac
   std::unordered_map<std::int64_t, std::int64_t> bytes_of_layer;
   for (const TraceLayer& layer : trace.layers) {
     bytes_of_layer.emplace(layer.layer, layer.expert_bytes);
-    fmt::format_to(out, "# layer={} expert_bytes={} dense_bytes={}\n", layer.layer, layer.expert_bytes,
-                   layer.dense_bytes);
+    fmt::format_to(out, "# layer={} expert_bytes={} dense_bytes={}{}\n", layer.layer, layer.expert_bytes,
+                   layer.dense_bytes,
+                   layer.preload.empty() ? "" : fmt::format(" preload={}", fmt::join(layer.preload, ",")));
   }
   fmt::format_to(out, "{}\n", kColumns);
   for (const TraceEntry& entry : trace.entries) {

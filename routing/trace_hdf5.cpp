@@ -94,10 +94,17 @@ void write_trace_hdf5(const std::filesystem::path& path, const RoutingTrace& tra
   std::vector<std::int64_t> layers;
   std::vector<std::int64_t> expert_bytes;
   std::vector<std::int64_t> dense_bytes;
+  std::size_t longest = 0;
   for (const TraceLayer& layer : trace.layers) {
+    longest = std::max(longest, layer.preload.size());
     layers.push_back(layer.layer);
     expert_bytes.push_back(layer.expert_bytes);
     dense_bytes.push_back(layer.dense_bytes);
+  }
+  std::vector<std::int64_t> preload;
+  for (const TraceLayer& layer : trace.layers) {
+    preload.insert(preload.end(), layer.preload.begin(), layer.preload.end());
+    preload.insert(preload.end(), longest - layer.preload.size(), -1);
   }
   const auto steps_signed = static_cast<std::int64_t>(num_steps);
   const std::vector<std::int64_t> shape = {steps_signed, static_cast<std::int64_t>(num_layers), trace.top_k};
@@ -122,6 +129,10 @@ void write_trace_hdf5(const std::filesystem::path& path, const RoutingTrace& tra
     if (!trace.residency.empty()) {
       file.write("/trace/residency", H5Type::kUInt8, shape, residency.data());
       file.write("/trace/moved_bytes", H5Type::kInt64, shape, moved_bytes.data());
+    }
+    if (longest > 0) {
+      file.write("/trace/preload", H5Type::kInt64,
+                 {static_cast<std::int64_t>(num_layers), static_cast<std::int64_t>(longest)}, preload.data());
     }
     file.close();
   });
@@ -169,6 +180,22 @@ RoutingTrace read_trace_hdf5(const std::filesystem::path& path) {
                                       trace.num_layers, layers[i], i));
     }
     trace.layers.push_back({layers[i], expert_bytes[i], dense_bytes[i]});
+  }
+  if (file.contains("/trace/preload")) {
+    const std::vector<std::int64_t> preload_shape = file.shape("/trace/preload");
+    const std::int64_t longest = preload_shape.size() == 2 ? preload_shape[1] : 0;
+    expect_shape(file, path, "/trace/preload", {static_cast<std::int64_t>(layers.size()), longest});
+    const std::vector<std::int64_t> preload = file.read_ints("/trace/preload");
+    for (std::size_t i = 0; i < preload.size(); ++i) {
+      if (preload[i] < -1 || preload[i] >= trace.num_experts) {
+        throw damaged(path, fmt::format("an expert of the preload must be below num_experts ({}), got {}",
+                                        trace.num_experts, preload[i]));
+      }
+      if (preload[i] >= 0) {
+        trace.layers[i / as_size(longest)].preload.push_back(static_cast<std::uint16_t>(preload[i]));
+      }
+    }
+    check_trace_preload(path.string(), trace);
   }
   const std::vector<std::int64_t> expert_shape = file.shape("/trace/expert");
   const std::int64_t num_steps = expert_shape.empty() ? 0 : expert_shape[0];

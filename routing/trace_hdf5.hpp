@@ -1,6 +1,7 @@
 #pragma once
 
 #include <filesystem>
+#include <string>
 
 #include "hestia/routing/trace.hpp"
 
@@ -8,6 +9,9 @@ namespace hestia {
 
 /// Reads the packed HDF5 form. Throws InputError naming the file and dataset.
 [[nodiscard]] RoutingTrace read_trace_hdf5(const std::filesystem::path& path);
+
+/// Throws InputError naming `path` when some layers alone are pre-loaded, or an expert is there twice or not at all.
+void check_trace_preload(const std::string& path, const RoutingTrace& trace);
 
 /// Version of route_trace, in its CSV and its packed form.
 inline constexpr std::int64_t kTraceVersion = 1;

@@ -351,7 +351,7 @@ PreferencePredictor make_predictor(const FinetuneRecipe& recipe, MoeModel& model
       rows.push_back(mean_embedding(embedding, prompts.at(id)));
     }
     examples.embeddings_ND = rows.empty() ? torch::zeros({0, embedding.size(1)}, torch::kFloat32) : torch::stack(rows);
-    examples.embedding = "mean over the prompt's tokens of the model's token embeddings";
+    examples.embedding = kMeanTokenEmbedding;
   } else {
     examples.embeddings_ND = read_embeddings(options.embeddings, examples.ids);
     examples.embedding = "by sequence id from " + std::filesystem::path(options.embeddings).filename().string();

@@ -46,6 +46,11 @@ RoutingTrace decorated(SplitMix64& random, RoutingTrace trace) {
     layer.expert_bytes = between(random, 1, 1'000'000'000'000);
     layer.dense_bytes = chance(random, 0.3) ? 0 : between(random, 1, 1'000'000);
   }
+  if (chance(random, 0.4)) {
+    for (TraceLayer& layer : trace.layers) {
+      layer.preload = random_experts(random, trace.num_experts, between(random, 1, trace.num_experts));
+    }
+  }
   for (float& weight : trace.weights) {
     weight = any_weight(random);
   }

@@ -7,6 +7,10 @@
 
 namespace hestia {
 
+/// PreferencePredictor::embedding of a predictor whose input is the mean of the rows of the model's embedding matrix at
+/// the prompt's tokens.
+inline constexpr const char* kMeanTokenEmbedding = "mean over the prompt's tokens of the model's token embeddings";
+
 /// How well one way of guessing a sequence's expert preferences from its prompt does, over held-out sequences.
 struct PredictorFigures {
   std::string method;

@@ -18,6 +18,9 @@ struct TraceLayer {
   std::int64_t layer = 0;         ///< Model layer index.
   std::int64_t expert_bytes = 0;  ///< Bytes of one expert; 0: unknown.
   std::int64_t dense_bytes = 0;   ///< Bytes of everything else in the layer; 0: unknown.
+  /// Experts that the recorder's cache was filled with before the first decode step, best first: C slots held the first
+  /// C. Empty: it was not pre-loaded.
+  std::vector<std::uint16_t> preload{};
 };
 
 /// One layer of one step: `count` experts from `first` in the trace's flat arrays, by falling weight (rank order).
@@ -58,7 +61,8 @@ struct RoutingTrace {
 /// Reads `route_trace v1` CSV, llama.cpp's `layer,expert` CSV, or a packed HDF5 trace (told apart by content).
 /// Throws InputError with file:line for: a missing header, wrong columns, numbers that do not parse, experts out of
 /// range, a slot gap or a repeated slot or expert within one layer and step, steps of a layer out of order, a file
-/// newer than this program. A route_trace written layer by layer (a prefill batch) is put in step order.
+/// newer than this program, a preload of some layers only or of experts that are not there. A route_trace written layer
+/// by layer (a prefill batch) is put in step order.
 [[nodiscard]] RoutingTrace read_trace(const std::filesystem::path& path);
 
 /// Writes `route_trace v1` CSV, whole or not at all. Weights are written with the digits that give the same float back:

@@ -116,7 +116,8 @@ inline bool same_trace(const RoutingTrace& a, const RoutingTrace& b) {
            x.count == y.count && x.first == y.first;
   };
   const auto same_layer = [](const TraceLayer& x, const TraceLayer& y) {
-    return x.layer == y.layer && x.expert_bytes == y.expert_bytes && x.dense_bytes == y.dense_bytes;
+    return x.layer == y.layer && x.expert_bytes == y.expert_bytes && x.dense_bytes == y.dense_bytes &&
+           x.preload == y.preload;
   };
   return a.model == b.model && a.comment == b.comment && a.num_layers == b.num_layers &&
          a.num_experts == b.num_experts && a.top_k == b.top_k && a.experts == b.experts && a.weights == b.weights &&

@@ -235,6 +235,33 @@ TEST_CASE("the start reaches the simulator, and the output names it") {
         output({"--start", "preload", "--preload", preferences, "--preload-router", "tuned"}));
 }
 
+TEST_CASE("without a file, a start with preload takes what the trace says") {
+  const TemporaryFolder folder;
+  RoutingTrace trace = read_trace(trace_file(folder));
+  SimulationOptions options;
+  options.start = CacheStart::kPreload;
+  options.slots = 4;
+  SplitMix64 random(93);
+  for (TraceLayer& layer : trace.layers) {
+    layer.preload = testing::random_experts(random, trace.num_experts, 6);
+    options.preload.push_back(layer.preload);
+  }
+  const SimulationCounts counts = simulate(trace, options);
+  const std::string csv = (folder.path() / "preloaded.csv").string();
+  write_trace_csv(csv, trace);
+  const std::vector<std::string> arguments = {csv, "--policy", "lru", "--slots", "4", "--start", "preload"};
+  CHECK_THAT(simulate_output(arguments), Catch::Contains("preload (as recorded)"));
+  std::vector<std::string> with_json = arguments;
+  with_json.emplace_back("--json");
+  const Json line = json_lines(simulate_output(with_json)).at(0);
+  CHECK(line.at("hits") == counts.hits);
+  CHECK(line.at("preload") == csv);
+  CHECK(line.at("preload_router").is_null());
+  options.start = CacheStart::kCold;
+  options.preload.clear();
+  CHECK(simulate(trace, options).hits != counts.hits);
+}
+
 TEST_CASE("a start that does not fit is refused with the value") {
   const TemporaryFolder folder;
   const std::string path = trace_file(folder);

@@ -88,6 +88,16 @@ TEST_CASE("a route_trace is read column by column") {
   CHECK(trace.moved_bytes.empty());
 }
 
+TEST_CASE("a trace keeps what its recorder's cache began with, and refuses what no cache can begin with") {
+  const std::string line = "# layer=1 expert_bytes=100 dense_bytes=50";
+  const auto with = [&](const std::string& preload) { return replaced(kHeader, line, line + preload) + kRows; };
+  CHECK(parse(with(" preload=7,0,3")).layers[0].preload == std::vector<std::uint16_t>{7, 0, 3});
+  CHECK_THAT(failure(with(" preload=7,8")), Catch::Contains("layer 1 must name different experts below 8, got 8"));
+  CHECK_THAT(failure(with(" preload=7,0,7")), Catch::Contains("different experts below 8, got 7"));
+  CHECK_THAT(failure(with(" preload=7,,1")), Catch::Contains("preload must be a whole number"));
+  CHECK_THAT(failure(with(" preload=1\n# layer=2 expert_bytes=100")), Catch::Contains("preload of layer 2"));
+}
+
 TEST_CASE("the order of slots, carriage returns and unlisted layers do not matter") {
   const std::string swapped = replaced(kRows, "0,0,0,1,0,3,0.75,0,100\n0,0,0,1,1,5,0.25,0,100\n",
                                        "0,0,0,1,1,5,0.25,0,100\n0,0,0,1,0,3,0.75,0,100\n");
