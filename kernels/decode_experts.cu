@@ -2,6 +2,7 @@
 
 #include "decode_dot.cuh"
 #include "decode_gate_up.cuh"
+#include "decode_grouped.hpp"
 #include "decode_pairs.cuh"
 #include "decode_quantised.hpp"
 #include "dependent.cuh"
@@ -196,6 +197,10 @@ void decode_gate_up_cuda(const DecodeExpertsShape& shape, const std::uint16_t* x
     quantised_gate_up(shape, x, slots, pool, h, stream);
     return;
   }
+  if (shape.num_tokens >= shape.tensor_rows) {
+    grouped_gate_up(shape, x, slots, pool, h, stream);
+    return;
+  }
   const DecodeSizes sizes = decode_sizes(shape);
   const dim3 grid(tiles(sizes.expert_hidden, kWarps), static_cast<unsigned>(sizes.num_pairs));
   auto* const kernel = shape.num_tokens == 1 ? gate_up_kernel<false> : gate_up_kernel<true>;
@@ -207,6 +212,10 @@ void decode_down_cuda(const DecodeExpertsShape& shape, const std::uint16_t* h, c
                       const void* pool, float* y, void* stream) {
   if (shape.format != ExpertFormat::kBfloat16) {
     quantised_down(shape, h, slots, pool, y, stream);
+    return;
+  }
+  if (shape.num_tokens >= shape.tensor_rows) {
+    grouped_down(shape, h, slots, pool, y, stream);
     return;
   }
   const DecodeSizes sizes = decode_sizes(shape);
@@ -230,6 +239,10 @@ void decode_down_combine_cuda(const DecodeExpertsShape& shape, const std::uint16
                               std::uint16_t* out, void* stream, const std::int32_t* early_slots) {
   if (shape.format != ExpertFormat::kBfloat16) {
     quantised_down_combine(shape, h, slots, pool, weights, y, residual, out, stream);
+    return;
+  }
+  if (shape.num_tokens >= shape.tensor_rows) {
+    grouped_down_combine(shape, h, slots, pool, weights, y, residual, out, stream);
     return;
   }
   const DecodeSizes sizes = decode_sizes(shape);

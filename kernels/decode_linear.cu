@@ -1,6 +1,7 @@
 #include "hestia/kernels/decode_linear.hpp"
 
 #include "decode_checks.hpp"
+#include "decode_mma.cuh"
 #include "decode_norm.cuh"
 #include "dependent.cuh"
 #include "launch.cuh"
@@ -10,8 +11,8 @@ namespace {
 
 constexpr int kWarps = 8;  // of a block; each takes a part of H, so their number is part of a result's bits
 constexpr int kThreads = kWarps * kDecodeWarp;
-constexpr int kTile = 16;       // rows of the weights in a product of tensor cores
-constexpr int kColumns = 8;     // rows of the step in one
+constexpr int kTile = kMmaRows;
+constexpr int kColumns = kMmaColumns;
 constexpr int kStepChunks = 4;  // chunks of 8 values of H that a warp takes in one step
 constexpr int kMaxRows = static_cast<int>(kDecodeMaxRows);
 constexpr int kFewTiles = 2 * 132;  // below, blocks are scarce and each keeps more loads in flight
@@ -24,16 +25,6 @@ struct Sizes {
   DecodeNorm norm;
   float norm_eps;
 };
-
-/// sum += a b: a 16 x 16 by rows, b 16 x 8 by columns, bfloat16. Which 16 values of H these are, and in which order,
-/// does not matter as long as a and b agree.
-__device__ inline void multiply_add(float (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
-                                    unsigned b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 
 /// Sums of the squares of kRows rows from `first` on, by the block: each thread its chunks, then each warp, whose sum
 /// goes to squares[row][warp]. Rows past the last repeat it.

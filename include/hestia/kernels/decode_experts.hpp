@@ -22,6 +22,8 @@ inline constexpr std::int64_t kExpertGroup = 128;
 inline constexpr std::int64_t kDecodeMaxTokens = 32;
 /// Most experts per token.
 inline constexpr std::int64_t kDecodeMaxTopK = 32;
+/// Rows of a step from which bfloat16 products go over tensor cores; with fewer, warps multiply row by row.
+inline constexpr std::int64_t kDecodeTensorRows = 4;
 
 /// Sizes of one layer's routed experts in a decode step.
 struct DecodeExpertsShape {
@@ -31,9 +33,10 @@ struct DecodeExpertsShape {
   std::int64_t expert_hidden_size = 0;  ///< F, a multiple of 8
   ExpertFormat format = ExpertFormat::kBfloat16;
   /// The kernels may start before the one before them on the stream has ended; they await that end themselves, those of
-  /// down while their weights come into L2: the kernel right before decode_down and decode_down_combine must not write
-  /// `slots`. Compute capability 9.0 or higher; no effect on the CPU.
+  /// down while their weights come in: the kernel right before decode_down and decode_down_combine must not write
+  /// `slots` or what lies in them. Compute capability 9.0 or higher; no effect on the CPU.
   bool dependent = false;
+  std::int64_t tensor_rows = kDecodeTensorRows;  ///< In place of it; no effect on integers or on the CPU.
 };
 
 /// One expert's blob: where its three matrices begin, in the order of use. gate and up [F, H], down [H, F]; row-major
@@ -55,8 +58,9 @@ struct ExpertBlob {
 // Products of a decode step with the experts that a slot table names. `slots`: int32 [T, K], the slot in `pool` that
 // holds the k-th expert of row t, negative: not served in this wave. `pool`: blobs one behind the other, aligned to 16.
 // bfloat16 values are their bits. A row's result depends on its own x, experts and weights alone, bit by bit: not on
-// slot numbers, on the wave that an expert is served in, on T or on the other rows. Sums are float32 in a fixed order
-// (the CPU's, one after the other, is another one than the GPU's). Stored integers are dequantised in registers.
+// slot numbers, on the wave that an expert is served in, on the other rows or on their number, but for the side of
+// tensor_rows on which it is. Sums are float32 in a fixed order (the CPU's, one after the other, is another one than
+// the GPU's, and the GPU's two differ). Stored integers are dequantised in registers.
 //
 // With waves: decode_gate_up and decode_down for each wave as its experts arrive (a slot may be overwritten as soon as
 // its wave's decode_down is through, so products are kept for each k), then decode_combine. The last wave, or the only
@@ -85,19 +89,21 @@ void decode_down_combine_cpu(const DecodeExpertsShape& shape, const std::uint16_
 // each, no allocation, fit for capture in a graph. x, h, y, residual and out aligned to 16. They throw RunError with
 // the CUDA error when the launch fails, or when Hestia was built without its CUDA kernels.
 
-/// One warp per row of gate and up, or one block per 16 rows of integers, on tensor cores (sums of a group in their
-/// float32, groups in float32); for T > 1 rows with the same slot read its weights together, up to 8 at once.
+/// Below tensor_rows one warp per row of gate and up, from there on two blocks per multiprocessor that take 16 rows by
+/// turns, on tensor cores; or one block per 16 rows of integers, on tensor cores (sums of a group in their float32,
+/// groups in float32). For T > 1 rows with the same slot read its weights together, up to 8 at once, 32 in the second.
 void decode_gate_up_cuda(const DecodeExpertsShape& shape, const std::uint16_t* x, const std::int32_t* slots,
                          const void* pool, std::uint16_t* h, void* stream);
-/// One warp per two rows of down, or one block per 32 rows of integers; shared among rows in the same way.
+/// One warp per two rows of down, or 32 rows by turns, or one block per 32 rows of integers; shared among rows in the
+/// same way.
 void decode_down_cuda(const DecodeExpertsShape& shape, const std::uint16_t* h, const std::int32_t* slots,
                       const void* pool, float* y, void* stream);
 /// One thread per element.
 void decode_combine_cuda(const DecodeExpertsShape& shape, const float* y, const float* weights,
                          const std::uint16_t* residual, std::uint16_t* out, void* stream);
-/// One warp per expert and two rows of down, or one block per 16 rows of integers; every row reads its experts for
-/// itself, so it is for T = 1 or few. early_slots: int32 [T, K], those of the slots that the kernel right before does
-/// not write, negative elsewhere; null: all of them.
+/// One warp per expert and two rows of down, or one block per 32 rows or 16 of integers; every row reads its experts
+/// for itself, so it is for T = 1 or few. early_slots: int32 [T, K], those of the slots that the kernel right before
+/// does not write, negative elsewhere; null: all of them.
 void decode_down_combine_cuda(const DecodeExpertsShape& shape, const std::uint16_t* h, const std::int32_t* slots,
                               const void* pool, const float* weights, const float* y, const std::uint16_t* residual,
                               std::uint16_t* out, void* stream, const std::int32_t* early_slots = nullptr);

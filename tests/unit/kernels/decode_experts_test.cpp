@@ -62,6 +62,10 @@ Case random_case(SplitMix64& random, ExpertFormat format, std::int64_t tokens, s
     std::vector<std::int32_t> order(static_cast<std::size_t>(num_experts));
     std::iota(order.begin(), order.end(), 0);
     for (std::int64_t k = 0; k < top_k; ++k) {
+      if (k >= num_experts) {  // as a trace of fewer experts is filled up
+        c.chosen.push_back(order[random.below(static_cast<std::uint64_t>(num_experts))]);
+        continue;
+      }
       std::swap(order[k], order[k + random.below(static_cast<std::uint64_t>(num_experts - k))]);
       c.chosen.push_back(order[k]);
     }
@@ -203,8 +207,30 @@ struct Size {
   std::int64_t tokens, top_k, hidden, expert_hidden, experts;
 };
 // Odd for the kernels: less than a warp's 256 values, not a multiple of them, more than four times them, odd tiles.
-const std::vector<Size> kSizes = {{1, 1, 8, 8, 1},     {1, 8, 264, 40, 9}, {2, 3, 24, 520, 5}, {5, 2, 1160, 72, 4},
-                                  {32, 4, 40, 104, 6}, {32, 1, 16, 24, 1}, {7, 32, 32, 16, 40}};
+const std::vector<Size> kSizes = {{1, 1, 8, 8, 1},     {1, 8, 264, 40, 9}, {2, 3, 24, 520, 5},  {5, 2, 1160, 72, 4},
+                                  {32, 4, 40, 104, 6}, {32, 1, 16, 24, 1}, {7, 32, 32, 16, 40}, {32, 5, 72, 40, 2}};
+
+/// What the GPU is asked for: bfloat16 by either of its kernels.
+struct Way {
+  ExpertFormat format;
+  std::int64_t tensor_rows;
+};
+constexpr std::int64_t kNever = kDecodeMaxTokens + 1;
+const std::vector<Way> kWays = {{ExpertFormat::kBfloat16, kNever},
+                                {ExpertFormat::kBfloat16, 1},
+                                {ExpertFormat::kInt8, 1},
+                                {ExpertFormat::kInt4, 1},
+                                {ExpertFormat::kInt4Asymmetric, 1}};
+
+std::vector<std::pair<Size, Way>> all_ways(const std::vector<Size>& sizes) {
+  std::vector<std::pair<Size, Way>> cases;
+  for (const Size& size : sizes) {
+    for (const Way& way : kWays) {
+      cases.emplace_back(size, way);
+    }
+  }
+  return cases;
+}
 
 /// Every size in every format.
 std::vector<std::pair<Size, ExpertFormat>> all_cases(const std::vector<Size>& sizes) {
@@ -284,9 +310,10 @@ TEST_CASE("decode experts: CUDA equals the plain loop", "[gpu]") {
   SplitMix64 random(14);
   std::vector<Size> sizes = kSizes;
   sizes.push_back({3, 8, 2048, 1024, 16});
-  for (const auto& [s, format] : all_cases(sizes)) {
-    CAPTURE(s.tokens, s.top_k, s.hidden, s.expert_hidden, s.experts, expert_format_name(format));
-    const Case c = random_case(random, format, s.tokens, s.top_k, s.hidden, s.expert_hidden, s.experts);
+  for (const auto& [s, way] : all_ways(sizes)) {
+    CAPTURE(s.tokens, s.top_k, s.hidden, s.expert_hidden, s.experts, expert_format_name(way.format), way.tensor_rows);
+    Case c = random_case(random, way.format, s.tokens, s.top_k, s.hidden, s.expert_hidden, s.experts);
+    c.shape.tensor_rows = way.tensor_rows;
     const Pool pool = pool_of(c, random, s.experts + 2);
     const Result gpu = run_at_once(c, pool, true);
     CHECK(gpu.guards_whole);
@@ -301,9 +328,11 @@ TEST_CASE("decode experts: slots, waves and other rows do not change a bit on CU
     return;
   }
   SplitMix64 random(15);
-  for (const auto& [s, format] : all_cases({{32, 8, 264, 136, 16}, {9, 3, 2048, 1024, 5}, {32, 2, 128, 1288, 2}})) {
-    CAPTURE(s.tokens, s.top_k, s.hidden, s.expert_hidden, s.experts, expert_format_name(format));
-    const Case c = random_case(random, format, s.tokens, s.top_k, s.hidden, s.expert_hidden, s.experts);
+  for (const auto& [s, way] :
+       all_ways({{32, 8, 264, 136, 16}, {9, 3, 2048, 1024, 5}, {32, 2, 128, 1288, 2}, {32, 3, 4104, 72, 2}})) {
+    CAPTURE(s.tokens, s.top_k, s.hidden, s.expert_hidden, s.experts, expert_format_name(way.format), way.tensor_rows);
+    Case c = random_case(random, way.format, s.tokens, s.top_k, s.hidden, s.expert_hidden, s.experts);
+    c.shape.tensor_rows = way.tensor_rows;
     const Result at_once = run_at_once(c, pool_of(c, random, s.experts), true);
     for (int num_waves = 1; num_waves <= 4; ++num_waves) {
       std::vector<int> wave_of(c.pairs());
@@ -339,14 +368,35 @@ TEST_CASE("decode experts: slots, waves and other rows do not change a bit on CU
   }
 }
 
+TEST_CASE("decode experts: bfloat16 goes over tensor cores from kDecodeTensorRows rows on", "[gpu]") {
+  if (!gpu_ready()) {
+    return;
+  }
+  SplitMix64 random(17);
+  for (const std::int64_t tokens : {kDecodeTensorRows - 1, kDecodeTensorRows}) {
+    CAPTURE(tokens);
+    Case c = random_case(random, ExpertFormat::kBfloat16, tokens, 2, 2048, 64, 3);
+    const Pool pool = pool_of(c, random, 3);
+    const Result usual = run_at_once(c, pool, true);
+    c.shape.tensor_rows = 1;
+    const Result tensors = run_at_once(c, pool, true);
+    c.shape.tensor_rows = kNever;
+    const Result rows = run_at_once(c, pool, true);
+    CHECK(tensors.y != rows.y);  // another order of summation
+    CHECK(usual.y == (tokens < kDecodeTensorRows ? rows.y : tensors.y));
+    CHECK(usual.h == (tokens < kDecodeTensorRows ? rows.h : tensors.h));
+  }
+}
+
 TEST_CASE("decode experts: dependent launches await one another", "[gpu]") {
   if (!gpu_ready()) {
     return;
   }
   SplitMix64 random(16);
-  for (const Size& s : {Size{1, 8, 512, 264, 12}, Size{5, 3, 264, 520, 6}}) {
-    CAPTURE(s.tokens, s.top_k, s.hidden, s.expert_hidden, s.experts);
-    Case c = random_case(random, ExpertFormat::kBfloat16, s.tokens, s.top_k, s.hidden, s.expert_hidden, s.experts);
+  for (const auto& [s, way] : all_ways({{1, 8, 512, 264, 12}, {5, 3, 264, 520, 6}})) {
+    CAPTURE(s.tokens, s.top_k, s.hidden, s.expert_hidden, s.experts, expert_format_name(way.format), way.tensor_rows);
+    Case c = random_case(random, way.format, s.tokens, s.top_k, s.hidden, s.expert_hidden, s.experts);
+    c.shape.tensor_rows = way.tensor_rows;
     std::for_each(c.weights.begin(), c.weights.end(), [](float& weight) { weight *= 0.01F; });  // layers stay finite
     const Pool pool = pool_of(c, random, s.experts);
     std::vector<std::int32_t> table;
