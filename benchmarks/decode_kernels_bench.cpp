@@ -26,6 +26,7 @@
 #include "hestia/evaluation/build_info.hpp"
 #include "hestia/kernels/decode_experts.hpp"
 #include "hestia/kernels/decode_fetch.hpp"
+#include "hestia/kernels/decode_linear.hpp"
 #include "hestia/kernels/decode_router.hpp"
 #include "hestia/kernels/expert_fetch.hpp"
 #include "hestia/kernels/expert_formats.hpp"
@@ -43,14 +44,15 @@ struct Options {
   std::int64_t expert_hidden = 1024;
   std::int64_t experts = 64;
   std::int64_t top_k = 8;
+  std::int64_t vocabulary = 50304;
   std::vector<std::string> formats = expert_format_names();
-  std::vector<std::int64_t> tokens = {1, 8, 32};
+  std::vector<std::int64_t> tokens = {1, 8, 16, 32};
   std::vector<std::int64_t> misses = {0, 1, 2, 4, 8};
   std::vector<std::int64_t> fetch_blocks = {8, kExpertFetchBlocks, 32, 64};
   std::vector<std::int64_t> step_misses = {0, 1, 2, 4};
   std::vector<std::int64_t> copiers = {kFetchCopiers};
   std::vector<std::int64_t> polls = {2000};
-  std::vector<std::string> kinds = {"experts", "fetch", "step"};
+  std::vector<std::string> kinds = {"experts", "linear", "fetch", "step"};
   std::int64_t slots = 16;
   double pool_gb = 12.9;
   double weights_gb = 1.6;
@@ -218,7 +220,12 @@ class Bench {
       add_steps();
     }
     for (const std::int64_t tokens : wanted("experts") ? options.tokens : std::vector<std::int64_t>()) {
-      add_experts(tokens);
+      if (format_ == ExpertFormat::kBfloat16 && tokens > 1) {  // both kinds of kernels, whatever is the default
+        add_experts(tokens, kDecodeMaxTokens + 1);
+        add_experts(tokens, 1);
+      } else {
+        add_experts(tokens, kDecodeTensorRows);
+      }
       if (with_others) {
         add_router(tokens);
         add_cache(tokens, false);
@@ -226,6 +233,9 @@ class Bench {
     }
     if (with_others && wanted("experts")) {
       add_cache(1, true);
+    }
+    for (const std::int64_t tokens : with_others&& wanted("linear") ? options.tokens : std::vector<std::int64_t>()) {
+      add_linears(tokens);
     }
     for (const std::int64_t misses : wanted("fetch") ? options.misses : std::vector<std::int64_t>()) {
       for (const std::int64_t blocks : options.fetch_blocks) {
@@ -360,8 +370,9 @@ class Bench {
     };
   }
 
-  void add_experts(std::int64_t tokens) {
-    const DecodeExpertsShape of = shape(tokens);
+  void add_experts(std::int64_t tokens, std::int64_t tensor_rows) {
+    DecodeExpertsShape of = shape(tokens);
+    of.tensor_rows = tensor_rows;
     const auto pairs = static_cast<std::size_t>(tokens * options_.top_k);
     // Distinct experts of every launch take the next slots, so that a slot comes back after all others.
     std::vector<std::int32_t> table;
@@ -393,6 +404,9 @@ class Bench {
     const auto add = [&](const char* kernel, std::size_t bytes, std::function<void(std::int64_t)> launch) {
       Arm& arm = arms_.emplace_back();
       arm.labels = {{"kernel", kernel}, {"tokens", tokens}, {"experts_per_launch", experts}};
+      if (format_ == ExpertFormat::kBfloat16) {
+        arm.labels["products"] = tokens >= of.tensor_rows ? "tensor cores" : "rows";
+      }
       arm.bound = Bound::kMemory;
       arm.bytes = experts * static_cast<double>(bytes);
       arm.launches = options_.launches;
@@ -427,6 +441,42 @@ class Bench {
       down(i);
       combine(i);
     });
+  }
+
+  /// Dense products of a step: query, key and value (with the norm), the output projection, the lm head.
+  void add_linears(std::int64_t tokens) {
+    const auto hidden = static_cast<std::size_t>(options_.hidden);
+    const auto add = [&](const char* kernel, std::int64_t outputs, bool normed, bool head) {
+      const DecodeLinearShape of{.num_tokens = tokens, .input_size = options_.hidden, .output_size = outputs};
+      const auto out_values = static_cast<std::size_t>(tokens * outputs);
+      const std::size_t bytes = static_cast<std::size_t>(outputs) * hidden * 2;
+      const std::size_t num_weights = weight_bytes() / bytes;
+      if (num_weights < 1) {
+        return;
+      }
+      const auto in = on_device(random_words(static_cast<std::size_t>(tokens) * hidden * 2, 1));
+      const auto norm = on_device(random_words(hidden * 2, 2));
+      const auto out = std::make_shared<DeviceMemory>(out_values * sizeof(float));
+      Arm& arm = arms_.emplace_back();
+      arm.labels = {{"kernel", kernel}, {"tokens", tokens}, {"outputs", outputs}};
+      arm.bound = Bound::kMemory;
+      arm.bytes = static_cast<double>(bytes);
+      arm.launches = options_.launches;
+      arm.launch = [=, this](std::int64_t i) {
+        const std::size_t which = static_cast<std::size_t>(i) % num_weights;
+        const DecodeLinearInputs inputs{.x = in->as<std::uint16_t>(),
+                                        .norm_weight = normed ? norm->as<std::uint16_t>() : nullptr,
+                                        .weight = weights_->as<std::uint16_t>(which * bytes)};
+        if (head) {
+          decode_linear_cuda(of, inputs, out->as<float>(), stream_);
+        } else {
+          decode_linear_cuda(of, inputs, out->as<std::uint16_t>(), stream_);
+        }
+      };
+    };
+    add("decode_linear: query, key and value", 3 * options_.hidden, true, false);
+    add("decode_linear: output", options_.hidden, false, false);
+    add("decode_linear: lm head", options_.vocabulary, true, true);
   }
 
   void add_router(std::int64_t tokens) {
@@ -712,6 +762,7 @@ int main(int argc, char** argv) {
     app.add_option("--expert-hidden", options.expert_hidden, "hidden size of an expert")->capture_default_str();
     app.add_option("--experts", options.experts, "experts per layer")->capture_default_str();
     app.add_option("--top-k", options.top_k, "experts per token")->capture_default_str();
+    app.add_option("--vocabulary", options.vocabulary, "rows of the lm head")->capture_default_str();
     app.add_option("--formats", options.formats, "of the experts")->delimiter(',')->capture_default_str();
     app.add_option("--tokens", options.tokens, "rows of a step")->delimiter(',')->capture_default_str();
     app.add_option("--misses", options.misses, "experts per fetch")->delimiter(',')->capture_default_str();
@@ -723,7 +774,7 @@ int main(int argc, char** argv) {
         ->delimiter(',')
         ->capture_default_str();
     app.add_option("--polls", options.polls, "ns between looks of the others")->delimiter(',')->capture_default_str();
-    app.add_option("--kinds", options.kinds, "of kernels: experts (with router and slot cache), fetch, step")
+    app.add_option("--kinds", options.kinds, "of kernels: experts (with router and slot cache), linear, fetch, step")
         ->delimiter(',')
         ->capture_default_str();
     app.add_option("--slots", options.slots, "slots per layer of the slot cache")->capture_default_str();
