@@ -29,6 +29,7 @@ struct Options {
   std::int64_t top_k = 8;
   std::int64_t always_keep = 2;
   std::int64_t slots = 16;
+  std::string score = "logit";
   double lambda = 0.2;
   std::int64_t sequences = 4;
   std::int64_t sequence_length = 2048;
@@ -56,6 +57,7 @@ Json measure(const Options& options, const std::string& command) {
   const torch::Device device = gpu ? torch::Device(torch::kCUDA, 0) : torch::Device(torch::kCPU);
   const torch::Tensor logits = drifting_logits(options);
   ResidencyRule rule;
+  rule.score = residency_score_from_name(options.score).value();
   rule.lambda = options.lambda;
   rule.always_keep = options.always_keep;
   rule.slots = options.slots;
@@ -75,7 +77,8 @@ Json measure(const Options& options, const std::string& command) {
                              .top_k = options.top_k,
                              .always_keep = options.always_keep,
                              .slots = options.slots,
-                             .bonus = rule.bonus(0)};
+                             .bonus = rule.bonus(0),
+                             .score = rule.score};
   std::vector<std::int64_t> begins;
   std::vector<std::int64_t> ends;
   for (std::int64_t i = 0; i < options.sequences; ++i) {
@@ -102,6 +105,7 @@ Json measure(const Options& options, const std::string& command) {
           {"top_k", options.top_k},
           {"always_keep", options.always_keep},
           {"slots", options.slots},
+          {"score", options.score},
           {"lambda", options.lambda},
           {"sequences", options.sequences},
           {"sequence_length", options.sequence_length},
@@ -123,9 +127,13 @@ int main(int argc, char** argv) {
     CLI::App app("Time of residency-aware routing per layer; prints one JSON object.");
     app.add_option("--experts", options.experts, "experts per layer")->capture_default_str();
     app.add_option("--top-k", options.top_k, "experts per token")->capture_default_str();
-    app.add_option("--always-keep", options.always_keep, "J, experts chosen by logit alone")->capture_default_str();
+    app.add_option("--always-keep", options.always_keep, "J, experts chosen by score alone")->capture_default_str();
     app.add_option("--slots", options.slots, "C, slots of the cache")->capture_default_str();
-    app.add_option("--lambda", options.lambda, "bonus in mean logit ranges")->capture_default_str();
+    app.add_option("--score", options.score, "what experts are compared by")
+        ->check(CLI::IsMember(residency_score_names()))
+        ->capture_default_str();
+    app.add_option("--lambda", options.lambda, "bonus in mean logit ranges, or the weight itself")
+        ->capture_default_str();
     app.add_option("--sequences", options.sequences, "sequences in the batch")->capture_default_str();
     app.add_option("--sequence-length", options.sequence_length, "tokens of a sequence")->capture_default_str();
     app.add_option("--repeats", options.repeats, "calls measured")->capture_default_str();

@@ -83,28 +83,43 @@ std::optional<ResidencyRule> residency_from(const std::string& text, const std::
   if (text == "off" || (text == "bundle" && !manifest)) {
     return std::nullopt;
   }
-  if (!manifest) {
-    throw UsageError(fmt::format(
-        "--residency-prior: lambda is measured in the logit ranges that a bundle holds, got \"{}\" without --router; "
-        "give the bundle",
-        text));
-  }
-  ResidencyRule rule = manifest->residency;
+  ResidencyRule rule = manifest ? manifest->residency : ResidencyRule();
   if (text == "bundle") {
     return rule;
   }
-  const std::size_t comma = text.find(',');
-  const char* end = text.data() + text.size();
-  const char* middle = comma == std::string::npos ? end : text.data() + comma;
-  const auto lambda = std::from_chars(text.data(), middle, rule.lambda);
-  bool good = lambda.ec == std::errc() && lambda.ptr == middle && std::isfinite(rule.lambda) && rule.lambda >= 0;
-  if (comma != std::string::npos) {
-    const auto keep = std::from_chars(middle + 1, end, rule.always_keep);
-    good = good && keep.ec == std::errc() && keep.ptr == end && rule.always_keep >= 0;
+  std::vector<std::string> parts(1);
+  for (const char c : text) {
+    if (c == ',') {
+      parts.emplace_back();
+    } else {
+      parts.back() += c;
+    }
+  }
+  const auto read = [](const std::string& part, auto& value) {
+    const char* const end = part.data() + part.size();
+    const auto result = std::from_chars(part.data(), end, value);
+    return result.ec == std::errc() && result.ptr == end && value >= 0;
+  };
+  bool good = parts.size() <= 3 && read(parts[0], rule.lambda) && std::isfinite(rule.lambda);
+  if (good && parts.size() > 1) {
+    good = read(parts[1], rule.always_keep);
+  }
+  if (good && parts.size() > 2) {
+    const std::optional<ResidencyScore> score = residency_score_from_name(parts[2]);
+    good = score.has_value();
+    rule.score = score.value_or(rule.score);
   }
   if (!good) {
+    throw UsageError(
+        fmt::format("--residency-prior: must be LAMBDA,J (0.3,2) or LAMBDA,J,SCORE with the score logit or weight "
+                    "(0.05,2,weight), off, or bundle for the bundle's own rule, got \"{}\"",
+                    text));
+  }
+  if (!manifest && rule.score == ResidencyScore::kLogit) {
     throw UsageError(fmt::format(
-        "--residency-prior: must be LAMBDA,J (0.3,2), off, or bundle for the bundle's own rule, got \"{}\"", text));
+        "--residency-prior: lambda is measured in the logit ranges that a bundle holds, got \"{}\" without --router; "
+        "give the bundle, or a rule by weight",
+        text));
   }
   return rule;
 }
@@ -418,10 +433,11 @@ void run_generate(const GenerateArguments& arguments) {
   } else {
     result["cache"] = nullptr;
   }
-  result["residency"] =
-      options.residency && options.residency->lambda > 0
-          ? Json{{"lambda", options.residency->lambda}, {"always_keep", options.residency->always_keep}}
-          : Json();
+  result["residency"] = options.residency && options.residency->lambda > 0
+                            ? Json{{"score", residency_score_name(options.residency->score)},
+                                   {"lambda", options.residency->lambda},
+                                   {"always_keep", options.residency->always_keep}}
+                            : Json();
   result["warnings"] = degradations();
   if (arguments.json) {
     std::cout << result.dump(2) << std::endl;
@@ -491,8 +507,9 @@ void add_generate(CLI::App& app) {
   verb->add_option("--preload-router", arguments->preload_router,
                    "whose statistics: baseline or tuned (default: that of --router)")
       ->option_text("NAME");
-  verb->add_option("--residency-prior", arguments->residency,
-                   "prefer experts that are there: LAMBDA,J, off, or bundle for the bundle's own rule")
+  verb->add_option(
+          "--residency-prior", arguments->residency,
+          "prefer experts that are there: LAMBDA,J or LAMBDA,J,logit|weight, off, or bundle for the bundle's own rule")
       ->capture_default_str();
   verb->add_option("--temperature", arguments->temperature, "0: always the likeliest token")->capture_default_str();
   verb->add_option("--top-p", arguments->top_p, "draw among the likeliest tokens that reach this probability together")

@@ -24,6 +24,7 @@
 #include "hestia/runtime/expert_store.hpp"
 #include "hestia/trainer/bundle.hpp"
 #include "hestia/trainer/recipes.hpp"
+#include "hestia/trainer/residency.hpp"
 #include "hestia/trainer/trainer.hpp"
 
 namespace hestia {
@@ -174,8 +175,8 @@ void inspect_bundle(const std::filesystem::path& directory) {
                                          ? std::to_string(base_top_k)
                                          : fmt::format("{}, the base model {}", manifest.top_k, base_top_k)},
                {"serve with",
-                fmt::format("{} slots, {}, residency lambda {}, J {}", manifest.residency.slots,
-                            manifest.residency.policy, manifest.residency.lambda, manifest.residency.always_keep)}};
+                fmt::format("{} slots, {}, residency {}, J {}", manifest.residency.slots, manifest.residency.policy,
+                            lambda_text(manifest.residency), manifest.residency.always_keep)}};
   for (const auto& [name, figures] : manifest.metrics.items()) {
     rows.emplace_back(name, figures.dump());
   }

@@ -121,7 +121,7 @@ StaticSetFigures measure_static_set(MoeModel& model, const PackedData& held_out,
 
 // Name of a router served under a rule.
 std::string under_rule(const std::string& router, const ResidencyRule& rule, std::int64_t bundle_slots) {
-  return fmt::format("{}, lambda {:g}, J {}{}", router, rule.lambda, rule.always_keep,
+  return fmt::format("{}, {}, J {}{}", router, lambda_text(rule), rule.always_keep,
                      rule.slots == bundle_slots ? "" : fmt::format(", C {}", rule.slots));
 }
 
@@ -136,24 +136,29 @@ std::vector<ResidencyRule> residency_rules(const LoadedRecipe<FinetuneRecipe>& l
                     (bundle_dir / "manifest.json").string(), architecture.num_experts, bundle.slots));
   }
   std::vector<ResidencyRule> rules;
-  const auto add = [&](double lambda, std::int64_t always_keep, std::int64_t slots) {
+  const auto add = [&](ResidencyScore score, double lambda, std::int64_t always_keep, std::int64_t slots) {
     const bool known = std::any_of(rules.begin(), rules.end(), [&](const ResidencyRule& rule) {
-      return rule.lambda == lambda && rule.always_keep == always_keep && rule.slots == slots;
+      return rule.score == score && rule.lambda == lambda && rule.always_keep == always_keep && rule.slots == slots;
     });
     if (!known) {
       rules.push_back(bundle);
+      rules.back().score = score;
       rules.back().lambda = lambda;
       rules.back().always_keep = always_keep;
       rules.back().slots = slots;
     }
   };
+  const std::int64_t slots = prior.slots > 0 ? prior.slots : bundle.slots;
   for (const std::int64_t always_keep : prior.always_keep) {
     for (const double lambda : prior.lambdas) {
-      add(lambda, always_keep, prior.slots > 0 ? prior.slots : bundle.slots);
+      add(ResidencyScore::kLogit, lambda, always_keep, slots);
+    }
+    for (const double lambda : prior.weight_lambdas) {
+      add(ResidencyScore::kWeight, lambda, always_keep, slots);
     }
   }
   if (bundle.lambda > 0.0) {
-    add(bundle.lambda, bundle.always_keep, bundle.slots);
+    add(bundle.score, bundle.lambda, bundle.always_keep, bundle.slots);
   }
   return rules;
 }
@@ -399,7 +404,7 @@ void check_evaluate_fits(const LoadedRecipe<FinetuneRecipe>& loaded, const Archi
     }
   }
   for (const std::int64_t always_keep : options.residency_prior.always_keep) {
-    if (!options.residency_prior.lambdas.empty() && always_keep >= architecture.top_k) {
+    if (options.residency_prior.asks_for_arms() && always_keep >= architecture.top_k) {
       problems.add(
           fmt::format("{}: evaluate.residency_prior.always_keep must be below the model's experts per token "
                       "({}), got {}: the prior would have nothing to choose",
@@ -494,9 +499,8 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const Evalua
     for (const ResidencyRule& rule : rules) {
       const std::int64_t top_k = model->architecture().top_k;
       if (rule.always_keep >= top_k) {
-        log_warning(
-            fmt::format("{}: not measured under lambda {:g}, J {}: with {} experts per token that is plain Top-K", name,
-                        rule.lambda, rule.always_keep, top_k));
+        log_warning(fmt::format("{}: not measured under {}, J {}: with {} experts per token that is plain Top-K", name,
+                                lambda_text(rule), rule.always_keep, top_k));
         continue;
       }
       model->set_selector(std::make_shared<ResidencySelector>(rule));

@@ -8,15 +8,18 @@
 
 #include "decode_checks.hpp"
 #include "hestia/core/float_bits.hpp"
-#include "hestia/routing/residency.hpp"
 
 namespace hestia {
 namespace {
 
 std::vector<std::int32_t> choose(const DecodeRouterShape& shape, const float* logits, const std::int32_t* slot_of) {
+  std::vector<float> scores(logits, logits + shape.num_experts);
+  if (slot_of != nullptr && routes_by_weight(shape.score, shape.bonus, shape.always_keep, shape.top_k)) {
+    relative_weights(logits, shape.num_experts, scores.data());
+  }
   std::vector<ResidencyCandidate> experts;
   for (std::int32_t e = 0; e < shape.num_experts; ++e) {
-    const std::int32_t own = ordered_logit(logits[e]);
+    const std::int32_t own = ordered_logit(scores[static_cast<std::size_t>(e)]);
     experts.push_back({own, own, e});
   }
   const auto top = experts.begin() + shape.top_k;
@@ -24,7 +27,7 @@ std::vector<std::int32_t> choose(const DecodeRouterShape& shape, const float* lo
   std::sort(experts.begin(), experts.end(), chosen_before);
   for (auto candidate = rest; candidate != experts.end(); ++candidate) {
     if (slot_of != nullptr && slot_of[candidate->expert] >= 0) {
-      candidate->adjusted = ordered_logit(logits[candidate->expert] + shape.bonus);
+      candidate->adjusted = ordered_logit(scores[static_cast<std::size_t>(candidate->expert)] + shape.bonus);
     }
   }
   std::sort(rest, experts.end(), chosen_before);

@@ -6,7 +6,6 @@
 #include "decode_norm.cuh"
 #include "dependent.cuh"
 #include "hestia/core/error.hpp"
-#include "hestia/routing/residency.hpp"
 #include "launch.cuh"
 
 namespace hestia {
@@ -77,10 +76,10 @@ __device__ void softmax(const float* logits, int num_experts, float* p, float* p
 /// The choice for one token by one block, which sees all of its logits.
 __device__ void choose(const DecodeRouterShape& shape, const DecodeRouterInputs& inputs, std::size_t token,
                        const float* logits, float* probabilities, const DecodeRouterOutputs& out) {
-  __shared__ std::int32_t own[kMaxExperts];  // ordered logits, without the bonus and with it
+  __shared__ std::int32_t own[kMaxExperts];  // ordered scores, without the bonus and with it
   __shared__ std::int32_t adjusted[kMaxExperts];
   __shared__ float p[kMaxExperts];
-  __shared__ std::int32_t place[kMaxExperts];         // by the logit alone
+  __shared__ std::int32_t place[kMaxExperts];         // by the score alone
   __shared__ std::int32_t at_place[kMaxExperts];      // the expert there
   __shared__ unsigned in[kMaxExperts / kDecodeWarp];  // a bit per place: chosen
   __shared__ std::int32_t chosen[kMaxTopK];
@@ -89,14 +88,26 @@ __device__ void choose(const DecodeRouterShape& shape, const DecodeRouterInputs&
   const int kept = static_cast<int>(min(shape.always_keep, shape.top_k));
   const std::int32_t* const slot_of = inputs.slot_of;
   const bool prior = slot_of != nullptr && shape.bonus > 0.0F && kept < top_k;
+  const bool by_weight = prior && routes_by_weight(shape.score, shape.bonus, shape.always_keep, shape.top_k);
   const int thread = static_cast<int>(threadIdx.x);
+  float largest = -INFINITY;
+  if (by_weight) {  // every warp for itself: no thread waits for another warp
+#pragma unroll 4
+    for (int e = thread % kDecodeWarp; e < num_experts; e += kDecodeWarp) {
+      largest = larger_logit(largest, __ldcg(logits + e));
+    }
+    for (int offset = kDecodeWarp / 2; offset > 0; offset /= 2) {
+      largest = larger_logit(largest, __shfl_xor_sync(0xffffffffU, largest, offset));
+    }
+  }
 #pragma unroll 1
   for (int e = thread; e < num_experts; e += kThreads) {
     const bool is_resident = prior && slot_of[e] >= 0;
     const float z = __ldcg(logits + e);  // written by other blocks
-    own[e] = ordered_logit(z);
+    const float score = by_weight ? relative_weight(z, largest) : z;
+    own[e] = ordered_logit(score);
     if (prior) {
-      adjusted[e] = is_resident ? ordered_logit(__fadd_rn(z, shape.bonus)) : own[e];
+      adjusted[e] = is_resident ? ordered_logit(__fadd_rn(score, shape.bonus)) : own[e];
       in[e / kDecodeWarp] = 0;
     }
   }
@@ -112,10 +123,10 @@ __device__ void choose(const DecodeRouterShape& shape, const DecodeRouterInputs&
     });
   }
   __syncthreads();
-  const std::int32_t* by_logit = at_place;
+  const std::int32_t* by_score = at_place;
   if (prior) {
     if (thread < kRankThreads) {
-      // Equal ones stand in the order of their places: by their own logit, then by their index.
+      // Equal ones stand in the order of their places: by their own score, then by their index.
       const auto before = [&](int j, int e) {
         const bool second = chosen_before({adjusted[j], 0, place[j]}, {adjusted[e], 0, place[e]});
         return second && place[j] >= kept;
@@ -140,10 +151,10 @@ __device__ void choose(const DecodeRouterShape& shape, const DecodeRouterInputs&
       }
     }
     __syncthreads();
-    by_logit = chosen;
+    by_score = chosen;
   }
   if (thread < kDecodeWarp) {
-    int e = by_logit[thread < top_k ? thread : 0];
+    int e = by_score[thread < top_k ? thread : 0];
     if (inputs.forced != nullptr) {
       const std::int64_t row = *inputs.step % inputs.num_forced * shape.num_tokens + static_cast<std::int64_t>(token);
       e = static_cast<int>(inputs.forced[row * top_k + (thread < top_k ? thread : 0)]);

@@ -15,7 +15,8 @@ class BestFew {
   [[nodiscard]] std::size_t size() const { return size_; }
   ResidencyCandidate& operator[](std::size_t i) { return best_[i]; }
 
-  /// True when nothing whose z' is at most `adjusted` can get in: ties need the whole comparison, so not at equality.
+  /// True when nothing whose score with the bonus is at most `adjusted` can get in: ties need the whole comparison, so
+  /// not at equality.
   [[nodiscard]] bool shuts_out(std::int32_t adjusted) const {
     return size_ == most_ && (most_ == 0 || adjusted < best_[most_ - 1].adjusted);
   }
@@ -44,6 +45,8 @@ class Scan {
         kept_(std::min(shape.always_keep, shape.top_k)),
         // More slots than experts are never used.
         slots_(static_cast<std::size_t>(std::min(shape.slots, shape.num_experts))),
+        by_weight_(routes_by_weight(shape.score, shape.bonus, shape.always_keep, shape.top_k)),
+        weights_(by_weight_ ? static_cast<std::size_t>(shape.num_experts) : 0),
         own_(static_cast<std::size_t>(shape.num_experts)),
         adjusted_(own_.size()),
         raise_(own_.size(), 0.0F),
@@ -60,7 +63,12 @@ class Scan {
   }
 
   void token(const float* logits, bool with_prior, std::int64_t* selected) {
-    order(logits, (with_prior ? raise_ : none_).data(), own_.data(), adjusted_.data(), shape_.num_experts);
+    const float* scores = logits;
+    if (by_weight_ && with_prior) {
+      relative_weights(logits, shape_.num_experts, weights_.data());
+      scores = weights_.data();
+    }
+    order(scores, (with_prior ? raise_ : none_).data(), own_.data(), adjusted_.data(), shape_.num_experts);
     first_.clear();
     for (std::size_t expert = 0; kept_ > 0 && expert < own_.size(); ++expert) {
       if (!first_.shuts_out(own_[expert])) {
@@ -76,7 +84,7 @@ class Scan {
         chosen_.offer({adjusted_[expert], own_[expert], static_cast<std::int32_t>(expert)});
       }
     }
-    // By z: insertion, for the few of them are nearly in order.
+    // By the score alone: insertion, for the few of them are nearly in order.
     const auto top_k = static_cast<std::size_t>(shape_.top_k);
     for (std::size_t i = 0; i < top_k; ++i) {
       ResidencyCandidate candidate = chosen_[i];
@@ -94,11 +102,11 @@ class Scan {
   }
 
  private:
-  static void order(const float* __restrict__ logits, const float* __restrict__ raise, std::int32_t* __restrict__ own,
+  static void order(const float* __restrict__ scores, const float* __restrict__ raise, std::int32_t* __restrict__ own,
                     std::int32_t* __restrict__ adjusted, std::int64_t num_experts) {
     for (std::int64_t expert = 0; expert < num_experts; ++expert) {
-      own[expert] = ordered_logit(logits[expert]);
-      adjusted[expert] = ordered_logit(logits[expert] + raise[expert]);
+      own[expert] = ordered_logit(scores[expert]);
+      adjusted[expert] = ordered_logit(scores[expert] + raise[expert]);
     }
   }
 
@@ -130,6 +138,8 @@ class Scan {
   ResidencyShape shape_;
   std::int64_t kept_;
   std::size_t slots_;
+  bool by_weight_;
+  std::vector<float> weights_;
   std::vector<std::int32_t> own_;
   std::vector<std::int32_t> adjusted_;
   std::vector<float> raise_;  // the bonus where resident, else 0

@@ -9,8 +9,9 @@
 namespace hestia {
 namespace {
 
-// Masks are arrays of W words of 32 bits: one bit per expert by rank in the order of z (rank 0 the highest), by expert
-// index, or by place in the LRU stack (place 0 the most recent). Lane `lane` of a warp owns the columns lane + 32 w.
+// Masks are arrays of W words of 32 bits: one bit per expert by rank in the order of scores, z or u (rank 0 the
+// highest), by expert index, or by place in the LRU stack (place 0 the most recent). Lane `lane` of a warp owns the
+// columns lane + 32 w.
 
 constexpr unsigned kAllLanes = 0xffffffffU;
 constexpr int kWarp = 32;
@@ -66,15 +67,26 @@ __global__ void residency_prepare_kernel(ResidencyShape shape, int always_keep, 
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const std::int64_t token = static_cast<std::int64_t>(blockIdx.x) * kPrepareWarps + warp;
   constexpr std::size_t kWarpBytes = kWarp * W * (sizeof(int2) + sizeof(Word));
-  int2* const keys = reinterpret_cast<int2*>(shared + warp * kWarpBytes);  // z' if resident, z
+  int2* const keys = reinterpret_cast<int2*>(shared + warp * kWarpBytes);  // score if resident, score
   Word* const staged = reinterpret_cast<Word*>(shared + warp * kWarpBytes + kWarp * W * sizeof(int2));
   if (token >= shape.num_tokens) {
     return;
   }
   const float bonus = counted == nullptr || counted[token] != 0 ? shape.bonus : 0.0F;
+  const bool by_weight = routes_by_weight(shape.score, bonus, shape.always_keep, shape.top_k);
+  float largest = -INFINITY;
+  if (by_weight) {
+    for (int i = lane; i < num_experts; i += kWarp) {
+      largest = larger_logit(largest, logits[token * num_experts + i]);
+    }
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      largest = larger_logit(largest, __shfl_xor_sync(kAllLanes, largest, offset));
+    }
+  }
   for (int i = lane; i < num_experts; i += kWarp) {
     const float z = logits[token * num_experts + i];
-    keys[i] = make_int2(ordered_logit(z + bonus), ordered_logit(z));
+    const float score = by_weight ? relative_weight(z, largest) : z;
+    keys[i] = make_int2(ordered_logit(__fadd_rn(score, bonus)), ordered_logit(score));
   }
   __syncwarp();
   // Counting what comes first sorts, too: E is small, and all pairs are needed for lead and reach anyway.
@@ -141,7 +153,7 @@ __global__ void __launch_bounds__(kWarp)
   }
 
   const auto step = [&](const Word(&now)[W], std::int64_t token) {
-    // In the order of z: who is resident, and from there who is chosen.
+    // In the order of scores: who is resident, and from there who is chosen.
     bool is_resident[W];
     unsigned resident_ranks[W];
 #pragma unroll

@@ -108,7 +108,8 @@ Tensor ResidencySelector::select(const Tensor& logits_TE, std::int64_t top_k, st
                              .top_k = top_k,
                              .always_keep = rule_.always_keep,
                              .slots = rule_.slots,
-                             .bonus = rule_.bonus(moe_layer)};
+                             .bonus = rule_.bonus(moe_layer),
+                             .score = rule_.score};
   const Layout& layout = layout_of(batch);
   Tensor selected = torch::empty({shape.num_tokens, top_k}, logits.options().dtype(torch::kInt64));
   const float* const z = logits.const_data_ptr<float>();

@@ -6,36 +6,73 @@
 
 namespace hestia {
 
+std::string_view residency_score_name(ResidencyScore score) {
+  return score == ResidencyScore::kWeight ? "weight" : "logit";
+}
+
+std::optional<ResidencyScore> residency_score_from_name(std::string_view name) {
+  for (const ResidencyScore score : {ResidencyScore::kLogit, ResidencyScore::kWeight}) {
+    if (name == residency_score_name(score)) {
+      return score;
+    }
+  }
+  return std::nullopt;
+}
+
+std::vector<std::string> residency_score_names() {
+  return {std::string(residency_score_name(ResidencyScore::kLogit)),
+          std::string(residency_score_name(ResidencyScore::kWeight))};
+}
+
+void relative_weights(const float* logits, std::int64_t num_experts, float* weights) {
+  float largest = -std::numeric_limits<float>::infinity();
+  for (std::int64_t expert = 0; expert < num_experts; ++expert) {
+    largest = larger_logit(largest, logits[expert]);
+  }
+  for (std::int64_t expert = 0; expert < num_experts; ++expert) {
+    weights[expert] = relative_weight(logits[expert], largest);
+  }
+}
+
 SimulationCounts route_with_residency(const ResidencyShape& shape, const float* logits, const std::uint8_t* counted,
                                       const std::int64_t* run_begin, const std::int64_t* run_end, std::int64_t num_runs,
                                       std::int64_t* selected) {
   const std::int64_t kept = std::min(shape.always_keep, shape.top_k);
+  const bool by_weight = routes_by_weight(shape.score, shape.bonus, shape.always_keep, shape.top_k);
   SimulationOptions options;
   options.slots = shape.slots;
   SimulationCounts counts;
   std::vector<ResidencyCandidate> experts(static_cast<std::size_t>(shape.num_experts));
+  std::vector<float> scores(experts.size());
   std::vector<std::uint16_t> served(static_cast<std::size_t>(shape.top_k));
   for (std::int64_t run = 0; run < num_runs; ++run) {
     DemandCache cache(options, shape.num_experts, 0);
     for (std::int64_t token = run_begin[run]; token < run_end[run]; ++token) {
+      const bool with_prior = counted == nullptr || counted[token] != 0;
+      const float* const row = logits + token * shape.num_experts;
+      if (by_weight && with_prior) {
+        relative_weights(row, shape.num_experts, scores.data());
+      } else {
+        std::copy(row, row + shape.num_experts, scores.begin());
+      }
       for (std::size_t expert = 0; expert < experts.size(); ++expert) {
-        const std::int32_t own = ordered_logit(logits[token * shape.num_experts + static_cast<std::int64_t>(expert)]);
+        const std::int32_t own = ordered_logit(scores[expert]);
         experts[expert] = {own, own, static_cast<std::int32_t>(expert)};
       }
       std::sort(experts.begin(), experts.end(), chosen_before);
       for (auto candidate = experts.begin() + kept; candidate != experts.end(); ++candidate) {
-        if ((counted == nullptr || counted[token] != 0) &&
-            cache.is_resident(static_cast<std::size_t>(candidate->expert))) {
-          candidate->adjusted = ordered_logit(logits[token * shape.num_experts + candidate->expert] + shape.bonus);
+        const auto expert = static_cast<std::size_t>(candidate->expert);
+        if (with_prior && cache.is_resident(expert)) {
+          candidate->adjusted = ordered_logit(scores[expert] + shape.bonus);
         }
       }
       std::sort(experts.begin() + kept, experts.end(), chosen_before);
-      const auto by_logit = [](ResidencyCandidate a, ResidencyCandidate b) {
+      const auto by_score = [](ResidencyCandidate a, ResidencyCandidate b) {
         a.adjusted = a.own;
         b.adjusted = b.own;
         return chosen_before(a, b);
       };
-      std::sort(experts.begin(), experts.begin() + shape.top_k, by_logit);
+      std::sort(experts.begin(), experts.begin() + shape.top_k, by_score);
       for (std::size_t k = 0; k < served.size(); ++k) {
         served[k] = static_cast<std::uint16_t>(experts[k].expert);
         selected[token * shape.top_k + static_cast<std::int64_t>(k)] = experts[k].expert;

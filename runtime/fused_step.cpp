@@ -171,6 +171,7 @@ struct FusedStep::Impl {
     } else if (rule) {
       shape.bonus = rule->bonus(index);
       shape.always_keep = rule->always_keep;
+      shape.score = rule->score;
     }
     in.slot_of = slots->slot_of(index);
     const Tensor selected = selected_LBK[index];

@@ -13,7 +13,7 @@
 namespace hestia {
 
 /// Residency-aware routing (hestia/routing/residency.hpp) on the slots as they are before the step; all tokens of a
-/// step see the same. Nothing is read back. Experts by falling logit, ties to the lower index. No gradient.
+/// step see the same. Nothing is read back. Experts by falling score, ties to the lower index. No gradient.
 class SlotResidencySelector : public Selector {
  public:
   /// The rule's slots and policy are not looked at: the executor's count.

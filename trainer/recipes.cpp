@@ -8,6 +8,7 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include "hestia/routing/residency.hpp"
 #include "hestia/trainer/trainer.hpp"
 
 namespace hestia {
@@ -140,9 +141,11 @@ FieldList ExportOptions::fields() {
 
 FieldList ResidencyOptions::fields() {
   FieldList list;
-  list.add("lambda", lambda, "bonus of a resident expert's logit, in mean logit ranges; 0: plain Top-K",
+  list.add("score", score, "what experts are compared by: logits, or weights relative to the token's largest",
+           residency_score_names());
+  list.add("lambda", lambda, "bonus of a resident expert: in mean logit ranges, or the weight itself; 0: plain Top-K",
            {.low = 0.0, .high = 1e6});
-  list.add("always_keep", always_keep, "experts per token chosen by their logits alone (J)", {.low = 0});
+  list.add("always_keep", always_keep, "experts per token chosen by their score alone (J)", {.low = 0});
   list.add("slots", slots, "slots per layer of the cache; 0: losses.cache_simulation.slots, or E/4", {.low = 0});
   list.add("policy", policy, "of that cache", {"lru"});
   list.add("in_loop", in_loop, "train under this routing, not only serve with it");
@@ -153,7 +156,9 @@ FieldList ResidencyOptions::fields() {
 
 FieldList ResidencyPriorOptions::fields() {
   FieldList list;
-  list.add("lambdas", lambdas, "evaluate every router under residency-aware routing too; empty: do not",
+  list.add("lambdas", lambdas, "evaluate every router under residency-aware routing by logits too; empty: do not",
+           {.low = 0.0, .high = 1e6, .exclusive_low = true});
+  list.add("weight_lambdas", weight_lambdas, "the same by weights (score: weight), for example [0.02, 0.05]",
            {.low = 0.0, .high = 1e6, .exclusive_low = true});
   list.add("always_keep", always_keep, "values of J, each with each lambda", {.low = 0});
   list.add("slots", slots, "slots per layer of the cache; 0: the bundle's", {.low = 0});
@@ -473,7 +478,7 @@ LoadedRecipe<FinetuneRecipe> load_finetune_recipe(const std::filesystem::path& p
         fmt::format("{}: residency.lambda must be above 0 when residency.in_loop is true (0 is plain Top-K), got 0",
                     loaded.source.location("residency.lambda")));
   }
-  if (!recipe.evaluate.residency_prior.lambdas.empty() && recipe.evaluate.residency_prior.always_keep.empty()) {
+  if (recipe.evaluate.residency_prior.asks_for_arms() && recipe.evaluate.residency_prior.always_keep.empty()) {
     problems.add(fmt::format("{}: evaluate.residency_prior.always_keep must name at least one value, got none",
                              loaded.source.location("evaluate.residency_prior.always_keep")));
   }

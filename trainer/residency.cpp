@@ -28,6 +28,7 @@ void check_overrides(const RecipeSource& source, const ResidencyRule& asked, con
                       source.location(key), key, then, now));
     }
   };
+  check("residency.score", residency_score_name(asked.score), residency_score_name(of_run.score));
   check("residency.lambda", asked.lambda, of_run.lambda);
   check("residency.always_keep", asked.always_keep, of_run.always_keep);
   check("residency.slots", asked.slots, of_run.slots);
@@ -40,6 +41,7 @@ void check_overrides(const RecipeSource& source, const ResidencyRule& asked, con
 ResidencyRule residency_rule(const LoadedRecipe<FinetuneRecipe>& loaded, const Architecture& architecture) {
   const ResidencyOptions& options = loaded.recipe.residency;
   ResidencyRule rule;
+  rule.score = *residency_score_from_name(options.score);  // one of the choices of the field
   rule.lambda = options.lambda;
   rule.always_keep = options.always_keep;
   rule.policy = options.policy;
@@ -113,8 +115,13 @@ ResidencyRule rule_of_run(const LoadedRecipe<FinetuneRecipe>& loaded, MoeModel& 
   return rule;
 }
 
+std::string lambda_text(const ResidencyRule& rule) {
+  return fmt::format("{}lambda {:g}", rule.score == ResidencyScore::kWeight ? "weight " : "", rule.lambda);
+}
+
 Json residency_json(const ResidencyRule& rule) {
   return {{"format_version", kResidencyFormat},
+          {"score", residency_score_name(rule.score)},
           {"lambda", rule.lambda},
           {"always_keep", rule.always_keep},
           {"slots", rule.slots},
@@ -148,6 +155,18 @@ ResidencyRule residency_from_json(const Json& json, const std::string& subject, 
     if (version != kResidencyFormat) {
       problems.add(fmt::format("{}: format version {} is not one this program supports ({}); update the program",
                                subject, version, kResidencyFormat));
+    }
+  }
+  // Without a score it is the rule by logits, which was the only one.
+  if (json.contains("score")) {
+    std::string score(residency_score_name(rule.score));
+    take("score", score);
+    const std::optional<ResidencyScore> known = residency_score_from_name(score);
+    if (known) {
+      rule.score = *known;
+    } else {
+      problems.add(fmt::format("{}: score must be one of {}, got \"{}\"; update the program or export the bundle again",
+                               subject, fmt::join(residency_score_names(), ", "), score));
     }
   }
   take("lambda", rule.lambda);

@@ -177,9 +177,9 @@ void finetune_once(const LoadedRecipe<FinetuneRecipe>& loaded, const std::string
       calibrate(rule, model, calibration_data(train_data, recipe.residency.calibration_tokens),
                 recipe.data.sequence_length);
     }
-    log_info(fmt::format(
-        "residency in the loop: lambda {:g}, {} of {} experts by logit alone, {} slots, logit range {:.3f}",
-        rule.lambda, rule.always_keep, model->architecture().top_k, rule.slots, fmt::join(rule.logit_range, " ")));
+    log_info(fmt::format("residency in the loop: {}, {} of {} experts by {} alone, {} slots, logit range {:.3f}",
+                         lambda_text(rule), rule.always_keep, model->architecture().top_k,
+                         residency_score_name(rule.score), rule.slots, fmt::join(rule.logit_range, " ")));
     job.run_files = {{saved.filename().string(), residency_json(rule).dump(2) + "\n"}};
     model->set_selector(std::make_shared<ResidencySelector>(rule));
   }
@@ -697,9 +697,9 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, con
   if (to != "bundle" && std::filesystem::exists(residency_path(recipe.run_dir))) {
     const ResidencyRule rule = read_residency(residency_path(recipe.run_dir));
     log_warning(
-        fmt::format("{}: the run trained under residency-aware routing (lambda {}, J {}, {} slots), which --to "
+        fmt::format("{}: the run trained under residency-aware routing ({}, J {}, {} slots), which --to "
                     "{} has no place for; only --to bundle hands it on",
-                    recipe.run_dir, rule.lambda, rule.always_keep, rule.slots, to));
+                    recipe.run_dir, lambda_text(rule), rule.always_keep, rule.slots, to));
   }
   if (to == "gguf") {
     write_tuned_gguf(recipe.model.path, tuned_parts(latest->second, read_architecture(recipe.model.path)), target.gguf,

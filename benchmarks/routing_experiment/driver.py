@@ -226,6 +226,8 @@ def points_of(results):
     points = []
     for arm in results["arms"]:
         rule = arm["residency"] and {key: arm["residency"][key] for key in ("lambda", "always_keep", "slots")}
+        if rule and arm["residency"].get("score", "logit") != "logit":  # points by logits do not name it
+            rule["score"] = arm["residency"]["score"]
         points.append({"residency": rule, "domains": {d["domain"]: figures_of(d) for d in arm["domains"]}})
     return points
 
@@ -443,11 +445,12 @@ def spread(values):
 
 
 def rule_text(rule, quarter):
-    """Lambda and J, and C where the rule's cache is not the one that the table is about."""
+    """The score where it is not the logit, lambda and J, and C where the rule's cache is not the one that the table is about."""
     if rule is None:
         return ""
     other = "" if rule["slots"] == quarter else f", C {rule['slots']}"
-    return f"{rule['lambda']:g}, J {rule['always_keep']}{other}"
+    score = f"{rule['score']} " if "score" in rule else ""
+    return f"{score}{rule['lambda']:g}, J {rule['always_keep']}{other}"
 
 
 def override_of(row, key):
@@ -532,7 +535,7 @@ def table_text(rows, domain, front_only=False):
     lines = [
         f"{domain}: base perplexity {base.perplexity:.3f}, loads {base.loads:.3f} under LRU and {base.loads_min:.3f} "
         f"under MIN at E/4 slots, EOR {base.overlap:.3f}, usage entropy {base.entropy:.3f}",
-        f"{'set':<12} {'arm':<32} {'prior':<9} {'seeds':>5} {'loads':>6} {'MIN':>6} {'fewer':>12} {'ppl':>8} "
+        f"{'set':<12} {'arm':<32} {'prior':<16} {'seeds':>5} {'loads':>6} {'MIN':>6} {'fewer':>12} {'ppl':>8} "
         f"{'ppl/nll':>15} {'outside':>8} {'static':>8} {'EOR':>5} {'entropy':>7}",
     ]
     order = {name: number for number, name in enumerate((BASE_SET, *SETS))}
@@ -543,7 +546,7 @@ def table_text(rows, domain, front_only=False):
         fewer = f"{point.factor:.2f}x" + (f" ±{point.factor_spread / 2:.2f}" if several else "")
         against = percent(point.against_nll) + (f" ±{50 * point.against_nll_spread:.2f}" if several else "")
         lines.append(
-            f"{point.trainable:<12} {point.name:<32} {point.rule:<9} {point.seeds:>5} {point.loads:>6.3f} "
+            f"{point.trainable:<12} {point.name:<32} {point.rule:<16} {point.seeds:>5} {point.loads:>6.3f} "
             f"{point.loads_min:>6.3f} {fewer:>12} {point.perplexity:>8.3f} {against:>15} {percent(point.outside):>8} "
             f"{percent(point.static, 1):>8} {point.overlap:>5.3f} {point.entropy:>7.3f}"
             f"{' *' if point.front else '  '} {point.targets()}".rstrip()

@@ -142,6 +142,10 @@ TEST_CASE("generate names what is wrong before it loads a model") {
   complains({"--temperature", "-1"}, {"--temperature", "-1"});
   complains({"--top-p", "0"}, {"--top-p", "0"});
   complains({"--residency-prior", "0.3,2"}, {"--residency-prior", "--router"});
+  complains({"--residency-prior", "0.3,2,logit"}, {"--residency-prior", "--router", "by weight"});
+  complains({"--residency-prior", "0.3,2,weights"}, {"--residency-prior", "logit or weight", "\"0.3,2,weights\""});
+  complains({"--residency-prior", "0.3,,weight"}, {"--residency-prior", "\"0.3,,weight\""});
+  complains({"--residency-prior", "0.3,2,weight,1"}, {"--residency-prior", "\"0.3,2,weight,1\""});
   complains({"--fold"}, {"--fold", "--replay"});
   complains({"--expert-slots", "4", "--fetch", "copie"}, {"fetch path", "\"copie\"", "did you mean \"copies\""});
   complains({"--expert-format", "int5"}, {"expert format", "\"int5\"", "int4", "bf16"});
@@ -152,6 +156,18 @@ TEST_CASE("generate names what is wrong before it loads a model") {
   };
   complains_of_tokens("0");
   complains_of_tokens("100000");
+}
+
+TEST_CASE("a residency prior by weight needs no bundle, and loads less") {
+  const Json plain = Json::parse(done(hestia(generate({"--expert-slots", "5"}))));
+  CHECK(plain["residency"].is_null());
+  const Json prior = Json::parse(done(hestia(generate({"--expert-slots", "5", "--residency-prior", "0.2,1,weight"}))));
+  CHECK(prior["residency"] == Json{{"score", "weight"}, {"lambda", 0.2}, {"always_keep", 1}});
+  CHECK(prior["cache"]["loads"] < plain["cache"]["loads"]);
+  const Json none = Json::parse(done(hestia(generate({"--expert-slots", "5", "--residency-prior", "0,1,weight"}))));
+  CHECK(none["residency"].is_null());
+  CHECK(none["tokens"] == plain["tokens"]);
+  CHECK(none["cache"]["loads"] == plain["cache"]["loads"]);
 }
 
 TEST_CASE("experts that cannot be packed are refused before weights are read, by generate, validate and bench") {

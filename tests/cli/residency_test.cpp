@@ -73,9 +73,33 @@ TEST_CASE("residency in the loop: finetune keeps the rule, export hands it on, e
       CHECK(arm.at("residency").at("slots") == 3);
     }
   }
+  // The two scores side by side, told apart by name and rule.
+  check_complaint(project.run({"evaluate", "loop.yaml", "evaluate.residency_prior.weight_lambdas=[0.05]"}), 2,
+                  {"evaluate.residency_prior.always_keep", "(2), got 2"});
+  done(project.run({"evaluate", "loop.yaml", "evaluate.residency_prior.lambdas=[0.05]",
+                    "evaluate.residency_prior.weight_lambdas=[0.05,0.2]", "evaluate.residency_prior.always_keep=[0]",
+                    "--only", "baseline", "--quiet"}));
+  names.clear();
+  std::vector<std::string> scores;
+  for (const Json& arm : read_json_file(project.path() / "runs/tuned/results.json").at("arms")) {
+    names.push_back(arm.at("name").get<std::string>());
+    scores.push_back(arm.at("residency").is_null() ? "" : arm.at("residency").at("score").get<std::string>());
+  }
+  CHECK(names == std::vector<std::string>{"baseline", "baseline, lambda 0.05, J 0", "baseline, weight lambda 0.05, J 0",
+                                          "baseline, weight lambda 0.2, J 0", "baseline, lambda 0.3, J 1"});
+  CHECK(scores == std::vector<std::string>{"", "logit", "weight", "weight", "logit"});
   // Even without a sweep a bundle with a rule is judged under it.
   done(project.run({"evaluate", "loop.yaml", "--quiet"}));
   CHECK(read_json_file(project.path() / "runs/tuned/results.json").at("arms").size() == 6);
+  // A run in the loop of weights hands that on.
+  done(project.run({"finetune", "loop.yaml", "residency.score=weight", "residency.lambda=0.05", "control.enabled=false",
+                    "--overwrite", "--quiet"}));
+  CHECK(read_json_file(project.path() / "runs/tuned/residency.json").at("score") == "weight");
+  check_complaint(project.run({"export", "loop.yaml", "residency.score=logit", "--quiet"}), 2,
+                  {"residency.score was weight when the run was trained in the loop", "got logit"});
+  done(project.run({"export", "loop.yaml", "--quiet"}));
+  CHECK_THAT(done(project.run({"inspect", "runs/tuned/bundle"})),
+             Catch::Contains("3 slots, lru, residency weight lambda 0.05, J 1"));
   // A fresh plain run leaves nothing of the rule.
   done(project.run({"finetune", "loop.yaml", "residency.in_loop=false", "--overwrite", "--quiet"}));
   CHECK_FALSE(std::filesystem::exists(project.path() / "runs/tuned/residency.json"));

@@ -170,6 +170,16 @@ class Table(unittest.TestCase):
             "points": [point],
         }
 
+    def test_rules_of_both_scores(self):
+        rule = {"format_version": 1, "lambda": 0.05, "always_keep": 1, "slots": 16, "policy": "lru"}
+        rules = [None, rule, {**rule, "score": "logit"}, {**rule, "score": "weight"}, {**rule, "score": "weight"}]
+        rules[-1]["slots"] = 8
+        points = driver.points_of({"arms": [{"residency": rule, "domains": []} for rule in rules]})
+        self.assertEqual(
+            [driver.rule_text(point["residency"], 16) for point in points],
+            ["", "0.05, J 1", "0.05, J 1", "weight 0.05, J 1", "weight 0.05, J 1, C 8"],
+        )
+
     def test_points(self):
         rows = [
             self.row("-", "base", 4.0, 8.0),

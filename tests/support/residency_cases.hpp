@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -23,14 +24,15 @@ struct ResidencyCase {
   [[nodiscard]] std::string text() const {
     return "T " + std::to_string(shape.num_tokens) + ", E " + std::to_string(shape.num_experts) + ", K " +
            std::to_string(shape.top_k) + ", J " + std::to_string(shape.always_keep) + ", C " +
-           std::to_string(shape.slots) + ", bonus " + std::to_string(shape.bonus) + ", runs " +
-           std::to_string(num_runs());
+           std::to_string(shape.slots) + ", bonus " + std::to_string(shape.bonus) + " by " +
+           std::string(residency_score_name(shape.score)) + ", runs " + std::to_string(num_runs());
   }
 };
 
 /// Random sizes up to `max_experts`; sequences of 1 token and more with gaps between them, some with a prompt. Logits
 /// drift, so that experts come back; in a third of the cases they are coarse, so that ties are everywhere, with the
-/// bonus a multiple of the step, and 0 comes with both signs.
+/// bonus a multiple of the step, and 0 comes with both signs. Half of the cases score by weight, and some of these have
+/// logits far apart, infinite ones and NaN among them.
 inline ResidencyCase random_residency_case(SplitMix64& random, std::int64_t max_experts, std::int64_t max_tokens) {
   const auto below = [&](std::int64_t bound) {
     return static_cast<std::int64_t>(random.below(static_cast<std::uint64_t>(bound)));
@@ -46,6 +48,12 @@ inline ResidencyCase random_residency_case(SplitMix64& random, std::int64_t max_
   shape.bonus = random.uniform() < 0.1 ? 0.0F
                 : coarse               ? 0.5F * static_cast<float>(below(5))
                                        : static_cast<float>(2.0 * random.uniform());
+  const bool by_weight = random.uniform() < 0.5;
+  shape.score = by_weight ? ResidencyScore::kWeight : ResidencyScore::kLogit;
+  if (by_weight) {
+    shape.bonus *= 0.25F;
+  }
+  const double scale = by_weight && random.uniform() < 0.3 ? 20.0 : 1.0;
   const std::int64_t runs = 1 + below(5);
   std::int64_t token = below(3);
   for (std::int64_t run = 0; run < runs; ++run) {
@@ -70,7 +78,12 @@ inline ResidencyCase random_residency_case(SplitMix64& random, std::int64_t max_
         z = 0.5 * std::floor(z * 2.0) + 0.0;
         z = z == 0.0 && random.uniform() < 0.5 ? -0.0 : z;
       }
-      c.logits.push_back(static_cast<float>(z));
+      c.logits.push_back(static_cast<float>(scale * z));
+      if (scale > 1.0 && random.uniform() < 0.02) {
+        const float infinity = std::numeric_limits<float>::infinity();
+        const float special[] = {infinity, -infinity, std::numeric_limits<float>::quiet_NaN(), -1e-40F};
+        c.logits.back() = special[below(4)];
+      }
     }
   }
   return c;

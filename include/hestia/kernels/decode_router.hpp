@@ -3,6 +3,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "hestia/routing/residency.hpp"
+
 namespace hestia {
 
 /// Where an RMSNorm rounds to bfloat16. inverse = 1 / sqrt(mean(x^2) + eps) and x * inverse are float32.
@@ -21,10 +23,11 @@ struct DecodeRouterShape {
   float norm_eps = 1e-5F;
   bool normalise_top_k = false;  ///< Mixing weights are divided by their sum.
   float routed_scale = 1.0F;     ///< Then multiplied by this.
-  /// Residency-aware routing (hestia/routing/residency.hpp): lambda * D_avg, added to the logit of a resident expert;
-  /// 0 is plain Top-K, bit by bit.
+  /// Residency-aware routing (hestia/routing/residency.hpp): added to the score of a resident expert; 0 is plain Top-K,
+  /// bit by bit.
   float bonus = 0.0F;
-  std::int64_t always_keep = 0;  ///< J: experts chosen by the logit alone before residency has a say.
+  std::int64_t always_keep = 0;  ///< J: experts chosen by the score alone before residency has a say.
+  ResidencyScore score = ResidencyScore::kLogit;
   /// The kernel may start before the one before it on the stream has ended; it awaits that end itself, the router's
   /// weights already on their way. So that kernel must not write `router`. Compute capability 9.0 or higher; no effect
   /// on the CPU.
@@ -52,15 +55,16 @@ struct DecodeRouterOutputs {
   std::uint16_t* normal = nullptr;   ///< bfloat16 [T, H], the normalised hidden state
   float* logits = nullptr;           ///< float32 [T, E]
   float* probabilities = nullptr;    ///< float32 [T, E], softmax of the logits
-  std::int32_t* selected = nullptr;  ///< int32 [T, K], by falling logit, ties to the lower index, also under a prior
+  std::int32_t* selected = nullptr;  ///< int32 [T, K], by falling score, ties to the lower index, also under a prior
   float* weights = nullptr;          ///< float32 [T, K], their mixing weights, from the probabilities
   std::int32_t* slots = nullptr;     ///< int32 [T, K], slot_of of the selected; null: not written
 };
 
 /// RMSNorm, router product, softmax and Top-K: normal = rmsnorm(hidden), logits = router normal + bias,
 /// weights = probabilities of the selected, normalised and scaled as the shape says. The first min(J, K) experts are
-/// the highest by logit; the others the best of the rest by chosen_before of hestia/routing/residency.hpp. CPU,
-/// synchronous, one thread. Throws std::invalid_argument when a size is none of the above.
+/// the highest by score, which is the logit unless a prior is by weight; the others the best of the rest by
+/// chosen_before of hestia/routing/residency.hpp. CPU, synchronous, one thread. Throws std::invalid_argument when a
+/// size is none of the above.
 void decode_router_cpu(const DecodeRouterShape& shape, const DecodeRouterInputs& in, const DecodeRouterOutputs& out);
 
 /// Bytes of device memory that decode_router_cuda counts in: zero before the first call, and zero again after each.

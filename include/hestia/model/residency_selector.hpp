@@ -21,9 +21,9 @@ class ResidencySelector : public Selector {
   explicit ResidencySelector(ResidencyRule rule);
   ~ResidencySelector() override;
 
-  /// `logits_TE` -> selected_TK int64 on the same device, by falling z, ties to the lower index. On a GPU asynchronous,
-  /// apart from the first layer of a batch, which copies the sequence ids to the host. Throws std::out_of_range when
-  /// the rule has no logit range for `moe_layer`, RunError when a kernel does not start.
+  /// `logits_TE` -> selected_TK int64 on the same device, by falling score, ties to the lower index. On a GPU
+  /// asynchronous, apart from the first layer of a batch, which copies the sequence ids to the host. Throws
+  /// std::out_of_range when a rule by logits has no logit range for `moe_layer`, RunError when a kernel does not start.
   [[nodiscard]] torch::Tensor select(const torch::Tensor& logits_TE, std::int64_t top_k, std::int64_t moe_layer,
                                      const TokenBatch& batch) override;
 

@@ -2,7 +2,10 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "hestia/routing/cache_policy.hpp"
@@ -10,20 +13,38 @@
 
 namespace hestia {
 
-/// Residency-aware routing (after the cache-prior of arXiv 2412.00099; docs/routing.md): z' = z + lambda * D_avg for
-/// the experts that the layer's slot cache holds, the J highest of z chosen first and the other K - J by z'. What a
-/// router is trained or served with; lambda 0 is plain Top-K.
+/// What the rule compares experts by.
+enum class ResidencyScore : std::int32_t {
+  kLogit,  ///< z itself; the bonus is lambda * D_avg.
+  kWeight  ///< u = exp(z - max z), the mixing weight relative to the token's largest; the bonus is lambda.
+};
+
+/// Name in recipes, manifests and on the command line: logit, weight.
+[[nodiscard]] std::string_view residency_score_name(ResidencyScore score);
+/// Inverse of residency_score_name; nullopt for any other name.
+[[nodiscard]] std::optional<ResidencyScore> residency_score_from_name(std::string_view name);
+/// All names, in enum order.
+[[nodiscard]] std::vector<std::string> residency_score_names();
+
+/// Residency-aware routing (after the cache-prior of arXiv 2412.00099; docs/routing.md): a bonus on the score, z or u,
+/// of the experts that the layer's slot cache holds, z' = z + lambda * D_avg or u' = u + lambda; the J highest by score
+/// alone chosen first and the other K - J with the bonus. What a router is trained or served with; lambda 0 is plain
+/// Top-K.
 struct ResidencyRule {
+  ResidencyScore score = ResidencyScore::kLogit;
   double lambda = 0.0;             ///< At least 0.
-  std::int64_t always_keep = 2;    ///< J: experts chosen by z alone before residency has a say.
+  std::int64_t always_keep = 2;    ///< J: experts chosen by the score alone before residency has a say.
   std::int64_t slots = 0;          ///< C per layer, at least 1.
   std::string policy = "lru";      ///< Of the slot cache; lru is the only one there is.
   std::vector<float> logit_range;  ///< D_avg per MoE layer: mean of max z - min z under the base router.
   std::string calibration;         ///< The text that logit_range is the mean over, in words.
 
-  /// What z' adds in MoE layer `layer`: lambda * D_avg, rounded to float32 once, here. Throws std::out_of_range.
+  /// What is added to a resident's score in MoE layer `layer`, rounded to float32 once, here: lambda * D_avg for
+  /// logits, where it throws std::out_of_range without a range of that layer, lambda for weights.
   [[nodiscard]] float bonus(std::int64_t layer) const {
-    return static_cast<float>(lambda * static_cast<double>(logit_range.at(static_cast<std::size_t>(layer))));
+    return static_cast<float>(score == ResidencyScore::kWeight
+                                  ? lambda
+                                  : lambda * static_cast<double>(logit_range.at(static_cast<std::size_t>(layer))));
   }
 };
 
@@ -34,8 +55,90 @@ struct ResidencyShape {
   std::int64_t top_k = 0;        ///< K, from 1 to E
   std::int64_t always_keep = 0;  ///< J, at least 0; K where it is more
   std::int64_t slots = 0;        ///< C, at least 1
-  float bonus = 0.0F;            ///< lambda * D_avg, at least 0
+  float bonus = 0.0F;            ///< Of a resident's score: ResidencyRule::bonus, at least 0
+  ResidencyScore score = ResidencyScore::kLogit;
 };
+
+/// Whether a token that the rule routes is routed by u: where it changes nothing (no bonus, or J at least K) it is
+/// plain Top-K, by z, in both forms.
+[[nodiscard]] HESTIA_HOST_DEVICE inline bool routes_by_weight(ResidencyScore score, float bonus,
+                                                              std::int64_t always_keep, std::int64_t top_k) {
+  return score == ResidencyScore::kWeight && bonus > 0.0F && always_keep < top_k;
+}
+
+/// The larger of two logits for a row's maximum, begun with minus infinity: NaN as `next` is passed over.
+[[nodiscard]] HESTIA_HOST_DEVICE inline float larger_logit(float largest, float next) {
+  return next > largest ? next : largest;
+}
+
+/// One product, one sum, each rounded by itself: a fused multiply-add would round differently, and host and device must
+/// choose alike.
+[[nodiscard]] HESTIA_HOST_DEVICE inline float rounded_product(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+[[nodiscard]] HESTIA_HOST_DEVICE inline float rounded_sum(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fadd_rn(a, b);
+#else
+  return a + b;
+#endif
+}
+
+/// Constants of relative_weight: exp(d) = 2^n exp(r), n = d / ln 2 rounded to even, r = d - n ln 2 in two steps, exp(r)
+/// by its Taylor polynomial of degree 6, so within 3e-7 of it.
+struct RelativeWeight {
+  static constexpr float kLog2E = 1.44269504F;
+  static constexpr float kRound = 12582912.0F;     ///< 1.5 * 2^23: adding it rounds to an integer, half to even.
+  static constexpr float kLn2High = 0.693359375F;  ///< 9 bits, so that n times it is exact.
+  static constexpr float kLn2Low = -2.12194440e-4F;
+  static constexpr float kLowest = std::numeric_limits<float>::lowest();
+  static constexpr float kSmallest = -125.0F;  ///< 0 below 2^-125, so that no result is denormal.
+  static constexpr float kTerm6 = 1.0F / 720.0F;
+  static constexpr float kTerm5 = 1.0F / 120.0F;
+  static constexpr float kTerm4 = 1.0F / 24.0F;
+  static constexpr float kTerm3 = 1.0F / 6.0F;
+  static constexpr float kTerm2 = 0.5F;
+};
+
+/// u = exp(z - largest) of a logit, in [0, 1], largest being the highest of its token. Minus infinity and NaN stay what
+/// they are: an expert that is left out stays so, whatever the bonus. Every operation is rounded by itself (no fused
+/// multiply-add), so that host and device give the same bits; the error relative to std::exp is below 1e-6 down to
+/// 2^-125, below which u is 0, and u of the largest is 1.
+[[nodiscard]] HESTIA_HOST_DEVICE inline float relative_weight(float z, float largest) {
+  using C = RelativeWeight;
+  const float difference = z == largest ? 0.0F : z - largest;  // both may be infinite
+  const float exponent = rounded_product(difference, C::kLog2E);
+  const float rounded = rounded_sum(exponent, C::kRound);
+  const float n = rounded_sum(rounded, -C::kRound);
+  const float r =
+      rounded_sum(rounded_sum(difference, rounded_product(n, -C::kLn2High)), rounded_product(n, -C::kLn2Low));
+  float value = C::kTerm6;
+  value = rounded_sum(rounded_product(value, r), C::kTerm5);
+  value = rounded_sum(rounded_product(value, r), C::kTerm4);
+  value = rounded_sum(rounded_product(value, r), C::kTerm3);
+  value = rounded_sum(rounded_product(value, r), C::kTerm2);
+  value = rounded_sum(rounded_product(value, r), 1.0F);
+  value = rounded_sum(rounded_product(value, r), 1.0F);
+  // The low bits of `rounded` are n; 2^n has n + 127 for its exponent.
+  float power = 0.0F;
+#if defined(__CUDA_ARCH__)
+  power = __uint_as_float((__float_as_uint(rounded) + 127U) << 23U);
+#else
+  std::uint32_t bits = 0;
+  std::memcpy(&bits, &rounded, sizeof bits);
+  bits = (bits + 127U) << 23U;
+  std::memcpy(&power, &bits, sizeof power);
+#endif
+  const float weight = exponent < C::kSmallest ? 0.0F : rounded_product(value, power);
+  return z >= C::kLowest ? weight : z;
+}
+
+/// relative_weight of a row of logits, float32 [E], each with the row's largest. CPU.
+void relative_weights(const float* logits, std::int64_t num_experts, float* weights);
 
 /// An integer that orders as the logit does: equal floats (0 and -0 among them) give equal numbers, NaN comes before
 /// all.
@@ -54,14 +157,14 @@ struct ResidencyShape {
 
 /// An expert as the rule sees it in one token.
 struct ResidencyCandidate {
-  std::int32_t adjusted = 0;  ///< ordered_logit of z', the float32 sum of z and the bonus where it is resident.
-  std::int32_t own = 0;       ///< ordered_logit of z.
+  std::int32_t adjusted = 0;  ///< ordered_logit of the float32 sum of its score and the bonus where it is resident.
+  std::int32_t own = 0;       ///< ordered_logit of its score, z or u.
   std::int32_t expert = 0;
 };
 
-/// True when the rule chooses `a` before `b`: by z', ties to the higher z, then to the lower index. A strict order.
-/// With nothing resident it is that of plain Top-K, and of mixing weights. The one place it is written: reference, CPU
-/// and CUDA scans run this line.
+/// True when the rule chooses `a` before `b`: by the score with the bonus, ties to the higher score, then to the lower
+/// index. A strict order. With nothing resident it is that of plain Top-K, and of mixing weights. The one place it is
+/// written: reference, CPU and CUDA scans run this line.
 [[nodiscard]] HESTIA_HOST_DEVICE inline bool chosen_before(const ResidencyCandidate& a, const ResidencyCandidate& b) {
   if (a.adjusted != b.adjusted) {
     return a.adjusted > b.adjusted;
@@ -71,10 +174,10 @@ struct ResidencyCandidate {
 
 /// Routes the tokens of each run by the rule, through the simulator's slot cache (LRU, empty at the start of each run),
 /// in the plainest way: a sort per token. The reference that the scans in kernels/ are compared with.
-/// logits: float32 [T, E]; counted: uint8 [T], 0 where the token routes by z alone (a prompt token, which is served
-/// through the same cache), null: all count; run_begin, run_end: int64 [num_runs], token range of each sequence;
-/// selected: int64 [T, K], by falling z, ties to the lower index, overwritten inside the runs. Returns what the cache
-/// saw, prompt tokens included. E is at most 65,536.
+/// logits: float32 [T, E]; counted: uint8 [T], 0 where the token routes by z alone, in both forms (a prompt token,
+/// which is served through the same cache), null: all count; run_begin, run_end: int64 [num_runs], token range of each
+/// sequence; selected: int64 [T, K], by falling score, ties to the lower index, overwritten inside the runs. Returns
+/// what the cache saw, prompt tokens included. E is at most 65,536.
 SimulationCounts route_with_residency(const ResidencyShape& shape, const float* logits, const std::uint8_t* counted,
                                       const std::int64_t* run_begin, const std::int64_t* run_end, std::int64_t num_runs,
                                       std::int64_t* selected);

@@ -128,8 +128,9 @@ struct ExportOptions {
 /// Section `residency`: residency-aware routing (docs/routing.md), the rule that the bundle is to be served with and,
 /// in the loop, trained under.
 struct ResidencyOptions {
-  double lambda = 0.0;           ///< Of z' = z + lambda * D_avg * resident; 0: plain Top-K.
-  std::int64_t always_keep = 2;  ///< J, experts chosen by z alone.
+  std::string score = "logit";   ///< logit (z) or weight (u = exp(z - max z)).
+  double lambda = 0.0;           ///< Of z' = z + lambda * D_avg or u' = u + lambda for residents; 0: plain Top-K.
+  std::int64_t always_keep = 2;  ///< J, experts chosen by the score alone.
   std::int64_t slots = 0;        ///< C; 0: losses.cache_simulation.slots, or E/4.
   std::string policy = "lru";
   bool in_loop = false;                    ///< Route by the rule while training.
@@ -137,11 +138,14 @@ struct ResidencyOptions {
   FieldList fields();
 };
 
-/// Section `evaluate.residency_prior`: every router also under residency-aware routing, for each lambda and J.
+/// Section `evaluate.residency_prior`: every router also under residency-aware routing, for each lambda of each form
+/// and J.
 struct ResidencyPriorOptions {
-  std::vector<double> lambdas;  ///< Empty: no such arms.
+  std::vector<double> lambdas;         ///< By logits; empty: no such arms.
+  std::vector<double> weight_lambdas;  ///< By weights; empty: no such arms.
   std::vector<std::int64_t> always_keep = {2};
   std::int64_t slots = 0;  ///< C; 0: the bundle's.
+  [[nodiscard]] bool asks_for_arms() const { return !lambdas.empty() || !weight_lambdas.empty(); }
   FieldList fields();
 };
 

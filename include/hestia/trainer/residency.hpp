@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <string>
 
 #include "hestia/core/json_lines.hpp"
 #include "hestia/data/packing.hpp"
@@ -32,6 +33,9 @@ void calibrate(ResidencyRule& rule, MoeModel& model, const PackedData& data, std
 /// another rule than the run was trained under.
 [[nodiscard]] ResidencyRule rule_of_run(const LoadedRecipe<FinetuneRecipe>& loaded, MoeModel& model,
                                         const Tokenizer& tokenizer, std::int64_t threads);
+
+/// Form and strength of the rule in words: "lambda 0.3", or "weight lambda 0.05" for the form by weights.
+[[nodiscard]] std::string lambda_text(const ResidencyRule& rule);
 
 /// The rule as it stands in `residency.json` of a run directory and under `residency` in a bundle's manifest.
 [[nodiscard]] Json residency_json(const ResidencyRule& rule);

@@ -25,7 +25,8 @@ ResidencyRule example_rule(std::int64_t slots) {
 TEST_CASE("an arm's loads under LRU are those of the cache that its selector kept") {
   at::set_num_threads(1);
   const std::int64_t slots = GENERATE(1, 2, 3, 8);  // below, at and above K; all experts
-  const ResidencyRule rule = example_rule(slots);
+  ResidencyRule rule = example_rule(slots);
+  rule.score = GENERATE(ResidencyScore::kLogit, ResidencyScore::kWeight);
   PackedData data = tiny_data(17, 22, 40);
   for (TokenSequence& sequence : data.sequences) {
     sequence.num_prompt_tokens = sequence.domain == 1 ? static_cast<std::int64_t>(sequence.tokens.size()) / 3 : 0;
@@ -56,7 +57,8 @@ TEST_CASE("an arm's loads under LRU are those of the cache that its selector kep
                                    .top_k = 2,
                                    .always_keep = 1,
                                    .slots = slots,
-                                   .bonus = rule.bonus(static_cast<std::int64_t>(layer))};
+                                   .bonus = rule.bonus(static_cast<std::int64_t>(layer)),
+                                   .score = rule.score};
         torch::Tensor chosen = output.routing[layer].selected_TK.clone();
         seen += route_with_residency(shape, logits.const_data_ptr<float>(), batch.counted.data(), begins.data(),
                                      ends.data(), static_cast<std::int64_t>(begins.size()),

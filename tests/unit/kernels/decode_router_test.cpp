@@ -100,13 +100,21 @@ Result run(const Case& c, bool with_bias, bool with_resident, bool gpu) {
   return result;
 }
 
-/// The rule in other words, on the logits of one token.
+/// The rule in other words, on the logits z of one token.
 std::vector<std::int32_t> choice(const Case& c, const float* z, bool with_resident) {
+  const DecodeRouterShape& shape = c.shape;
+  std::vector<float> weights(static_cast<std::size_t>(shape.num_experts));
+  if (with_resident && shape.score == ResidencyScore::kWeight && shape.bonus > 0.0F &&
+      shape.always_keep < shape.top_k) {
+    const float largest = *std::max_element(z, z + shape.num_experts);
+    std::transform(z, z + shape.num_experts, weights.begin(), [&](float x) { return relative_weight(x, largest); });
+    z = weights.data();
+  }
   std::vector<std::int32_t> order(static_cast<std::size_t>(c.shape.num_experts));
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return z[a] > z[b]; });
   const std::int64_t kept = std::min(c.shape.always_keep, c.shape.top_k);
-  // Stable on the order by z: ties in z' go to the higher z, then the lower index.
+  // Stable on the order by score: ties with the bonus go to the higher score, then the lower index.
   const auto adjusted = [&](std::int32_t e) {
     return with_resident && c.slot_of[static_cast<std::size_t>(e)] >= 0 ? z[e] + c.shape.bonus : z[e];
   };
@@ -183,23 +191,29 @@ const std::vector<Size> kSizes = {{1, 8, 1, 1},    {1, 2048, 64, 8}, {3, 264, 7,
 
 void check_all(SplitMix64& random, bool gpu) {
   for (const Size& s : kSizes) {
-    for (const int variant : {0, 1, 2, 3}) {
+    for (const int variant : {0, 1, 2, 3, 4, 5}) {
       CAPTURE(s.tokens, s.hidden, s.experts, s.top_k, variant);
       Case c = random_case(random, s.tokens, s.hidden, s.experts, s.top_k);
       c.shape.norm = variant == 1 ? DecodeNorm::kRmsWide : DecodeNorm::kRms;
       c.shape.normalise_top_k = variant >= 2;
       c.shape.routed_scale = variant == 3 ? 2.5F : 1.0F;
       c.shape.bonus = variant % 2 == 1 ? 1.5F : 0.0F;
-      c.shape.always_keep = variant;
+      c.shape.always_keep = variant % 4;
+      if (variant >= 4) {
+        c.shape.score = ResidencyScore::kWeight;
+        c.shape.bonus = variant == 4 ? 0.05F : 0.4F;
+      }
       c.shape.dependent = variant == 2;
       const bool with_bias = variant >= 2;
-      check(c, run(c, with_bias, variant % 2 == 1, gpu), with_bias, variant % 2 == 1);
+      const bool with_resident = variant % 2 == 1 || variant == 4;
+      check(c, run(c, with_bias, with_resident, gpu), with_bias, with_resident);
     }
   }
 }
 
-void check_prior_off(SplitMix64& random, bool gpu) {
+void check_prior_off(SplitMix64& random, bool gpu, ResidencyScore score) {
   Case c = random_case(random, 8, 64, 64, 8);
+  c.shape.score = score;
   const Result plain = run(c, false, false, gpu);
   c.shape.always_keep = 2;
   const Result with_cache = run(c, false, true, gpu);  // no bonus
@@ -264,7 +278,8 @@ TEST_CASE("decode router: the plain loop equals the definition in double precisi
 
 TEST_CASE("decode router: a prior of nothing leaves every bit as it is") {
   SplitMix64 random(22);
-  check_prior_off(random, false);
+  check_prior_off(random, false, ResidencyScore::kLogit);
+  check_prior_off(random, false, ResidencyScore::kWeight);
 }
 
 TEST_CASE("decode router: sizes that the kernel does not take are refused by name") {
@@ -287,7 +302,8 @@ TEST_CASE("decode router: CUDA equals the definition, and chooses by the CPU's r
   }
   SplitMix64 random(24);
   check_all(random, true);
-  check_prior_off(random, true);
+  check_prior_off(random, true, ResidencyScore::kLogit);
+  check_prior_off(random, true, ResidencyScore::kWeight);
 }
 
 TEST_CASE("decode router: other rows do not change a bit on CUDA", "[gpu]") {

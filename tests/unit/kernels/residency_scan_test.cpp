@@ -1,5 +1,7 @@
 #include "hestia/kernels/residency_scan.hpp"
 
+#include <cmath>
+
 #include <catch2/catch.hpp>
 
 #include "residency_cases.hpp"
@@ -31,7 +33,7 @@ Choices by_reference(const ResidencyCase& c, const std::uint8_t* counted) {
 
 TEST_CASE("the residency scan chooses what the reference chooses, token by token") {
   SplitMix64 random(2026);
-  int moved_by_prior = 0;
+  int moved_by_prior[2] = {0, 0};  // by score
   for (int i = 0; i < 600; ++i) {
     ResidencyCase c = random_residency_case(random, i % 3 == 0 ? 300 : 70, 60);
     INFO("case " << i << ": " << c.text());
@@ -39,9 +41,10 @@ TEST_CASE("the residency scan chooses what the reference chooses, token by token
     const Choices selected = scanned(c, all_count ? nullptr : c.counted.data());
     REQUIRE(selected == by_reference(c, all_count ? nullptr : c.counted.data()));
     c.shape.bonus = 0.0F;
-    moved_by_prior += selected != scanned(c, nullptr) ? 1 : 0;
+    moved_by_prior[static_cast<int>(c.shape.score)] += selected != scanned(c, nullptr) ? 1 : 0;
   }
-  CHECK(moved_by_prior > 200);
+  CHECK(moved_by_prior[0] > 100);
+  CHECK(moved_by_prior[1] > 100);
 }
 
 TEST_CASE("the residency scan leaves tokens outside the runs alone") {
@@ -71,12 +74,74 @@ TEST_CASE("the residency scan gives distinct experts whatever the logits hold") 
   const Choices selected = scanned(c, nullptr);
   CHECK(selected == by_reference(c, nullptr));
   CHECK(selected == Choices{0, 1, 2, 0, 4, 3, 0, 1, 2});
+  c.shape.score = ResidencyScore::kWeight;
+  CHECK(by_reference(c, nullptr) == Choices{0, 1, 2, 0, 4, 3, 0, 1, 2});
+  CHECK(scanned(c, nullptr) == by_reference(c, nullptr));
+}
+
+TEST_CASE("by weight the residency scan never chooses an expert that is left out before one that is not") {
+  const float out = -std::numeric_limits<float>::infinity();
+  ResidencyCase c;
+  c.shape = {.num_tokens = 2, .num_experts = 4, .top_k = 2, .always_keep = 0, .slots = 2, .bonus = 5.0F};
+  c.shape.score = ResidencyScore::kWeight;
+  c.logits = {3, 2, out, out, out, out, 1, -300};
+  c.run_begin = {0};
+  c.run_end = {2};
+  CHECK(by_reference(c, nullptr) == Choices{0, 1, 2, 3});
+  CHECK(scanned(c, nullptr) == Choices{0, 1, 2, 3});
+}
+
+TEST_CASE("by weight a prior that changes nothing is plain routing by the logits, as prompt tokens are") {
+  // The weights of experts 0 and 1 are both 0, and those of 2 and 3 the same float.
+  ResidencyCase c;
+  c.shape = {.num_tokens = 2, .num_experts = 5, .top_k = 4, .always_keep = 1, .slots = 2, .bonus = 0.5F};
+  c.shape.score = ResidencyScore::kWeight;
+  c.logits = {-300, -200, 0.0F, 1e-9F, 50, -300, -200, 0.0F, 1e-9F, 50};
+  c.counted = {0, 0};
+  c.run_begin = {0, 1};
+  c.run_end = {1, 2};
+  const Choices plain = {4, 3, 2, 1, 4, 3, 2, 1};
+  CHECK(scanned(c, nullptr) == Choices{4, 2, 3, 0, 4, 2, 3, 0});
+  CHECK(scanned(c, c.counted.data()) == plain);
+  CHECK(by_reference(c, c.counted.data()) == plain);
+  for (const auto& [bonus, always_keep] : {std::pair(0.0F, 1), std::pair(0.5F, 4), std::pair(0.5F, 9)}) {
+    c.shape.bonus = bonus;
+    c.shape.always_keep = always_keep;
+    CHECK(scanned(c, nullptr) == plain);
+    CHECK(by_reference(c, nullptr) == plain);
+  }
 }
 
 TEST_CASE("the residency scan gives the worked example of docs slash routing") {
   ResidencyCase c;
   c.shape = {.num_tokens = 4, .num_experts = 5, .top_k = 2, .always_keep = 1, .slots = 2, .bonus = 1.0F};
   c.logits = {3, 1, 0, 2, 0, 0, 2.5F, 2, 1.5F, 0, 2, 1.5F, 3, 0, 2, 0, 1, 0, 3, 2};
+  c.run_begin = {0};
+  c.run_end = {4};
+  const auto loads = [&] {
+    Choices selected(8);
+    return route_with_residency(c.shape, c.logits.data(), nullptr, c.run_begin.data(), c.run_end.data(), 1,
+                                selected.data())
+        .loads;
+  };
+  CHECK(scanned(c, nullptr) == Choices{0, 3, 1, 3, 2, 1, 3, 4});
+  CHECK(loads() == 6);
+  c.shape.bonus = 0.0F;
+  CHECK(scanned(c, nullptr) == Choices{0, 3, 1, 2, 2, 0, 3, 4});
+  CHECK(loads() == 7);
+}
+
+TEST_CASE("the residency scan gives the worked example by weight of docs slash routing") {
+  ResidencyCase c;
+  c.shape = {.num_tokens = 4, .num_experts = 5, .top_k = 2, .always_keep = 1, .slots = 2, .bonus = 0.3F};
+  c.shape.score = ResidencyScore::kWeight;
+  const std::vector<double> weights = {1,   0.25, 0.0625, 0.5,   0.0625, 0.125,  1,     0.5,  0.25, 0.125,
+                                       0.5, 0.25, 1,      0.125, 0.5,    0.0625, 0.125, 0.25, 1,    0.75};
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    // Whatever is added to all logits of a token is nothing to the rule.
+    const std::size_t token = i / 5;
+    c.logits.push_back(static_cast<float>(std::log(weights[i]) + 3.0 * static_cast<double>(token)));
+  }
   c.run_begin = {0};
   c.run_end = {4};
   const auto loads = [&] {

@@ -49,7 +49,8 @@ Tensor by_reference(const ResidencyRule& rule, const Tensor& logits_TE, std::int
                              .top_k = top_k,
                              .always_keep = rule.always_keep,
                              .slots = rule.slots,
-                             .bonus = rule.bonus(layer)};
+                             .bonus = rule.bonus(layer),
+                             .score = rule.score};
   Tensor selected = top_k_lowest_index(logits_TE, top_k).clone();
   const Tensor logits = logits_TE.detach().contiguous();
   const Tensor counted = counted_BS.reshape({-1}).contiguous();
@@ -67,7 +68,8 @@ bool same(const Tensor& a, const Tensor& b) {
 TEST_CASE("every layer serves what the reference chooses, prompts, packing and padding included") {
   const Architecture a = small_architecture();
   MoeModel model = float_model(a);
-  const ResidencyRule rule = rule_of(0.4, 1, 3);
+  ResidencyRule rule = rule_of(0.4, 1, 3);
+  rule.score = GENERATE(ResidencyScore::kLogit, ResidencyScore::kWeight);
   model->set_selector(std::make_shared<ResidencySelector>(rule));
   const TokenBatch batch = batch_with_prompt(a);
   const torch::NoGradGuard no_grad;
@@ -114,7 +116,9 @@ TEST_CASE("lambda 0 and J at K are plain Top-K, without prompts every token coun
   const TokenBatch batch = packed_batch(a);
   const torch::NoGradGuard no_grad;
   const ModelOutput plain = model->forward(batch);
-  for (const ResidencyRule& rule : {rule_of(0.0, 1, 3), rule_of(2.0, a.top_k, 3), rule_of(2.0, 99, 1)}) {
+  const ResidencyScore score = GENERATE(ResidencyScore::kLogit, ResidencyScore::kWeight);
+  for (ResidencyRule rule : {rule_of(0.0, 1, 3), rule_of(2.0, a.top_k, 3), rule_of(2.0, 99, 1)}) {
+    rule.score = score;
     model->set_selector(std::make_shared<ResidencySelector>(rule));
     const ModelOutput output = model->forward(batch);
     for (std::size_t layer = 0; layer < plain.routing.size(); ++layer) {
@@ -198,7 +202,7 @@ TEST_CASE("the CUDA residency scan chooses what the CPU chooses", "[gpu]") {
     return;
   }
   SplitMix64 random(99);
-  for (int i = 0; i < 120; ++i) {
+  for (int i = 0; i < 240; ++i) {
     const std::int64_t most = std::vector<std::int64_t>{32, 64, 128, 256, 512}.at(static_cast<std::size_t>(i % 5));
     ResidencyCase c = random_residency_case(random, most, 400);
     INFO("case " << i << ": " << c.text());
@@ -210,7 +214,12 @@ TEST_CASE("the CUDA residency scan chooses what the CPU chooses", "[gpu]") {
     batch.sequence_ids_BS = ids;
     batch.counted_BS = torch::tensor(c.counted, torch::kUInt8).view({1, -1});
     ResidencyRule rule = rule_of(1.0, c.shape.always_keep, c.shape.slots, 1);
-    rule.logit_range[0] = c.shape.bonus;
+    rule.score = c.shape.score;
+    if (rule.score == ResidencyScore::kWeight) {
+      rule.lambda = static_cast<double>(c.shape.bonus);
+    } else {
+      rule.logit_range[0] = c.shape.bonus;
+    }
     ResidencySelector on_cpu(rule);
     ResidencySelector on_gpu(rule);
     const Tensor logits = torch::tensor(c.logits).view({c.shape.num_tokens, c.shape.num_experts});

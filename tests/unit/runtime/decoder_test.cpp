@@ -343,6 +343,7 @@ void check_residency(torch::Device device, torch::Dtype dtype) {
   rule.always_keep = 1;
   rule.slots = 4;
   rule.logit_range = {2.0F, 3.0F, 4.0F};
+  rule.score = GENERATE(ResidencyScore::kLogit, ResidencyScore::kWeight);
   rule.lambda = 0.0;
   options.residency = rule;
   {
@@ -372,7 +373,8 @@ void check_residency(torch::Device device, torch::Dtype dtype) {
                               .top_k = a.top_k,
                               .always_keep = 1,
                               .slots = 4,
-                              .bonus = options.residency->bonus(layer)},
+                              .bonus = options.residency->bonus(layer),
+                              .score = options.residency->score},
                              logits.const_data_ptr<float>(), nullptr, &begin, &end, 1, expected.data());
     CHECK(counts.loads == decoder.counts()[static_cast<std::size_t>(layer)].loads);
     for (std::int64_t step = 0; step < 30; ++step) {

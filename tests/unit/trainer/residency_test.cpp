@@ -192,6 +192,15 @@ TEST_CASE("a residency rule survives its file, and a damaged one says what is wr
   CHECK(read.policy == "lru");
   CHECK(read.calibration == "some text");
   CHECK(read.logit_range == rule.logit_range);
+  CHECK(read.score == ResidencyScore::kLogit);
+  rule.score = ResidencyScore::kWeight;
+  write([](Json& json) { CHECK(json.at("score") == "weight"); });
+  CHECK(read_residency(path).score == ResidencyScore::kWeight);
+  // What was written before there was a choice.
+  write([](Json& json) { json.erase("score"); });
+  CHECK(read_residency(path).score == ResidencyScore::kLogit);
+  write([](Json& json) { json["score"] = "weights"; });
+  CHECK_THROWS_WITH(read_residency(path), Catch::Contains("score must be one of logit, weight, got \"weights\""));
   write([](Json& json) {
     json.erase("slots");
     json["lambda"] = "big";
@@ -213,6 +222,13 @@ TEST_CASE("the recipe's residency section is checked with its line") {
   CHECK(rule.lambda == 0.2);
   CHECK(rule.always_keep == 1);
   CHECK(rule.slots == 2);
+  CHECK(rule.score == ResidencyScore::kLogit);
+  CHECK(residency_rule(recipe_with(folder, "residency: {lambda: 0.05, always_keep: 1, score: weight}\n"), architecture)
+            .score == ResidencyScore::kWeight);
+  CHECK_THROWS_WITH(recipe_with(folder, "residency:\n  score: weigth\n"),
+                    Catch::Contains(":10: residency.score") && Catch::Contains("logit") && Catch::Contains("weight"));
+  CHECK_THROWS_WITH(recipe_with(folder, "evaluate:\n  residency_prior: {weight_lambdas: [0.05], always_keep: []}\n"),
+                    Catch::Contains("evaluate.residency_prior.always_keep must name at least one value"));
   CHECK(residency_rule(recipe_with(folder, "", {"losses.cache_simulation.slots=5"}), architecture).slots == 5);
   CHECK(residency_rule(recipe_with(folder, "", {"residency.slots=6", "losses.cache_simulation.slots=5"}), architecture)
             .slots == 6);

@@ -1,0 +1,60 @@
+#include "hestia/routing/residency.hpp"
+
+#include <cmath>
+#include <limits>
+
+#include <catch2/catch.hpp>
+
+using namespace hestia;
+
+TEST_CASE("a relative weight is the exponential within a millionth, and 0 far below") {
+  SplitMix64 random(41);
+  double worst = 0.0;
+  for (int i = 0; i < 200000; ++i) {
+    const auto largest = static_cast<float>(40.0 * (random.uniform() - 0.5));
+    const auto z = static_cast<float>(static_cast<double>(largest) - (i % 2 == 0 ? 5.0 : 86.6) * random.uniform());
+    const auto difference = static_cast<double>(z - largest);
+    const auto weight = static_cast<double>(relative_weight(z, largest));
+    worst = std::max(worst, std::abs(weight / std::exp(difference) - 1.0));
+    CHECK((weight > 0.0 && weight <= 1.0));
+  }
+  CHECK(worst < 1e-6);
+  CHECK(worst > 1e-9);
+  CHECK(relative_weight(1.0F, 88.0F) == 0.0F);
+  CHECK(relative_weight(-std::numeric_limits<float>::max(), std::numeric_limits<float>::max()) == 0.0F);
+}
+
+TEST_CASE("a relative weight is 1 for the largest, and what is no logit stays what it is") {
+  const float infinity = std::numeric_limits<float>::infinity();
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  for (const float z : {0.0F, -0.0F, 1e-40F, -7.25F, 3e38F, infinity}) {
+    CHECK(relative_weight(z, z) == 1.0F);
+  }
+  CHECK(relative_weight(0.0F, 1e-40F) == 1.0F);
+  CHECK(relative_weight(3.0F, infinity) == 0.0F);
+  CHECK(relative_weight(-infinity, 2.0F) == -infinity);
+  CHECK(relative_weight(-infinity, -infinity) == -infinity);
+  CHECK(std::isnan(relative_weight(nan, 2.0F)));
+  const float logits[] = {nan, 1.0F, -infinity, 2.0F};
+  float weights[4] = {};
+  relative_weights(logits, 4, weights);
+  CHECK(std::isnan(weights[0]));
+  CHECK(static_cast<double>(weights[1]) == Approx(std::exp(-1.0)));
+  CHECK(weights[2] == -infinity);
+  CHECK(weights[3] == 1.0F);
+}
+
+TEST_CASE("the bonus is lambda by weight, and in logit ranges by logit") {
+  ResidencyRule rule;
+  rule.lambda = 0.1;
+  rule.logit_range = {3.0F};
+  CHECK(rule.bonus(0) == static_cast<float>(0.1 * 3.0));
+  CHECK_THROWS_AS(rule.bonus(1), std::out_of_range);
+  rule.score = ResidencyScore::kWeight;
+  CHECK(rule.bonus(0) == 0.1F);
+  CHECK(rule.bonus(1) == 0.1F);
+  for (const std::string& name : residency_score_names()) {
+    CHECK(residency_score_name(*residency_score_from_name(name)) == name);
+  }
+  CHECK_FALSE(residency_score_from_name("weights"));
+}
