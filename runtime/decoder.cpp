@@ -9,12 +9,16 @@
 
 #include <ATen/cuda/CUDAEvent.h>
 #include <ATen/cuda/CUDAGraph.h>
+#include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
 #include "fused_step.hpp"
+#include "gpu_memory.hpp"
 #include "hestia/core/error.hpp"
 #include "hestia/core/log.hpp"
 #include "hestia/core/random.hpp"
@@ -60,6 +64,7 @@ struct Decoder::Impl {
   Tensor tokens_B1, position_1, step_1, next_B, chosen_BS, logits_BV, seeds_B, sample_workspace;
   Tensor selected_LSBK, weights_LSBK, router_logits_LSBE;
   std::vector<Tensor> prompt_selected, prompt_weights;  // [B, S, K] of each MoE layer, on the CPU
+  std::vector<Tensor> prompt_logits;                    // [B, S, E]
 
   std::map<std::int64_t, std::unique_ptr<at::cuda::CUDAGraph>> graphs;  // by visible keys; null: run once so far
   std::optional<c10::cuda::CUDAStream> stream;
@@ -85,6 +90,7 @@ struct Decoder::Impl {
       throw std::invalid_argument("decoder: adapters must be merged into the store first");
     }
     check_start();
+    check_memory();
     slots =
         std::make_shared<SlotExecutor>(architecture, store, device, options.rows, architecture.top_k, options.cache);
     prefill = std::make_shared<PrefillExecutor>(architecture, store, device, slots);
@@ -101,7 +107,8 @@ struct Decoder::Impl {
             fmt::format("decode kernels do not take this model: {}; steps run slower, through LibTorch", refusal));
       }
     }
-    if (options.cache && options.cache->fetch == FetchPath::kCopies && !copies()) {
+    if (options.cache && options.cache->fetch == FetchPath::kCopies && !copies() &&
+        slots->fetch_path() != FetchPath::kStaged) {
       log_warning(
           "the copy engine is not told what to fetch: that takes one row, the decode kernels, a policy other than "
           "static and as many slots as a token has experts; misses come in waves");
@@ -140,17 +147,44 @@ struct Decoder::Impl {
     }
   }
 
+  // Before anything is taken, so that one message says all of it.
+  void check_memory() const {
+    if (!device.is_cuda()) {
+      return;
+    }
+    const c10::cuda::CUDAGuard guard(device);
+    std::size_t free = 0;
+    std::size_t total = 0;
+    C10_CUDA_CHECK(cudaMemGetInfo(&free, &total));
+    const auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(device.index());
+    constexpr std::size_t kAll = 0;  // StatType::AGGREGATE
+    const std::int64_t kept = stats.reserved_bytes[kAll].current - stats.allocated_bytes[kAll].current;
+    const std::string refusal =
+        gpu_memory_refusal(decoder_memory(architecture, store, options.rows, options.capacity, options.cache),
+                           static_cast<std::int64_t>(free) + kept);
+    if (!refusal.empty()) {
+      throw RunError("decoder: " + refusal);
+    }
+  }
+
   void check_start() const {
     const bool preloads = options.start == CacheStart::kPreload;
-    if (preloads == options.preload.empty()) {
+    const int lists = (options.preload.empty() ? 0 : 1) + (options.preload_of_prompt ? 1 : 0);
+    if (preloads != (lists == 1)) {
       throw UsageError(preloads ? "--start preload: needs a list of experts to load, got none; give --preload FILE"
                                 : "--preload: only serves --start preload");
     }
-    if (preloads && static_cast<std::int64_t>(options.preload.size()) != moe_layers) {
-      throw UsageError(fmt::format("--preload: must list experts of the model's {} MoE layers, got {}", moe_layers,
-                                   options.preload.size()));
+    if (!options.preload.empty()) {
+      check_preload(options.preload);
     }
-    for (const auto& layer : options.preload) {
+  }
+
+  void check_preload(const std::vector<std::vector<std::uint16_t>>& preload) const {
+    if (static_cast<std::int64_t>(preload.size()) != moe_layers) {
+      throw UsageError(
+          fmt::format("--preload: must list experts of the model's {} MoE layers, got {}", moe_layers, preload.size()));
+    }
+    for (const auto& layer : preload) {
       for (const std::uint16_t expert : layer) {
         if (expert >= architecture.num_experts) {
           throw UsageError(
@@ -158,6 +192,32 @@ struct Decoder::Impl {
         }
       }
     }
+  }
+
+  // What each layer of the prompt was routed to, [S, B, K]: a replayed trace's where that has it.
+  [[nodiscard]] std::vector<Tensor> routing_of_prompt() const {
+    if (replayed && !replayed->prompt_SBK.empty()) {
+      return replayed->prompt_SBK;
+    }
+    std::vector<Tensor> selected;
+    for (const Tensor& rows : prompt_selected) {
+      selected.push_back(rows.transpose(0, 1));
+    }
+    return selected;
+  }
+
+  // The experts to begin with, best first; none unless they are pre-loaded.
+  [[nodiscard]] std::vector<std::vector<std::uint16_t>> preload() const {
+    if (!options.preload_of_prompt) {
+      return options.preload;
+    }
+    std::vector<Tensor> counts;
+    for (const Tensor& selected : routing_of_prompt()) {
+      counts.push_back(at::bincount(selected.reshape(-1), {}, architecture.num_experts));
+    }
+    std::vector<std::vector<std::uint16_t>> chosen = options.preload_of_prompt(torch::stack(counts));
+    check_preload(chosen);
+    return chosen;
   }
 
   void choose_selector() {
@@ -266,11 +326,51 @@ struct Decoder::Impl {
     return std::min(wanted, options.capacity);
   }
 
+  // Steps whose misses the host reads cannot be captured.
+  [[nodiscard]] bool in_graphs() const { return stream && options.graph && slots->fetch_path() != FetchPath::kStaged; }
+
   [[nodiscard]] bool copies() const { return fused && slots->fetch_path() == FetchPath::kCopies; }
 
   void synchronize() const {
     if (stream) {
       stream->synchronize();
+    }
+  }
+
+  void run_steps(std::int64_t count) {
+    for (std::int64_t i = 0; i < count; ++i) {
+      const std::int64_t visible = visible_keys();
+      at::cuda::CUDAEvent& end = ends[static_cast<std::size_t>(i) % ends.size()];
+      if (copies()) {
+        if (i >= static_cast<std::int64_t>(ends.size())) {
+          end.synchronize();
+        }
+        if (stepped) {
+          slots->wake_copies();
+        }
+      }
+      if (in_graphs()) {
+        step_in_graph(visible);
+      } else {
+        step(visible);
+      }
+      stepped = true;
+      if (copies()) {
+        end.record();
+      }
+      cache.advance(1);
+    }
+  }
+
+  // The host thread of the copies sleeps again, once no kernel waits for it. What went wrong first is what is told.
+  void rest_after_failure() const noexcept {
+    try {
+      synchronize();
+    } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
+    }
+    try {
+      slots->rest_copies();
+    } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
     }
   }
 };
@@ -337,29 +437,28 @@ void Decoder::begin(const torch::Tensor& prompt_BS, std::int64_t sequence) {
   {
     const ModelOutput output = impl.model->forward(batch, impl.cache);
     impl.take_logits(output.hidden_BSD);
-    const bool needed = impl.options.record || impl.options.start == CacheStart::kPrefill;
+    const bool needed =
+        impl.options.record || impl.options.start == CacheStart::kPrefill || impl.options.preload_of_prompt;
     impl.prompt_selected.clear();
     impl.prompt_weights.clear();
+    impl.prompt_logits.clear();
     for (const RoutingRecord& record : output.routing) {
       if (needed) {
         const std::vector<std::int64_t> shape = {impl.options.rows, length, impl.architecture.top_k};
         impl.prompt_selected.push_back(record.selected_TK.view(shape).cpu());
         impl.prompt_weights.push_back(record.weights_TK.to(torch::kFloat32).view(shape).cpu());
       }
+      if (impl.options.record_logits) {
+        impl.prompt_logits.push_back(record.logits_TE.to(torch::kFloat32)
+                                         .view({impl.options.rows, length, impl.architecture.num_experts})
+                                         .cpu());
+      }
     }
   }
   impl.prefill->release();
-  impl.slots->reset(sequence, impl.options.preload);
+  impl.slots->reset(sequence, impl.preload());
   if (impl.options.start == CacheStart::kPrefill) {
-    std::vector<Tensor> selected;
-    if (impl.replayed && !impl.replayed->prompt_SBK.empty()) {
-      selected = impl.replayed->prompt_SBK;
-    } else {
-      for (const Tensor& rows : impl.prompt_selected) {
-        selected.push_back(rows.transpose(0, 1));
-      }
-    }
-    impl.slots->touch(selected);
+    impl.slots->touch(impl.routing_of_prompt());
   }
   impl.step_1.zero_();
   impl.position_1.fill_(length);
@@ -392,28 +491,11 @@ void Decoder::decode(std::int64_t count) {
   const c10::cuda::OptionalCUDAStreamGuard on(impl.stream ? std::optional<c10::Stream>(impl.stream->unwrap())
                                                           : std::nullopt);
   const auto started = Clock::now();
-  for (std::int64_t i = 0; i < count; ++i) {
-    const std::int64_t visible = impl.visible_keys();
-    const bool copies = impl.copies();
-    at::cuda::CUDAEvent& end = impl.ends[static_cast<std::size_t>(i) % impl.ends.size()];
-    if (copies) {
-      if (i >= static_cast<std::int64_t>(impl.ends.size())) {
-        end.synchronize();
-      }
-      if (impl.stepped) {
-        impl.slots->wake_copies();
-      }
-    }
-    if (impl.stream && impl.options.graph) {
-      impl.step_in_graph(visible);
-    } else {
-      impl.step(visible);
-    }
-    impl.stepped = true;
-    if (copies) {
-      end.record();
-    }
-    impl.cache.advance(1);
+  try {
+    impl.run_steps(count);
+  } catch (...) {
+    impl.rest_after_failure();
+    throw;
   }
   impl.synchronize();
   impl.slots->rest_copies();
@@ -474,12 +556,23 @@ torch::Tensor Decoder::recorded_logits() const {
   return impl_->router_logits_LSBE.narrow(1, 0, impl_->times.steps).cpu();
 }
 
+torch::Tensor Decoder::recorded_prompt_logits() const {
+  if (!impl_->options.record_logits || impl_->prompt_logits.empty()) {
+    throw std::logic_error("decoder: router logits of a prompt were not recorded");
+  }
+  return torch::stack(impl_->prompt_logits).transpose(1, 2).contiguous();
+}
+
 const SlotExecutor& Decoder::slots() const noexcept {
   return *impl_->slots;
 }
 
 FetchPath Decoder::fetch_path() const noexcept {
   return impl_->fused ? impl_->slots->fetch_path() : FetchPath::kWaves;
+}
+
+bool Decoder::in_graphs() const noexcept {
+  return impl_->in_graphs();
 }
 
 bool Decoder::in_kernels() const noexcept {

@@ -2,6 +2,7 @@
 #include <array>
 #include <charconv>
 #include <cmath>
+#include <optional>
 #include <utility>
 
 #include <fmt/format.h>
@@ -17,24 +18,22 @@ namespace {
 constexpr std::string_view kForms =
     "write a number of slots per layer (16), of one pool (total:256) or of bytes (memory:6GiB)";
 
-constexpr std::array<std::string_view, 4> kFetchPaths = {"auto", "together", "copies", "waves"};
+constexpr std::array<std::string_view, 5> kFetchPaths = {"auto", "together", "copies", "waves", "staged"};
 
 [[noreturn]] void refuse(std::string_view text, std::string_view why) {
   throw UsageError(fmt::format("--expert-slots: {}, got \"{}\"; {}", why, text, kForms));
 }
 
 template <class Number>
-Number number_of(std::string_view text, std::string_view digits) {
+std::optional<Number> number_in(std::string_view digits) {
   Number number{};
   const char* last = digits.data() + digits.size();
   const auto [end, failure] = std::from_chars(digits.data(), last, number);
-  if (failure != std::errc() || end != last) {
-    refuse(text, "not a number");
-  }
-  return number;
+  return failure == std::errc() && end == last ? std::optional(number) : std::nullopt;
 }
 
-double bytes_of(std::string_view text, std::string_view amount) {
+// "6GiB" and the like; nullopt: no amount of memory.
+std::optional<double> bytes_in(std::string_view amount) {
   constexpr std::array<std::pair<std::string_view, double>, 6> kUnits = {{{"GiB", 1024.0 * 1024.0 * 1024.0},
                                                                           {"MiB", 1024.0 * 1024.0},
                                                                           {"KiB", 1024.0},
@@ -49,11 +48,8 @@ double bytes_of(std::string_view text, std::string_view amount) {
       break;
     }
   }
-  const auto bytes = number_of<double>(text, amount) * unit;
-  if (!std::isfinite(bytes) || bytes <= 0) {
-    refuse(text, "not an amount of memory");
-  }
-  return bytes;
+  const double bytes = number_in<double>(amount).value_or(0.0) * unit;
+  return std::isfinite(bytes) && bytes > 0 ? std::optional(bytes) : std::nullopt;
 }
 
 }  // namespace
@@ -66,8 +62,11 @@ ExpertSlots parse_expert_slots(std::string_view text, const Architecture& archit
   constexpr std::string_view kMemory = "memory:";
   ExpertSlots slots;
   if (text.starts_with(kMemory)) {
-    const double bytes = bytes_of(text, text.substr(kMemory.size()));
-    const auto fit = static_cast<std::int64_t>(std::min(bytes / static_cast<double>(blob_bytes), 1e9)) -
+    const std::optional<double> bytes = bytes_in(text.substr(kMemory.size()));
+    if (!bytes) {
+      refuse(text, "not an amount of memory");
+    }
+    const auto fit = static_cast<std::int64_t>(std::min(*bytes / static_cast<double>(blob_bytes), 1e9)) -
                      scratch_slots(architecture, num_selected);
     slots.per_layer = std::clamp<std::int64_t>(fit / layers, 0, experts);
     slots.pool = slots.per_layer < 1 ? fit : 0;
@@ -78,7 +77,11 @@ ExpertSlots parse_expert_slots(std::string_view text, const Architecture& archit
     return slots;
   }
   const bool pool = text.starts_with(kTotal);
-  const auto number = number_of<std::int64_t>(text, pool ? text.substr(kTotal.size()) : text);
+  const auto given = number_in<std::int64_t>(pool ? text.substr(kTotal.size()) : text);
+  if (!given) {
+    refuse(text, "not a number");
+  }
+  const std::int64_t number = *given;
   const std::int64_t most = pool ? layers * experts : experts;
   if (number < 1 || number > most) {
     refuse(text, fmt::format("must be from 1 to {} for {} MoE layers of {} experts", most, layers, experts));
@@ -87,8 +90,21 @@ ExpertSlots parse_expert_slots(std::string_view text, const Architecture& archit
   return slots;
 }
 
+std::int64_t parse_pinned_memory(std::string_view text, std::string_view option) {
+  const std::optional<double> bytes = bytes_in(text);
+  if (!bytes || *bytes > 1e18) {
+    throw UsageError(fmt::format("{}: must be an amount of memory such as 8GiB, got \"{}\"", option, text));
+  }
+  return static_cast<std::int64_t>(*bytes);
+}
+
 std::int64_t scratch_slots(const Architecture& architecture, std::int64_t num_selected) {
   return std::min({architecture.top_k, architecture.num_experts, num_selected});
+}
+
+bool may_pass_by(const Architecture& architecture, std::int64_t num_selected, const SlotCacheOptions& options) {
+  const std::int64_t slots = options.slots.per_layer == 0 ? options.slots.pool : options.slots.per_layer;
+  return options.policy == CachePolicyKind::kStatic || std::min(num_selected, architecture.num_experts) > slots;
 }
 
 std::vector<std::string> fetch_path_names() {

@@ -20,10 +20,9 @@ PrefillExecutor::PrefillExecutor(const Architecture& architecture, ExpertStore s
 
 void PrefillExecutor::start_copy(std::int64_t moe_layer) {
   Half& half = halves_[static_cast<std::size_t>(moe_layer % 2)];
-  const Tensor source = store_.blobs().narrow(0, moe_layer * architecture_.num_experts, architecture_.num_experts);
   half.used.block(*side_);
-  C10_CUDA_CHECK(cudaMemcpyAsync(half.blobs_EB.mutable_data_ptr(), source.const_data_ptr(),
-                                 static_cast<std::size_t>(source.numel()), cudaMemcpyHostToDevice, side_->stream()));
+  store_.copy_to_device(moe_layer * architecture_.num_experts, architecture_.num_experts,
+                        half.blobs_EB.mutable_data_ptr(), side_->stream());
   half.copied.record(*side_);
 }
 
@@ -92,7 +91,9 @@ torch::Tensor PrefillExecutor::run(const ExpertWeights& experts, const torch::Te
   if (moe_layer == 0) {
     start_copy(0);
   }
-  if (moe_layer + 1 < store_.num_blobs() / num_experts) {
+  // Where the host itself copies, the GPU first gets something to do.
+  const bool more = moe_layer + 1 < store_.num_blobs() / num_experts;
+  if (more && store_.pinned()) {
     start_copy(moe_layer + 1);
   }
   Half& half = halves_[static_cast<std::size_t>(moe_layer % 2)];
@@ -100,10 +101,17 @@ torch::Tensor PrefillExecutor::run(const ExpertWeights& experts, const torch::Te
   if (packed) {
     const ExpertWeights& layer = unpacked(half.blobs_EB, 0);
     half.used.record(current);
-    return grouped_.run(layer, x_TD, selected_TK, weights_TK, moe_layer);
+    Tensor out = grouped_.run(layer, x_TD, selected_TK, weights_TK, moe_layer);
+    if (more && !store_.pinned()) {
+      start_copy(moe_layer + 1);
+    }
+    return out;
   }
   Tensor out = grouped_.run(half.experts, x_TD, selected_TK, weights_TK, moe_layer);
   half.used.record(current);
+  if (more && !store_.pinned()) {
+    start_copy(moe_layer + 1);
+  }
   return out;
 }
 

@@ -71,11 +71,11 @@ ProbedRates probe_rates(const ExpertStore& store, torch::Device device, int repe
   const auto bytes = static_cast<std::int64_t>(store.layout().bytes);
   const auto options = torch::TensorOptions().dtype(torch::kUInt8).device(device);
   constexpr std::int64_t kMostExperts = 256;
-  std::vector<std::int64_t> order = shuffled(store.num_blobs());
-  order.resize(static_cast<std::size_t>(std::min(store.num_blobs(), kMostExperts)));
+  std::vector<std::int64_t> order = shuffled(store.pinned_blobs());
+  order.resize(static_cast<std::size_t>(std::min(store.pinned_blobs(), kMostExperts)));
   const auto count = static_cast<std::int64_t>(order.size());
   constexpr std::int64_t kSlots = 8;
-  {
+  if (count > 0) {
     const Tensor slots = torch::zeros({kSlots, bytes}, options);
     rates.link_copy = rate_of(static_cast<double>(count * bytes), repeats, stream, [&] {
       for (std::int64_t i = 0; i < count; ++i) {
@@ -84,36 +84,39 @@ ProbedRates probe_rates(const ExpertStore& store, torch::Device device, int repe
                                        static_cast<std::size_t>(bytes), cudaMemcpyHostToDevice, stream.stream()));
       }
     });
-    // The same experts as lists of misses, each of one stretch of the store: a layer has no more experts.
-    const std::int64_t stretch = std::min(store.num_blobs(), kSlotCacheMaxExperts);
-    const std::int64_t stretches = store.num_blobs() / stretch;
-    const std::int64_t lists = (count + kSlots - 1) / kSlots;
-    std::vector<SlotCacheLoad> loads(static_cast<std::size_t>(lists * kSlots));
-    for (std::int64_t i = 0; i < lists * kSlots; ++i) {
-      loads[static_cast<std::size_t>(i)] = {
-          static_cast<std::int32_t>(order[static_cast<std::size_t>(i % count)] % stretch),
-          static_cast<std::int32_t>(i % kSlots), -1};
-    }
-    SlotCacheStep step;
-    step.loads = kSlots;
-    step.wave_size = kSlots;
-    const Tensor load_memory = torch::zeros({static_cast<std::int64_t>(loads.size() * sizeof(SlotCacheLoad))}, options);
-    const Tensor step_memory = torch::zeros({static_cast<std::int64_t>(sizeof step)}, options);
-    const auto upload = [&](const Tensor& to, const void* from, std::size_t size) {
-      C10_CUDA_CHECK(cudaMemcpyAsync(to.mutable_data_ptr(), from, size, cudaMemcpyHostToDevice, stream.stream()));
-      stream.synchronize();
-    };
-    upload(load_memory, loads.data(), loads.size() * sizeof(SlotCacheLoad));
-    upload(step_memory, &step, sizeof step);
-    const ExpertStoreShape shape{stretches, stretch, store.layout().bytes};
-    rates.link_gather = rate_of(static_cast<double>(lists * kSlots * bytes), repeats, stream, [&] {
-      for (std::int64_t list = 0; list < lists; ++list) {
-        expert_fetch_cuda(shape, store.device_data(), list % stretches,
-                          static_cast<const SlotCacheStep*>(step_memory.const_data_ptr()),
-                          static_cast<const SlotCacheLoad*>(load_memory.const_data_ptr()) + list * kSlots, 1,
-                          slots.data_ptr(), kExpertFetchBlocks, stream.stream());
+    if (store.pinned()) {
+      // The same experts as lists of misses, each of one stretch of the store: a layer has no more experts.
+      const std::int64_t stretch = std::min(store.num_blobs(), kSlotCacheMaxExperts);
+      const std::int64_t stretches = store.num_blobs() / stretch;
+      const std::int64_t lists = (count + kSlots - 1) / kSlots;
+      std::vector<SlotCacheLoad> loads(static_cast<std::size_t>(lists * kSlots));
+      for (std::int64_t i = 0; i < lists * kSlots; ++i) {
+        loads[static_cast<std::size_t>(i)] = {
+            static_cast<std::int32_t>(order[static_cast<std::size_t>(i % count)] % stretch),
+            static_cast<std::int32_t>(i % kSlots), -1};
       }
-    });
+      SlotCacheStep step;
+      step.loads = kSlots;
+      step.wave_size = kSlots;
+      const Tensor load_memory =
+          torch::zeros({static_cast<std::int64_t>(loads.size() * sizeof(SlotCacheLoad))}, options);
+      const Tensor step_memory = torch::zeros({static_cast<std::int64_t>(sizeof step)}, options);
+      const auto upload = [&](const Tensor& to, const void* from, std::size_t size) {
+        C10_CUDA_CHECK(cudaMemcpyAsync(to.mutable_data_ptr(), from, size, cudaMemcpyHostToDevice, stream.stream()));
+        stream.synchronize();
+      };
+      upload(load_memory, loads.data(), loads.size() * sizeof(SlotCacheLoad));
+      upload(step_memory, &step, sizeof step);
+      const ExpertStoreShape shape{stretches, stretch, store.layout().bytes};
+      rates.link_gather = rate_of(static_cast<double>(lists * kSlots * bytes), repeats, stream, [&] {
+        for (std::int64_t list = 0; list < lists; ++list) {
+          expert_fetch_cuda(shape, store.device_data(), list % stretches,
+                            static_cast<const SlotCacheStep*>(step_memory.const_data_ptr()),
+                            static_cast<const SlotCacheLoad*>(load_memory.const_data_ptr()) + list * kSlots, 1,
+                            slots.data_ptr(), kExpertFetchBlocks, stream.stream());
+        }
+      });
+    }
   }
   std::size_t free = 0;
   std::size_t total = 0;

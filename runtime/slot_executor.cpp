@@ -77,9 +77,7 @@ std::optional<SlotCacheShape> cache_shape(const Architecture& a, std::int64_t ro
   shape.policy = options->policy;
   shape.gamma = options->gamma;
   shape.stress = options->stress;
-  const bool may_pass =
-      shape.policy == CachePolicyKind::kStatic || std::min(rows * top_k, shape.num_experts) > shape.slots;
-  shape.scratch_slots = may_pass ? scratch_slots(a, rows * top_k) : 0;
+  shape.scratch_slots = may_pass_by(a, rows * top_k, *options) ? scratch_slots(a, rows * top_k) : 0;
   check_slot_cache(shape);
   return shape;
 }
@@ -116,7 +114,8 @@ struct SlotExecutor::Impl {
   Tensor hidden_TKF, product_TKD;  // of the decode kernels
   Tensor fetch_workspace;
   std::unique_ptr<CopyProxy> proxy;
-  bool asks = false;  // the proxy is awake
+  bool asks = false;   // the proxy is awake
+  Tensor misses_read;  // of kStaged: the step and its loads, in pinned memory
 
   // The cache, on the device.
   Tensor cache_memory, step_memory, loads_memory, slots_TK, waves_TK, wave_slots, resident_LE;
@@ -136,14 +135,14 @@ struct SlotExecutor::Impl {
             waves_TK.data_ptr<std::int32_t>(), wave_slots.data_ptr<std::int32_t>()};
   }
 
-  void copy_blob(std::int64_t blob, std::int64_t slot) {
+  // `on`: the stream, on a GPU.
+  void copy_blob(std::int64_t blob, std::int64_t slot, void* on) {
     const auto bytes = static_cast<std::size_t>(store.layout().bytes);
-    const std::uint8_t* from = store.blobs().const_data_ptr<std::uint8_t>() + static_cast<std::size_t>(blob) * bytes;
     std::uint8_t* to = slots_SB.mutable_data_ptr<std::uint8_t>() + static_cast<std::size_t>(slot) * bytes;
     if (device.is_cuda()) {
-      C10_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream())));
+      store.copy_to_device(blob, 1, to, on);
     } else {
-      std::memcpy(to, from, bytes);
+      std::memcpy(to, store.blobs().const_data_ptr<std::uint8_t>() + static_cast<std::size_t>(blob) * bytes, bytes);
     }
   }
 
@@ -156,7 +155,7 @@ struct SlotExecutor::Impl {
     for (std::int64_t slot = 0; slot < keys.size(0); ++slot) {
       if (key[slot] >= 0) {
         const std::int64_t first_layer = slot / shape->slots * shape->layers_per_group;
-        copy_blob(first_layer * shape->num_experts + key[slot], slot);
+        copy_blob(first_layer * shape->num_experts + key[slot], slot, device.is_cuda() ? stream() : nullptr);
       }
     }
     if (device.is_cuda()) {
@@ -251,6 +250,10 @@ struct SlotExecutor::Impl {
   void in_waves(const Index* selected, std::int64_t tokens, std::int64_t moe_layer, Compute compute) {
     serve(selected, tokens, moe_layer);
     const SlotCacheAnswer said = answer();
+    if (fetch_path == FetchPath::kStaged) {
+      compute_staged(tokens, moe_layer, said, compute);
+      return;
+    }
     const auto fetch = [&](std::int64_t wave, void* on) {
       expert_fetch_cuda(store_shape(), store.device_data(), moe_layer, said.step, said.loads, wave,
                         slots_SB.mutable_data_ptr(), kExpertFetchBlocks, on);
@@ -266,6 +269,42 @@ struct SlotExecutor::Impl {
     const std::int64_t waves = slot_cache_max_waves(*shape, tokens * top_k);
     for (std::int64_t wave = 0; wave < waves; ++wave) {
       if (wave == 1 && overlap) {
+        fetched.block(current);
+      } else if (wave > 0) {
+        fetch(wave, current.stream());
+      }
+      compute(said.wave_slots + wave * tokens * top_k, wave + 1 == waves);
+    }
+  }
+
+  // The waves of a step that has been served, of which the host reads what to copy.
+  template <class Compute>
+  void compute_staged(std::int64_t tokens, std::int64_t moe_layer, const SlotCacheAnswer& said, Compute compute) {
+    const auto current = c10::cuda::getCurrentCUDAStream(device.index());
+    const std::size_t list_bytes = loads_memory.nbytes();
+    auto* const read = misses_read.mutable_data_ptr<std::uint8_t>();
+    C10_CUDA_CHECK(cudaMemcpyAsync(read, said.step, sizeof(SlotCacheStep), cudaMemcpyDeviceToHost, current.stream()));
+    C10_CUDA_CHECK(cudaMemcpyAsync(read + sizeof(SlotCacheStep), said.loads, list_bytes, cudaMemcpyDeviceToHost,
+                                   current.stream()));
+    current.synchronize();
+    SlotCacheStep step;
+    std::memcpy(&step, read, sizeof step);
+    std::vector<SlotCacheLoad> loads(list_bytes / sizeof(SlotCacheLoad));
+    std::memcpy(loads.data(), read + sizeof(SlotCacheStep), list_bytes);
+    const auto fetch = [&](std::int64_t wave, void* on) {
+      const std::int64_t last = std::min<std::int64_t>(step.loads, wave * step.wave_size);
+      for (std::int64_t i = (wave - 1) * step.wave_size; i < last; ++i) {
+        const SlotCacheLoad& load = loads[static_cast<std::size_t>(i)];
+        copy_blob(moe_layer * shape->num_experts + load.expert, load.slot, on);
+      }
+    };
+    const bool overlap = overlaps(tokens);
+    const std::int64_t waves = slot_cache_max_waves(*shape, tokens * top_k);
+    for (std::int64_t wave = 0; wave < waves; ++wave) {
+      if (wave == 1 && overlap) {
+        // Only now: the hits compute while the host copies.
+        fetch(1, side->stream());
+        fetched.record(*side);
         fetched.block(current);
       } else if (wave > 0) {
         fetch(wave, current.stream());
@@ -332,7 +371,7 @@ struct SlotExecutor::Impl {
       wave_in_kernels(sizes, bits(x_TD), selected, pool + first * store.layout().bytes, true, weights, residual, out);
       return;
     }
-    if (hit_slots != nullptr && fetch_path != FetchPath::kWaves) {
+    if (hit_slots != nullptr && (fetch_path == FetchPath::kTogether || fetch_path == FetchPath::kCopies)) {
       run_together(sizes, bits(x_TD), selected, hit_slots, weights, residual, out, moe_layer);
       return;
     }
@@ -370,7 +409,7 @@ SlotExecutor::SlotExecutor(const Architecture& architecture, ExpertStore store, 
     : impl_(std::make_unique<Impl>(architecture, std::move(store), device, rows, top_k, cache)) {
   Impl& impl = *impl_;
   const ExpertBlobLayout& layout = impl.store.layout();
-  if (device.is_cuda() && !impl.store.pinned()) {
+  if (device.is_cuda() && !impl.store.pinned() && impl.store.staging_bytes() == 0) {
     throw RunError("slot executor: experts come to the GPU out of pinned host memory, got a store that is not pinned");
   }
   if (!impl.shape && !device.is_cuda()) {
@@ -388,7 +427,8 @@ SlotExecutor::SlotExecutor(const Architecture& architecture, ExpertStore store, 
           count, format_bytes(static_cast<double>(layout.bytes)), format_bytes(static_cast<double>(bytes))));
     }
     if (!impl.shape) {
-      impl.slots_SB.copy_(impl.store.blobs());
+      impl.store.copy_to_device(0, count, impl.slots_SB.mutable_data_ptr(), impl.stream());
+      c10::cuda::getCurrentCUDAStream(device.index()).synchronize();
     }
   }
   impl.kernels = kernels_take(architecture, impl.store, rows, top_k, device);
@@ -421,7 +461,16 @@ SlotExecutor::SlotExecutor(const Architecture& architecture, ExpertStore store, 
   }
   impl.wave_slots = torch::zeros({most}, options.dtype(torch::kInt32));
   impl.resident_LE = torch::zeros({impl.shape->num_layers, architecture.num_experts}, options.dtype(torch::kUInt8));
-  if (impl.kernels && rows == 1 && impl.overlaps(1)) {
+  if (device.is_cuda() && (!impl.store.pinned() || cache->fetch == FetchPath::kStaged)) {
+    if (cache->fetch != FetchPath::kAuto && cache->fetch != FetchPath::kStaged) {
+      log_warning(
+          fmt::format("--fetch {}: reads experts out of pinned memory, where {} of {} are; the host copies every miss",
+                      fetch_path_name(cache->fetch), impl.store.pinned_blobs(), impl.store.num_blobs()));
+    }
+    impl.fetch_path = FetchPath::kStaged;
+    impl.misses_read = torch::zeros({static_cast<std::int64_t>(sizeof(SlotCacheStep)) + impl.loads_memory.numel()},
+                                    torch::TensorOptions().dtype(torch::kUInt8).pinned_memory(true));
+  } else if (impl.kernels && rows == 1 && impl.overlaps(1)) {
     impl.fetch_path = cache->fetch;
     if (impl.fetch_path == FetchPath::kAuto) {
       impl.fetch_path =

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -21,14 +22,20 @@ struct DecodeSampling {
   std::uint64_t seed = 1;    ///< Of the draws: the same on every device.
 };
 
+/// Experts per MoE layer to pre-load for the prompts that have just run, best first. `prompt_count_LE`: how many tokens
+/// of all rows' prompts select each expert, int64 [MoE layers, E] on the CPU.
+using PreloadOfPrompt = std::function<std::vector<std::vector<std::uint16_t>>(const torch::Tensor& prompt_count_LE)>;
+
 /// Options of a decoder.
 struct DecoderOptions {
   std::int64_t rows = 1;                  ///< B, 1 to 32 sequences decoded together, of one prompt length.
   std::int64_t capacity = 0;              ///< Most tokens of a row, prompt included.
   std::optional<SlotCacheOptions> cache;  ///< nullopt: all experts are resident.
   CacheStart start = CacheStart::kCold;
-  /// kPreload: experts per MoE layer, best first; empty otherwise.
+  /// kPreload: experts per MoE layer, best first, or what says so when the prompt has run: one of the two. Empty
+  /// otherwise.
   std::vector<std::vector<std::uint16_t>> preload;
+  PreloadOfPrompt preload_of_prompt;
   std::optional<ResidencyRule> residency;  ///< Decode steps route by the slots' state too; nullopt: plain routing.
   DecodeSampling sampling;
   /// On a GPU: steps are captured in CUDA graphs, one for each range of key counts. Off: every launch by itself.
@@ -57,8 +64,8 @@ struct DecodeTimes {
 };
 
 /// Decodes token by token with the routed experts in host memory: the one model with a slot executor in place of the
-/// grouped one. On a GPU a step waits for nothing of the host, but for copies (FetchPath::kCopies). Not thread-safe;
-/// one decoder per model at a time.
+/// grouped one. On a GPU a step waits for nothing of the host, but for copies (FetchPath::kCopies, kStaged). Not
+/// thread-safe; one decoder per model at a time.
 class Decoder {
  public:
   /// Takes the model over: its selector and executor are set here. Throws UsageError as SlotExecutor does and for a
@@ -72,7 +79,7 @@ class Decoder {
   void replay(std::optional<DecodeReplay> replay);
   /// Runs the prompts, int64 [B, S] on any device, starts the cache and chooses each row's first token. `sequence`
   /// seeds the policy `random` as a sequence of that id does in a simulation. Throws std::invalid_argument for a prompt
-  /// that does not fit.
+  /// that does not fit, UsageError for a preload of the prompt that does not.
   void begin(const torch::Tensor& prompt_BS, std::int64_t sequence = 0);
   /// `count` steps, each feeding the last token and choosing the next. Throws std::invalid_argument before `begin` or
   /// beyond capacity or replay, RunError where LongRoPE would change its factors.
@@ -90,11 +97,15 @@ class Decoder {
   /// Router logits of the steps since `begin`, float32 [MoE layers, steps, B, E], on the CPU. Throws std::logic_error
   /// unless they are recorded.
   [[nodiscard]] torch::Tensor recorded_logits() const;
+  /// The same of the prompts, [MoE layers, S, B, E].
+  [[nodiscard]] torch::Tensor recorded_prompt_logits() const;
   [[nodiscard]] const SlotExecutor& slots() const noexcept;
   /// How misses come; by waves where SlotCacheOptions::fetch does not serve.
   [[nodiscard]] FetchPath fetch_path() const noexcept;
   /// Whether whole steps run in the decode kernels.
   [[nodiscard]] bool in_kernels() const noexcept;
+  /// Whether steps are captured in CUDA graphs: DecoderOptions::graph on a GPU, unless the host copies the misses.
+  [[nodiscard]] bool in_graphs() const noexcept;
 
  private:
   struct Impl;

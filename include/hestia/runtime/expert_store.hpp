@@ -4,7 +4,9 @@
 #include <filesystem>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include <torch/types.h>
@@ -45,12 +47,25 @@ class ExpertStore {
   [[nodiscard]] std::int64_t bytes() const { return blobs_NB_.numel(); }
 
   /// Page-locks the memory and maps it into the address space of CUDA devices, for copies at the speed of the link and
-  /// for kernels that read it. To be called once it is filled: pages are locked as they are. Does nothing the second
-  /// time. Throws RunError, which says "pinned host memory", when the system does not allow as much.
-  void pin();
+  /// for kernels that read it. To be called once it is filled: pages are locked as they are. With a budget in bytes
+  /// that does not hold all blobs, the first of them are, beside a few staging buffers that the others pass through on
+  /// their way to a device, and a warning says so. Does nothing the second time. Throws RunError, which says "pinned
+  /// host memory", when the system does not allow as much, and UsageError for a budget below the least.
+  void pin(std::optional<std::int64_t> budget = std::nullopt);
+  /// All blobs are.
   [[nodiscard]] bool pinned() const noexcept;
-  /// Where kernels find the blobs. Throws std::logic_error unless pinned.
+  /// How many blobs are pinned, from the first on.
+  [[nodiscard]] std::int64_t pinned_blobs() const noexcept;
+  /// Bytes of pinned memory: of these blobs, and of staging buffers (0: none are needed, or `pin` was not called).
+  [[nodiscard]] std::int64_t pinned_bytes() const noexcept;
+  [[nodiscard]] std::int64_t staging_bytes() const noexcept;
+  /// Where kernels find the blobs. Throws std::logic_error unless all are pinned.
   [[nodiscard]] const std::uint8_t* device_data() const;
+  /// Begins to copy `count` blobs from `first` on to memory of a GPU, on a `stream` of it (a cudaStream_t): by the
+  /// copy engine, and through the staging buffers what is not pinned, which takes the host as long as reading it. The
+  /// copies of one store run on one GPU. Not thread-safe, among copies of this object neither. Throws RunError when
+  /// CUDA fails, std::logic_error before `pin`.
+  void copy_to_device(std::int64_t first, std::int64_t count, void* to, void* stream) const;
 
  private:
   struct Memory;
@@ -64,6 +79,10 @@ class ExpertStore {
   std::shared_ptr<Memory> memory_;
   torch::Tensor blobs_NB_;
 };
+
+/// Reads an amount of pinned memory, "8GiB"; GiB, MiB, KiB, GB, MB and bytes are known. Throws UsageError, which begins
+/// with `option`, with what is wrong.
+[[nodiscard]] std::int64_t parse_pinned_memory(std::string_view text, std::string_view option);
 
 /// Bytes of one routed expert in a store. Throws UsageError when the format does not hold such experts, saying why: the
 /// integer formats are packed from bfloat16 and hold plain gate, up and down matrices of sizes that are multiples of 8.
@@ -84,16 +103,19 @@ struct OffloadedModel {
 using BeforePacking = std::function<void(OffloadedModel&)>;
 
 /// `load_model` with the routed experts in host memory, straight from the mapped files, and the rest on `device`; then
-/// `before` is called, the experts are packed in `format`, and the store is pinned when `device` is a GPU. Throws what
-/// stored_expert_bytes (first of all), load_model, ExpertStore and pin do.
+/// `before` is called, the experts are packed in `format`, and the store is pinned within `pinned_budget` when `device`
+/// is a GPU; on a CPU a warning says that a budget is of no use. Throws what stored_expert_bytes and, for the budget,
+/// ExpertStore::pin (first of all), load_model and ExpertStore do.
 [[nodiscard]] OffloadedModel load_offloaded(const std::filesystem::path& directory, torch::Dtype dtype,
                                             torch::Device device, bool quiet = false,
                                             ExpertFormat format = ExpertFormat::kBfloat16,
-                                            const BeforePacking& before = {});
+                                            const BeforePacking& before = {},
+                                            std::optional<std::int64_t> pinned_budget = std::nullopt);
 /// The same for `create_model`: random weights, in each format those of bfloat16.
 [[nodiscard]] OffloadedModel create_offloaded(const Architecture& architecture, torch::Dtype dtype,
                                               torch::Device device, std::uint64_t seed, bool quiet = true,
                                               ExpertFormat format = ExpertFormat::kBfloat16,
-                                              const BeforePacking& before = {});
+                                              const BeforePacking& before = {},
+                                              std::optional<std::int64_t> pinned_budget = std::nullopt);
 
 }  // namespace hestia

@@ -37,12 +37,14 @@ enum class FetchPath : std::int32_t {
   kTogether,  ///< One kernel serves the step, copies its misses and computes with the hits meanwhile.
   kCopies,    ///< The same, but for what the copy engine moves, as a host thread tells it when the kernel asks.
   kWaves,     ///< A kernel each for serving, for copying and for every wave's products, copies on a second stream.
+  kStaged,    ///< As kWaves, but the host reads the list of misses and tells the copy engine: what is not pinned passes
+              ///< through staging buffers. Steps wait for the host; no other path serves a store that is not pinned.
 };
 
 /// Bytes of an expert from which the copy engine is faster.
 inline constexpr std::int64_t kCopiedExpertBytes = std::int64_t{4} << 20;
 
-/// Names of the paths on the command line and in recipes, in enum order: auto, together, copies, waves.
+/// Names of the paths on the command line and in recipes, in enum order: auto, together, copies, waves, staged.
 [[nodiscard]] std::vector<std::string> fetch_path_names();
 [[nodiscard]] std::string fetch_path_name(FetchPath path);
 /// Inverse of fetch_path_name. Throws UsageError with the nearest name.
@@ -55,15 +57,21 @@ struct SlotCacheOptions {
   double gamma = SimulationOptions{}.gamma;       ///< Discount of `gamma`.
   std::uint64_t seed = SimulationOptions{}.seed;  ///< Of `random`.
   bool stress = false;                            ///< See SlotCacheShape::stress.
-  /// For steps of one token in the decode kernels whose experts all fit the slots; all others come in waves.
+  /// For steps of one token in the decode kernels whose experts all fit the slots; all others come in waves. kStaged is
+  /// for all steps.
   FetchPath fetch = FetchPath::kAuto;
 };
 
+/// Whether a step of `num_selected` ids may have misses that find no slot to stay in, so that scratch slots are needed.
+[[nodiscard]] bool may_pass_by(const Architecture& architecture, std::int64_t num_selected,
+                               const SlotCacheOptions& options);
+
 /// Runs the experts of decode steps out of slots on the device: the slot cache says which experts of a step are there
 /// (hits) and which slot each of the others goes to; hits compute, misses are copied from the store, wave by wave. Or,
-/// without a cache, with every expert on the device. Nothing is read back: on a GPU a step can be captured in a CUDA
-/// graph, and stays correct whatever its routing is. A token's result depends on its own input and experts alone, bit
-/// by bit, and not on slots, policy, waves or the other tokens of the step. No gradient. Not thread-safe.
+/// without a cache, with every expert on the device. Nothing is read back, but for kStaged: on a GPU a step can be
+/// captured in a CUDA graph, and stays correct whatever its routing is. A token's result depends on its own input and
+/// experts alone, bit by bit, and not on slots, policy, waves or the other tokens of the step. No gradient. Not
+/// thread-safe.
 ///
 /// Products: on a GPU, packed experts and bfloat16 ones without biases or clamp, of sizes that are multiples of 8, run
 /// in the decode kernels (decode_experts.hpp); all others one row at a time through LibTorch, which on a GPU copies
@@ -108,7 +116,8 @@ class SlotExecutor : public Executor {
   [[nodiscard]] torch::Tensor resident(std::int64_t moe_layer);
 
   /// How misses come, never kAuto, and by waves where the options' path does not serve: on a CPU, for several rows,
-  /// without the decode kernels, under `static` or with fewer slots than a token has experts.
+  /// without the decode kernels, under `static` or with fewer slots than a token has experts. kStaged where the store
+  /// is not pinned in full.
   [[nodiscard]] FetchPath fetch_path() const noexcept;
   /// Lets the host thread of `copies` look for requests, and decode() ask it; without effect on other paths. Not before
   /// a first step has run: what a kernel's first launch does may wait for the kernels that wait for the thread. And no

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -37,9 +38,10 @@ const torch::Device kGpu(torch::kCUDA, 0);
 
 // Norms and biases off their initial values.
 OffloadedModel make_offloaded(const Architecture& a, torch::Dtype dtype, torch::Device device,
-                              ExpertFormat format = ExpertFormat::kBfloat16) {
+                              ExpertFormat format = ExpertFormat::kBfloat16,
+                              std::optional<std::int64_t> pinned_budget = std::nullopt) {
   const torch::NoGradGuard no_grad;
-  OffloadedModel offloaded = create_offloaded(a, dtype, device, 11, /*quiet=*/true, format);
+  OffloadedModel offloaded = create_offloaded(a, dtype, device, 11, /*quiet=*/true, format, {}, pinned_budget);
   std::uint64_t seed = 500;
   for (auto& [name, tensor] : offloaded.model->named_tensors()) {
     ++seed;
@@ -138,9 +140,10 @@ void check_same_bits(const Architecture& a, torch::Dtype dtype, torch::Device de
     CHECK(resident.counts.empty());
     REQUIRE(resident.tokens.sizes() == at::IntArrayRef({rows, 13}));
     const bool on_gpu = device.is_cuda() && kernels;
-    const std::vector<FetchPath> paths = on_gpu
-                                             ? std::vector{FetchPath::kTogether, FetchPath::kCopies, FetchPath::kWaves}
-                                             : std::vector{FetchPath::kTogether};
+    std::vector<FetchPath> paths = {FetchPath::kTogether};
+    if (on_gpu) {
+      paths = {FetchPath::kTogether, FetchPath::kCopies, FetchPath::kWaves, FetchPath::kStaged};
+    }
     const auto check = [&](DecoderOptions options) {
       options.kernels = kernels;
       for (const FetchPath path : paths) {
@@ -174,6 +177,59 @@ void check_same_bits(const Architecture& a, torch::Dtype dtype, torch::Device de
     check(options);
     options.start_early = false;
     check(options);
+  }
+}
+
+// Experts that are not pinned change where bytes come from, and nothing else.
+void check_pinned_budget(ExpertFormat format, bool kernels) {
+  const Architecture a = kernel_architecture();
+  const OffloadedModel pinned = make_offloaded(a, torch::kBFloat16, kGpu, format);
+  CHECK(pinned.store.pinned());
+  CHECK(pinned.store.pinned_bytes() == pinned.store.bytes());
+  CHECK(pinned.store.staging_bytes() == 0);
+  for (const std::int64_t budget : {std::int64_t{16384}, pinned.store.bytes() / 2, pinned.store.bytes() - 1}) {
+    const OffloadedModel offloaded = make_offloaded(a, torch::kBFloat16, kGpu, format, budget);
+    CHECK_FALSE(offloaded.store.pinned());
+    CHECK(offloaded.store.pinned_bytes() + offloaded.store.staging_bytes() <= budget);
+    CHECK(offloaded.store.staging_bytes() > 0);
+    CHECK((offloaded.store.pinned_blobs() > 0) == (budget > 16384));
+    CHECK_THROWS_AS(offloaded.store.device_data(), std::logic_error);
+    for (const std::int64_t rows : {1, 3}) {
+      const Tensor prompt = prompt_of(a, rows, 7);
+      DecoderOptions all;
+      all.kernels = kernels;
+      const Run resident = run(pinned, all, prompt, 14);
+      const Run moved = run(offloaded, all, prompt, 14);
+      CHECK(moved.tokens.equal(resident.tokens));
+      CHECK(moved.logits.equal(resident.logits));
+      for (const Kind policy : {Kind::kLru, Kind::kLfu, Kind::kStatic}) {
+        for (const std::int64_t slots : {std::int64_t{1}, a.top_k, a.top_k + 2}) {
+          CAPTURE(budget, rows, policy_name(policy), slots);
+          DecoderOptions options;
+          options.kernels = kernels;
+          options.start = CacheStart::kPrefill;
+          options.cache = slots_of(slots, policy);
+          options.rows = rows;
+          options.capacity = 22;
+          Decoder decoder(offloaded, options);
+          CHECK(decoder.fetch_path() == FetchPath::kStaged);
+          CHECK_FALSE(decoder.in_graphs());
+          decoder.begin(prompt);
+          decoder.decode(14);
+          const Run as_pinned = run(pinned, options, prompt, 14);
+          CHECK(decoder.tokens().equal(resident.tokens));
+          CHECK(decoder.logits().equal(resident.logits));
+          const std::vector<SlotCacheCounts> counts = decoder.counts();
+          CHECK(loads_of(counts) > 0);
+          for (std::size_t layer = 0; layer < counts.size(); ++layer) {
+            CHECK(counts[layer].requests == as_pinned.counts[layer].requests);
+            CHECK(counts[layer].hits == as_pinned.counts[layer].hits);
+            CHECK(counts[layer].loads == as_pinned.counts[layer].loads);
+            CHECK(counts[layer].evictions == as_pinned.counts[layer].evictions);
+          }
+        }
+      }
+    }
   }
 }
 
@@ -257,6 +313,62 @@ void check_every_policy_and_start(torch::Dtype dtype, torch::Device device) {
       }
     }
   }
+}
+
+// A list that depends on the prompt's routing: the experts by falling use of it.
+void check_preload_of_prompt(torch::Dtype dtype, torch::Device device) {
+  const Architecture a = kernel_architecture();
+  const OffloadedModel offloaded = make_offloaded(a, dtype, device);
+  DecoderOptions options;
+  options.capacity = 40;
+  options.cache = slots_of(4);
+  options.record = true;
+  options.start = CacheStart::kPreload;
+  std::vector<Tensor> asked;
+  std::vector<std::vector<std::uint16_t>> given;
+  options.preload_of_prompt = [&](const Tensor& prompt_count_LE) {
+    asked.push_back(prompt_count_LE);
+    given.clear();
+    const Tensor order = prompt_count_LE.argsort(/*stable=*/true, /*dim=*/1, /*descending=*/true);
+    for (std::int64_t layer = 0; layer < 3; ++layer) {
+      given.emplace_back();
+      for (std::int64_t rank = 0; rank < 6; ++rank) {
+        given.back().push_back(static_cast<std::uint16_t>(order[layer][rank].item<std::int64_t>()));
+      }
+    }
+    return given;
+  };
+  Decoder decoder(offloaded, options);
+  for (const std::uint64_t seed : {71, 72}) {
+    const auto sequence = static_cast<std::int64_t>(seed);
+    const Tensor prompt = prompt_of(a, 1, 9, seed);
+    decoder.begin(prompt, sequence);
+    decoder.decode(20);
+    const SequenceRouting routing = decoder.recorded();
+    const Tensor counts = torch::zeros({3, a.num_experts}, torch::kInt64);
+    const auto top_k = static_cast<std::size_t>(a.top_k);
+    for (std::size_t layer = 0; layer < 3; ++layer) {
+      const std::size_t begin = layer * static_cast<std::size_t>(routing.num_tokens) * top_k;
+      for (std::size_t i = begin; i < begin + 9 * top_k; ++i) {
+        counts[static_cast<std::int64_t>(layer)][routing.selected[i]] += 1;
+      }
+    }
+    CHECK(torch::equal(asked.back(), counts));
+    SimulationOptions simulation;
+    simulation.slots = 4;
+    simulation.start = CacheStart::kPreload;
+    simulation.preload = given;
+    check_counts(decoder, simulation, sequence);
+  }
+  CHECK(asked.size() == 2);
+  CHECK_FALSE(torch::equal(asked[0], asked[1]));
+  options.preload_of_prompt = [](const Tensor& /*prompt_count_LE*/) {
+    return std::vector<std::vector<std::uint16_t>>{{1}, {2}};
+  };
+  Decoder other(offloaded, options);
+  CHECK_THROWS_AS(other.begin(prompt_of(a)), UsageError);  // three layers
+  options.preload = {{1}, {2}, {3}};
+  CHECK_THROWS_AS(Decoder(offloaded, options), UsageError);  // which one?
 }
 
 void check_replay(torch::Device device, CacheStart start, torch::Dtype dtype,
@@ -487,6 +599,35 @@ TEST_CASE("counts on the GPU are the simulator's on the recorded trace, for ever
     return;
   }
   check_every_policy_and_start(torch::kBFloat16, kGpu);
+}
+
+TEST_CASE("a preload may depend on the prompt's routing") {
+  check_preload_of_prompt(torch::kFloat32, kCpu);
+}
+
+TEST_CASE("a preload may depend on the prompt's routing on the GPU", "[gpu]") {
+  if (!gpu_ready()) {
+    return;
+  }
+  check_preload_of_prompt(torch::kBFloat16, kGpu);
+}
+
+TEST_CASE("experts beyond a budget of pinned memory decode to the same bits and counts on the GPU", "[gpu]") {
+  if (!gpu_ready()) {
+    return;
+  }
+  check_pinned_budget(ExpertFormat::kBfloat16, true);
+  check_pinned_budget(ExpertFormat::kBfloat16, false);
+  check_pinned_budget(ExpertFormat::kInt4, true);
+}
+
+TEST_CASE("a budget of pinned memory that holds no staging buffers is refused before weights are made") {
+  const Architecture a = kernel_architecture();
+  CHECK_THROWS_AS(create_offloaded(a, torch::kFloat32, kCpu, 1, true, ExpertFormat::kBfloat16, {}, 4096), UsageError);
+  const OffloadedModel offloaded =
+      create_offloaded(a, torch::kFloat32, kCpu, 1, true, ExpertFormat::kBfloat16, {}, 65536);
+  CHECK(offloaded.store.pinned_bytes() == 0);
+  CHECK_THROWS_AS(offloaded.store.copy_to_device(0, 1, nullptr, nullptr), std::logic_error);
 }
 
 TEST_CASE("replay serves the trace's experts, whatever the router says") {
