@@ -8,8 +8,9 @@ Every case is a model directory (config.json, model.safetensors) and golden.safe
 [S, V] float32, and of the layers with experts router_logits [L, S, E] float32, selected [L, S, K] int64 and weights
 [L, S, K] float32, the last two by falling logit as the model's own router gave them; bfloat16_errors [2] float64, how
 far transformers itself is from those logits in bfloat16 under the same choices: largest difference over largest value,
-squared error over squared value. Each switch of a family is on in
-one case and off in another. Weights are far from their usual initialisation (large, norms not 1), so that a wrong norm, a
+squared error over squared value; bfloat16_cached_logits [S, V] bfloat16, its logits there when a key-value cache holds
+what PREFILL tokens together and the others one by one left. Each switch of a family is on in one case and off in
+another. Weights are far from their usual initialisation (large, norms not 1), so that a wrong norm, a
 missing clip or a swapped projection moves the logits far beyond the tolerance.
 """
 
@@ -23,8 +24,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 PINNED = "5.23.0"
-FORMAT_VERSION = "2"
+FORMAT_VERSION = "3"
 SEED = 20261107
+PREFILL = 7  # Tokens; the rest follow one by one. Where a length decides on rope factors, these reach it.
 
 OLMOE = dict(
     vocab_size=64,
@@ -353,16 +355,28 @@ def routers(model):
     return [module for name, module in model.named_modules() if name.endswith((".mlp.gate", ".mlp.router"))]
 
 
-def bfloat16_errors(directory, tokens, logits, weights, selected):
+def bfloat16_logits(directory, tokens, weights, selected, lengths):
+    """Logits [S, V] in bfloat16 under the choices and weights of float32, from a key-value cache that is fed `lengths` tokens at a
+    time."""
     model = load(directory, torch.bfloat16)
+    now = slice(0, 0)
     for router, weight, choice in zip(routers(model), weights, selected):
-        router.register_forward_hook(
-            lambda module, inputs, output, weight=weight, choice=choice: (output[0], weight.bfloat16(), choice))
+        router.register_forward_hook(lambda module, inputs, output, weight=weight, choice=choice: (
+            output[0], weight[now].bfloat16(), choice[now]))
+    cache = transformers.DynamicCache(config=model.config)
+    logits = []
     with torch.no_grad():
-        difference = model(input_ids=tokens.unsqueeze(0), use_cache=False).logits[0].double() - logits.double()
+        for length in lengths:
+            now = slice(now.stop, now.stop + length)
+            logits.append(model(input_ids=tokens[None, now], past_key_values=cache, use_cache=True).logits[0])
+    return torch.cat(logits)
+
+
+def bfloat16_errors(logits, reference):
+    difference = logits.double() - reference.double()
     # Rounded: bfloat16 sums differ a little from run to run.
-    return torch.stack([(difference.abs().max() / logits.double().abs().max()).round(decimals=2),
-                        (difference.square().sum() / logits.double().square().sum()).round(decimals=4)])
+    return torch.stack([(difference.abs().max() / reference.double().abs().max()).round(decimals=2),
+                        (difference.square().sum() / reference.double().square().sum()).round(decimals=4)])
 
 
 def run(model, tokens):
@@ -400,7 +414,9 @@ def write_case(directory, name, family, settings, rope, spelling, num_tokens, ge
             "router_logits": router_logits.float().contiguous(),
             "selected": selected.gather(-1, order).contiguous(),
             "weights": weights.gather(-1, order).float().contiguous(),
-            "bfloat16_errors": bfloat16_errors(directory, tokens, logits, weights, selected),
+            "bfloat16_errors": bfloat16_errors(bfloat16_logits(directory, tokens, weights, selected, [num_tokens]), logits),
+            "bfloat16_cached_logits": bfloat16_logits(directory, tokens, weights, selected,
+                                                      [PREFILL] + [1] * (num_tokens - PREFILL)),
         },
         directory / "golden.safetensors",
         metadata={"golden_version": FORMAT_VERSION, "transformers": transformers.__version__},

@@ -22,7 +22,8 @@ namespace {
 using namespace hestia;
 using torch::Tensor;
 
-constexpr const char* kGoldenVersion = "2";
+constexpr const char* kGoldenVersion = "3";
+constexpr std::int64_t kPrefill = 7;  // PREFILL of make_goldens.py
 
 struct Golden {
   std::filesystem::path directory;
@@ -32,6 +33,7 @@ struct Golden {
   Tensor selected_LSK;
   Tensor weights_LSK;
   std::vector<double> bfloat16_errors;  // largest, normalised square
+  Tensor bfloat16_cached_logits_SV;     // after kPrefill tokens at once, then one by one
 };
 
 Golden load_golden(const std::string& name) {
@@ -51,6 +53,7 @@ Golden load_golden(const std::string& name) {
   golden.weights_LSK = to_torch(file.tensor("weights"));
   const Tensor errors = to_torch(file.tensor("bfloat16_errors"));
   golden.bfloat16_errors = {errors[0].item<double>(), errors[1].item<double>()};
+  golden.bfloat16_cached_logits_SV = to_torch(file.tensor("bfloat16_cached_logits"));
   return golden;
 }
 
@@ -85,6 +88,31 @@ void report(const std::string& what, double error, double tolerance) {
   INFO(fmt::format("{}: largest difference {:.2e}, {:.1f}% of the tolerance", what, error, 100 * error / tolerance));
   CHECK(error <= tolerance);
 }
+
+// Where transformers itself is farther off, these few numbers are that sensitive.
+void report_bfloat16(const std::string& what, const Tensor& ours, const Tensor& reference, const Golden& golden) {
+  report(what, relative_error(ours, reference), std::max(4e-2, 2 * golden.bfloat16_errors[0]));
+  report(what + ", normalised square error", normalised_square_error(ours, reference),
+         std::max(5e-4, 2 * golden.bfloat16_errors[1]));
+}
+
+/// Serves the float32 selection: a router near a tie may flip in bf16, which says nothing about the products.
+struct ForcedSelector final : Selector {
+  Tensor selected_LSK;  // of the tokens of the forward
+  Tensor select(const Tensor& /*logits_TE*/, std::int64_t /*top_k*/, std::int64_t moe_layer,
+                const TokenBatch& /*batch*/) override {
+    return selected_LSK[moe_layer];
+  }
+};
+
+/// Mixes with the float32 weights: sparsemixer leaves out what is below a threshold, which a rounded logit may cross.
+struct ForcedWeights final : GroupedExecutor {
+  Tensor weights_LSK;  // of the tokens of the forward
+  Tensor run(const ExpertWeights& experts, const Tensor& x_TD, const Tensor& selected_TK, const Tensor& /*weights_TK*/,
+             std::int64_t moe_layer) override {
+    return GroupedExecutor::run(experts, x_TD, selected_TK, weights_LSK[moe_layer], moe_layer);
+  }
+};
 
 const std::vector<std::string> kCases = {"hub_plain",
                                          "normalised_gqa",
@@ -175,24 +203,42 @@ TEST_CASE("bfloat16 logits stay near transformers' float32 ones") {
   const torch::NoGradGuard no_grad;
   const Golden golden = load_golden(name);
   MoeModel model = load_model(golden.directory, torch::kBFloat16, torch::kCPU);
-  // The float32 selection is served: a router near a tie may flip in bf16, which says nothing about the products.
-  struct Forced : Selector {
-    Tensor selected_LSK;
-    Tensor select(const Tensor&, std::int64_t, std::int64_t moe_layer, const TokenBatch&) override {
-      return selected_LSK[moe_layer];
-    }
-  };
-  auto forced = std::make_shared<Forced>();
+  const auto forced = std::make_shared<ForcedSelector>();
   forced->selected_LSK = golden.selected_LSK;
   model->set_selector(forced);
   const ModelOutput output = model->forward(one_sequence(golden.tokens_S));
   const Tensor logits = model->head(output.hidden_BSD)[0];
   CHECK(logits.scalar_type() == torch::kBFloat16);
-  // Where transformers itself is farther off, these few numbers are that sensitive.
-  report("logits", relative_error(logits, golden.logits_SV), std::max(4e-2, 2 * golden.bfloat16_errors[0]));
-  report("logits, normalised square error", normalised_square_error(logits, golden.logits_SV),
-         std::max(5e-4, 2 * golden.bfloat16_errors[1]));
+  report_bfloat16("logits", logits, golden.logits_SV, golden);
   CHECK(stacked(output, &RoutingRecord::logits_TE).scalar_type() == torch::kFloat32);
+}
+
+TEST_CASE("bfloat16 logits of a key-value cache stay near transformers' bfloat16 ones of its own, and float32 ones") {
+  const std::string name = GENERATE(from_range(kCases));
+  CAPTURE(name);
+  const torch::NoGradGuard no_grad;
+  const Golden golden = load_golden(name);
+  MoeModel model = load_model(golden.directory, torch::kBFloat16, torch::kCPU);
+  const auto forced = std::make_shared<ForcedSelector>();
+  model->set_selector(forced);
+  const auto weighted = std::make_shared<ForcedWeights>();
+  model->set_executor(weighted);
+  const std::int64_t length = golden.tokens_S.size(0);
+  const TokenBatch whole = one_sequence(golden.tokens_S);
+  KeyValueCache cache(length);
+  std::vector<Tensor> logits;
+  while (cache.length() < length) {
+    const std::int64_t count = cache.length() == 0 ? kPrefill : 1;
+    const auto piece = [&](const Tensor& all) { return all.narrow(1, cache.length(), count); };
+    forced->selected_LSK = piece(golden.selected_LSK);
+    weighted->weights_LSK = piece(golden.weights_LSK);
+    const TokenBatch batch = {piece(whole.tokens_BS), piece(whole.positions_BS), piece(whole.sequence_ids_BS)};
+    logits.push_back(model->head(model->forward(batch, cache).hidden_BSD)[0]);
+  }
+  const Tensor logits_SV = torch::cat(logits);
+  CHECK(logits_SV.scalar_type() == torch::kBFloat16);
+  report_bfloat16("logits against bfloat16", logits_SV, golden.bfloat16_cached_logits_SV, golden);
+  report_bfloat16("logits against float32", logits_SV, golden.logits_SV, golden);
 }
 
 TEST_CASE("packed rows with padding equal the same sequences run apart") {
@@ -254,7 +300,7 @@ TEST_CASE("prefill and decoding with a key-value cache equal one forward") {
   std::size_t next = 0;
   while (cache.length() < length) {
     // Where the length decides on rope factors, prefill must reach it.
-    const std::int64_t first = name == "phimoe_long" ? 7 : 1;
+    const std::int64_t first = name == "phimoe_long" ? kPrefill : 1;
     const std::int64_t count = next < pieces.size() ? pieces[next] : cache.length() == 0 ? first : 1;
     ++next;
     const ModelOutput output = model->forward(batch(cache.length(), count), cache);
