@@ -81,7 +81,8 @@ TEST_CASE("residency in the loop: finetune keeps the rule, export hands it on, e
                     "--only", "baseline", "--quiet"}));
   names.clear();
   std::vector<std::string> scores;
-  for (const Json& arm : read_json_file(project.path() / "runs/tuned/results.json").at("arms")) {
+  const Json both = read_json_file(project.path() / "runs/tuned/results.json");
+  for (const Json& arm : both.at("arms")) {
     names.push_back(arm.at("name").get<std::string>());
     scores.push_back(arm.at("residency").is_null() ? "" : arm.at("residency").at("score").get<std::string>());
   }
