@@ -4,6 +4,7 @@
 #include <cerrno>
 #include <cstring>
 #include <fstream>
+#include <future>
 #include <limits>
 #include <set>
 #include <stdexcept>
@@ -70,13 +71,16 @@ class RepeatedKeys final : public nlohmann::json_sax<SortedJson> {
     return true;
   }
   bool end_object() override {
+    std::vector<std::string>& keys = keys_.back();
+    std::ranges::sort(keys);
+    if (const auto twice = std::ranges::adjacent_find(keys); twice != keys.end() && first_.empty()) {
+      first_ = *twice;
+    }
     keys_.pop_back();
     return true;
   }
   bool key(string_t& key) override {
-    if (!keys_.back().insert(key).second && first_.empty()) {
-      first_ = key;
-    }
+    keys_.back().push_back(key);
     return true;
   }
   bool parse_error(std::size_t /*position*/, const std::string& /*token*/,
@@ -85,7 +89,7 @@ class RepeatedKeys final : public nlohmann::json_sax<SortedJson> {
   }
 
  private:
-  std::vector<std::set<std::string>> keys_;  // one set for each object that is open
+  std::vector<std::vector<std::string>> keys_;  // of each object that is open
   std::string first_;
 };
 
@@ -345,15 +349,21 @@ SafetensorsCheckpoint::SafetensorsCheckpoint(const std::filesystem::path& direct
     }
     file_numbers.emplace(shard.get<std::string>(), 0);
   }
+  std::vector<std::future<SafetensorsFile>> opened;
   for (auto& [shard, number] : file_numbers) {
     if (!std::filesystem::exists(directory / shard)) {
       problems.add(fmt::format("{}: the shard {} is missing; fetch it again", directory.string(), shard));
       continue;
     }
-    number = files_.size();
-    files_.emplace_back(directory / shard);
+    number = opened.size();
+    // Headers hold thousands of names: they are read side by side.
+    opened.push_back(std::async(std::launch::async, [path = directory / shard] { return SafetensorsFile(path); }));
   }
   problems.throw_input_if_any();
+  files_.reserve(opened.size());
+  for (std::future<SafetensorsFile>& file : opened) {
+    files_.push_back(file.get());
+  }
   for (std::size_t number = 0; number < files_.size(); ++number) {
     for (const std::string& name : files_[number].names()) {
       const auto [entry, inserted] = file_of_.emplace(name, number);

@@ -25,12 +25,13 @@ __device__ inline std::uint16_t bfloat16_bits(float value) {
   return __bfloat16_as_ushort(__float2bfloat16_rn(value));
 }
 
-/// 16 bytes of weights: each is read once, so they leave L1 to the activations.
+/// 16 bytes of weights: each is read once, so they leave L1 to the activations. volatile: else the compiler may read
+/// before it knows that there is something to read.
 __device__ inline uint4 load_weights(const void* address) {
   uint4 value;
-  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-      : "l"(address));
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(address));
   return value;
 }
 

@@ -568,7 +568,8 @@ const SlotExecutor& Decoder::slots() const noexcept {
 }
 
 FetchPath Decoder::fetch_path() const noexcept {
-  return impl_->fused ? impl_->slots->fetch_path() : FetchPath::kWaves;
+  const FetchPath path = impl_->slots->fetch_path();
+  return impl_->fused || path == FetchPath::kStaged ? path : FetchPath::kWaves;
 }
 
 bool Decoder::in_graphs() const noexcept {
