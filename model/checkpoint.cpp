@@ -148,18 +148,23 @@ MoeModel load_model(const std::filesystem::path& directory, torch::Dtype dtype, 
   const std::string subject = directory.string();
   Problems problems;
   std::set<std::string, std::less<>> wanted;
-  std::vector<std::vector<StoredTensor>> stored_of;  // by spec
+  std::vector<std::vector<const TensorView*>> views_of;  // by spec: values, and scales if any
+  views_of.reserve(specs.size());
   for (const TensorSpec& spec : specs) {
-    const std::vector<StoredTensor>& stored = stored_of.emplace_back(stored_tensors(architecture, spec, checkpoint));
+    const std::vector<StoredTensor> stored = stored_tensors(architecture, spec, checkpoint);
+    std::vector<const TensorView*>& views = views_of.emplace_back();
     for (const StoredTensor& part : stored) {
       wanted.insert(part.name);
       if (!checkpoint.contains(part.name)) {
         problems.add(fmt::format("{}: tensor \"{}\" [{}] is missing; config.json says that the model has it", subject,
                                  part.name, fmt::join(part.shape, ", ")));
-      } else if (stored.size() == 1) {
-        check_tensor(subject, checkpoint.tensor(part.name), part.shape, problems);
+        continue;
+      }
+      views.push_back(&checkpoint.tensor(part.name));
+      if (stored.size() == 1) {
+        check_tensor(subject, *views.back(), part.shape, problems);
       } else {
-        check_quantised(subject, checkpoint.tensor(part.name), part.shape,
+        check_quantised(subject, *views.back(), part.shape,
                         quantised_dtypes(architecture, part.name == stored.front().name), problems);
       }
     }
@@ -182,13 +187,12 @@ MoeModel load_model(const std::filesystem::path& directory, torch::Dtype dtype, 
   std::vector<Widening> widenings;
   std::int64_t bytes = 0;
   for (std::size_t i = 0; i < specs.size(); ++i) {
-    const TensorView& values = checkpoint.tensor(stored_of[i][0].name);
+    const TensorView& values = *views_of[i][0];
     const torch::Tensor& destination = tensors[i].second;
     bytes += static_cast<std::int64_t>(values.bytes.size());
-    if (stored_of[i].size() == 2) {
+    if (views_of[i].size() == 2) {
       const bool mxfp4 = architecture.quantisation == Quantisation::kMxfp4;
-      widenings.push_back({values, checkpoint.tensor(stored_of[i][1].name),
-                           mxfp4 ? destination.transpose(1, 2) : destination.unsqueeze(0)});
+      widenings.push_back({values, *views_of[i][1], mxfp4 ? destination.transpose(1, 2) : destination.unsqueeze(0)});
     } else if (!destination.is_contiguous()) {
       widenings.push_back({values, std::nullopt, destination.dim() == 2 ? destination.unsqueeze(0) : destination});
     } else {
