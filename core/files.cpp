@@ -110,6 +110,18 @@ MappedFile::~MappedFile() {
   }
 }
 
+MappedFile MappedFile::reopened() const {
+  MappedFile again(path_);
+  struct stat here {};
+  struct stat there {};
+  if (::fstat(descriptor_, &here) != 0 || ::fstat(again.descriptor_, &there) != 0 || here.st_dev != there.st_dev ||
+      here.st_ino != there.st_ino) {
+    throw InputError(fmt::format("{}: another file took its place while it was read; start again once it is written",
+                                 path_.string()));
+  }
+  return again;
+}
+
 void MappedFile::read(std::size_t offset, std::span<std::byte> to) const {
   while (!to.empty()) {
     const ssize_t got = ::pread(descriptor_, to.data(), to.size(), static_cast<off_t>(offset));

@@ -15,6 +15,7 @@
 #include <fmt/format.h>
 
 #include "hestia/model/tensors.hpp"
+#include "tensor_reader.hpp"
 
 namespace hestia {
 namespace {
@@ -35,8 +36,9 @@ struct Block {
   [[nodiscard]] void* address() const {
     return static_cast<std::byte*>(destination().data_ptr()) + begin * destination().element_size();
   }
-  void read(void* to) const {
-    placement->source.read(begin * dtype_size(placement->source.dtype), {static_cast<std::byte*>(to), bytes()});
+  void read(TensorReader& reader, void* to) const {
+    const TensorView& source = placement->source;
+    reader.read(source, begin * dtype_size(source.dtype), {static_cast<std::byte*>(to), bytes()});
   }
   /// Converts `values`, this block's on the destination's device, into their place.
   void convert(const Tensor& values) const {
@@ -98,19 +100,20 @@ class HostLane {
 
   void place(const Block& block) {
     if (block.same_dtype()) {
-      block.read(block.address());
+      block.read(reader_, block.address());
       return;
     }
     if (!scratch_.defined()) {
       scratch_ = torch::empty({block_bytes_}, torch::kUInt8);
     }
-    block.read(scratch_.data_ptr());
+    block.read(reader_, scratch_.data_ptr());
     block.convert(scratch_.narrow(0, 0, static_cast<std::int64_t>(block.bytes())).view(block.dtype()));
   }
   void finish() {}
 
  private:
   std::int64_t block_bytes_;
+  TensorReader reader_;
   Tensor scratch_;
 };
 
@@ -136,7 +139,7 @@ class DeviceLane {
     }
     slot.sent.synchronize();
     const void* const staged = slot.pinned.data_ptr();
-    block.read(slot.pinned.data_ptr());
+    block.read(reader_, slot.pinned.data_ptr());
     if (block.same_dtype()) {
       send(block.address(), staged, block.bytes());
     } else {
@@ -159,6 +162,7 @@ class DeviceLane {
   }
 
   std::int64_t block_bytes_;
+  TensorReader reader_;
   c10::cuda::CUDAStream stream_;
   c10::cuda::CUDAStreamGuard guard_;
   std::array<Slot, 2> slots_;

@@ -8,6 +8,7 @@
 
 #include "hestia/core/quantised.hpp"
 #include "hestia/model/tensors.hpp"
+#include "tensor_reader.hpp"
 
 namespace hestia {
 namespace {
@@ -30,9 +31,11 @@ struct Piece {
 };
 
 // Whole rows of a stored tensor, as bytes.
-Tensor read_rows(const TensorView& view, std::int64_t row_bytes, std::int64_t first, std::int64_t count) {
+Tensor read_rows(TensorReader& reader, const TensorView& view, std::int64_t row_bytes, std::int64_t first,
+                 std::int64_t count) {
   const Tensor bytes = torch::empty({count * row_bytes}, torch::kUInt8);
-  view.read(static_cast<std::size_t>(first * row_bytes), {static_cast<std::byte*>(bytes.data_ptr()), bytes.nbytes()});
+  reader.read(view, static_cast<std::size_t>(first * row_bytes),
+              {static_cast<std::byte*>(bytes.data_ptr()), bytes.nbytes()});
   return bytes;
 }
 
@@ -40,12 +43,12 @@ std::span<const std::uint8_t> octets(const Tensor& bytes) {
   return {bytes.const_data_ptr<std::uint8_t>(), bytes.nbytes()};
 }
 
-void widen(const Architecture& architecture, const Piece& piece) {
+void widen(const Architecture& architecture, const Piece& piece, TensorReader& reader, TensorReader& scale_reader) {
   const Widening& tensor = *piece.tensor;
   const std::int64_t columns = piece.num_columns();
   const std::int64_t first = piece.matrix * piece.num_rows() + piece.begin;
   const Tensor destination_RC = tensor.destination_MRC[piece.matrix].narrow(0, piece.begin, piece.count);
-  const Tensor stored = read_rows(tensor.values, piece.value_bytes_of_row(), first, piece.count);
+  const Tensor stored = read_rows(reader, tensor.values, piece.value_bytes_of_row(), first, piece.count);
   if (!tensor.scales) {
     destination_RC.copy_(stored.view(torch_dtype(tensor.values.dtype)).view({piece.count, columns}));
     return;
@@ -55,13 +58,14 @@ void widen(const Architecture& architecture, const Piece& piece) {
   const TensorView& scales = *tensor.scales;
   const std::int64_t scale_bytes = scales.shape.back() * static_cast<std::int64_t>(dtype_size(scales.dtype));
   if (architecture.quantisation == Quantisation::kMxfp4) {
-    dequantise_mxfp4(octets(stored), octets(read_rows(scales, scale_bytes, first, piece.count)), wide);
+    dequantise_mxfp4(octets(stored), octets(read_rows(scale_reader, scales, scale_bytes, first, piece.count)), wide);
   } else {
     const std::int64_t block = architecture.scale_block_rows;
     const std::int64_t begin = piece.begin / block;
     const std::int64_t end = (piece.begin + piece.count + block - 1) / block;
-    const Tensor factors =
-        read_rows(scales, scale_bytes, begin, end - begin).view(torch_dtype(scales.dtype)).to(torch::kFloat32);
+    const Tensor factors = read_rows(scale_reader, scales, scale_bytes, begin, end - begin)
+                               .view(torch_dtype(scales.dtype))
+                               .to(torch::kFloat32);
     dequantise_e4m3(octets(stored), {factors.const_data_ptr<float>(), static_cast<std::size_t>(factors.numel())},
                     columns, block, architecture.scale_block_columns, wide);
   }
@@ -89,9 +93,11 @@ void widen_tensors(const Architecture& architecture, const std::vector<Widening>
   std::mutex advancing;
   at::parallel_for(0, static_cast<std::int64_t>(pieces.size()), 1, [&](std::int64_t begin, std::int64_t end) {
     const torch::NoGradGuard no_grad;
+    TensorReader reader;
+    TensorReader scale_reader;  // Another sequence.
     for (std::int64_t i = begin; i < end; ++i) {
       const Piece& piece = pieces[static_cast<std::size_t>(i)];
-      widen(architecture, piece);
+      widen(architecture, piece, reader, scale_reader);
       if (options.advance) {
         const std::lock_guard lock(advancing);
         options.advance(piece.count * piece.value_bytes_of_row());

@@ -21,6 +21,9 @@ class MappedFile {
   MappedFile(MappedFile&& other) noexcept;
   MappedFile& operator=(MappedFile&& other) noexcept;
   ~MappedFile();
+  /// The same file, opened once more: the system reads ahead for each opening by itself, so threads that read in
+  /// sequence do best with one each. Throws InputError as the constructor does, or that another file took its place.
+  [[nodiscard]] MappedFile reopened() const;
   [[nodiscard]] std::span<const std::byte> bytes() const noexcept { return {data_, size_}; }
   [[nodiscard]] const std::filesystem::path& path() const noexcept { return path_; }
   /// Reads the bytes that begin at `offset` of the file into all of `to`, around the mapping: nothing is added to what

@@ -81,6 +81,18 @@ TEST_CASE("A mapped file is read around its mapping, or says where that failed")
     file.read(begin, std::as_writable_bytes(std::span(read)));
     CHECK(read == text.substr(begin, read.size()));
   }
+  {
+    const MappedFile again = file.reopened();
+    std::string read(300, '\0');
+    again.read(9000, std::as_writable_bytes(std::span(read)));
+    CHECK(read == text.substr(9000, 300));
+    put_file(folder.path() / "b", text);
+    const MappedFile other(folder.path() / "b");
+    std::filesystem::rename(path, folder.path() / "b");
+    CHECK(error_text<InputError>([&] { static_cast<void>(other.reopened()); }) ==
+          other.path().string() + ": another file took its place while it was read; start again once it is written");
+    std::filesystem::rename(folder.path() / "b", path);
+  }
   // Through the mapping this would be a bus error.
   std::filesystem::resize_file(path, 0);
   std::string read(7, '\0');
