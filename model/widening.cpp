@@ -33,7 +33,7 @@ struct Piece {
 // Whole rows of a stored tensor, as bytes.
 Tensor read_rows(TensorReader& reader, const TensorView& view, std::int64_t row_bytes, std::int64_t first,
                  std::int64_t count) {
-  const Tensor bytes = torch::empty({count * row_bytes}, torch::kUInt8);
+  Tensor bytes = torch::empty({count * row_bytes}, torch::kUInt8);
   reader.read(view, static_cast<std::size_t>(first * row_bytes),
               {static_cast<std::byte*>(bytes.data_ptr()), bytes.nbytes()});
   return bytes;
