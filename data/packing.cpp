@@ -9,10 +9,12 @@
 #include <thread>
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include "hestia/core/error.hpp"
 #include "hestia/core/log.hpp"
 #include "hestia/core/random.hpp"
+#include "templates.hpp"
 
 namespace hestia {
 
@@ -157,16 +159,22 @@ Tokenized tokenize_example(const FlatTokens& flat, FlatTokens begin, const Token
   return result;
 }
 
-Tokenized tokenize(const Document& document, const Tokenizer& tokenizer, std::int64_t sequence_length,
-                   std::int32_t domain, Overlong overlong) {
-  FlatTokens flat = flatten(document, tokenizer);
+// The <s> that a document begins with; where its text spells one, that one goes.
+FlatTokens begin_of(const Document& document, const Tokenizer& tokenizer, FlatTokens& flat) {
   FlatTokens begin;
   if (document.begin_sequence && tokenizer.bos_id() >= 0) {
     begin.append({tokenizer.bos_id()}, true, false);
-    if (flat.size() > 0 && flat.ids.front() == tokenizer.bos_id()) {  // The text spells it.
+    if (flat.size() > 0 && flat.ids.front() == tokenizer.bos_id()) {
       flat.erase_first();
     }
   }
+  return begin;
+}
+
+Tokenized tokenize(const Document& document, const Tokenizer& tokenizer, std::int64_t sequence_length,
+                   std::int32_t domain, Overlong overlong) {
+  FlatTokens flat = flatten(document, tokenizer);
+  FlatTokens begin = begin_of(document, tokenizer, flat);
   const auto length = static_cast<std::size_t>(sequence_length);
   return document.has_prompt() ? tokenize_example(flat, std::move(begin), tokenizer, length, domain, overlong)
                                : tokenize_text(flat, begin, tokenizer, length, domain);
@@ -337,6 +345,52 @@ void tokenize_documents(const std::vector<Document>& documents, const Tokenizer&
     }
   }
   report_overlong(data, before, sequence_length);
+}
+
+ChatPrompt chat_prompt(const std::string& format, const std::string& system, const std::string& user,
+                       const Tokenizer& tokenizer, const std::string& option) {
+  const std::vector<std::string> names = template_names();
+  if (std::find(names.begin(), names.end(), format) == names.end()) {
+    const std::string nearest = nearest_name(format, names);
+    throw UsageError(fmt::format("{}: no such chat format, got \"{}\"; {}choose one of {}", option, format,
+                                 nearest.empty() ? "" : fmt::format("did you mean \"{}\"? ", nearest),
+                                 fmt::join(names, ", ")));
+  }
+  std::vector<std::string> missing;
+  for (const std::string& name : template_tokens(format)) {
+    if (tokenizer.token_id(name) < 0) {
+      missing.push_back(name);
+    }
+  }
+  if (!missing.empty()) {
+    throw UsageError(
+        fmt::format("{}: the model's vocabulary has no token {}, which \"{}\" needs; choose the format of this model's "
+                    "family, or one of plain text such as qa",
+                    option, fmt::join(missing, ", "), format));
+  }
+  std::vector<Message> messages;
+  if (!system.empty()) {
+    messages.push_back({Role::kSystem, system});
+  }
+  messages.push_back({Role::kUser, user});
+  messages.push_back({Role::kAssistant, ""});
+  Document document;
+  render_messages(format, messages, document);
+  const FlatTokens answered = flatten(document, tokenizer);
+  const auto answer =
+      std::find_if(document.pieces.begin(), document.pieces.end(), [](const Piece& piece) { return piece.completion; });
+  document.pieces.erase(answer, document.pieces.end());
+  FlatTokens flat = flatten(document, tokenizer);
+  FlatTokens prompt = begin_of(document, tokenizer, flat);
+  prompt.append(flat, 0, flat.size());
+  ChatPrompt chat;
+  chat.tokens = prompt.ids;
+  for (std::size_t i = 0; i < answered.size(); ++i) {
+    if (answered.completion[i] != 0 && answered.text[i] == 0) {
+      chat.ends.push_back(answered.ids[i]);
+    }
+  }
+  return chat;
 }
 
 PackedSampler::PackedSampler(const PackedData& data, std::int64_t rows_per_batch, std::int64_t row_length,

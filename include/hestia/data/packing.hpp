@@ -72,6 +72,18 @@ void tokenize_documents(const std::vector<Document>& documents, const Tokenizer&
                         std::int64_t sequence_length, std::int64_t max_tokens, std::int64_t num_threads,
                         PackedData& data, Overlong overlong = Overlong::kTruncate);
 
+/// A conversation up to where the model's answer begins.
+struct ChatPrompt {
+  std::vector<std::int32_t> tokens;
+  std::vector<std::int32_t> ends;  ///< Tokens that end an answer, each on its own; empty: the vocabulary has none.
+};
+
+/// Lays out `user`, after `system` when that is not empty, as the template `format` does (docs/recipes.md), up to the
+/// answer: the tokens that an example of a `chat` corpus has there. Throws UsageError, which begins with `option`, with
+/// all names when there is no such template, and with the missing tokens when the vocabulary lacks some that it needs.
+[[nodiscard]] ChatPrompt chat_prompt(const std::string& format, const std::string& system, const std::string& user,
+                                     const Tokenizer& tokenizer, const std::string& option);
+
 /// Draws rows for training: sequences in a seeded shuffle per epoch, packed first-fit into rows of `row_length`; a
 /// sequence is never split over two rows. Every state change is in `position`, so resume is exact.
 class PackedSampler {

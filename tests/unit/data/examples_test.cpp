@@ -405,6 +405,48 @@ TEST_CASE("Labels are the answers and what ends them, whatever the template, and
   }
 }
 
+TEST_CASE(
+    "A prompt for generation has the tokens of an example's, whatever the template, and knows what ends an answer") {
+  const TemporaryFolder folder;
+  const auto path = folder.path() / "a.jsonl";
+  const auto tokenizer = chat_tokenizer(folder.path());
+  SplitMix64 random(23);
+  for (const std::string& name : template_names()) {
+    INFO(name);
+    for (int i = 0; i < 8; ++i) {
+      const std::string system = i % 2 == 0 ? "" : random_line(random, 3);
+      const std::string user = random_line(random, 1 + random.below(9));
+      Json messages = Json::array();
+      if (!system.empty()) {
+        messages.push_back({{"role", "system"}, {"content", system}});
+      }
+      messages.push_back({{"role", "user"}, {"content", user}});
+      messages.push_back({{"role", "assistant"}, {"content", random_line(random, 4)}});
+      put_file(path, Json({{"messages", messages}}).dump() + "\n");
+      PackedData data;
+      tokenize_documents(read_in_order(corpus_of(path, "chat", name)), *tokenizer, 1024, 0, 1, data);
+      const TokenSequence& sequence = data.sequences.at(0);
+      const ChatPrompt chat = chat_prompt(name, system, user, *tokenizer, "--chat");
+      CHECK(chat.tokens ==
+            std::vector<std::int32_t>(sequence.tokens.begin(), sequence.tokens.begin() + sequence.num_prompt_tokens));
+      CHECK(chat.ends == std::vector<std::int32_t>{sequence.tokens.back()});
+    }
+  }
+}
+
+TEST_CASE("A chat format that is not there, or lacks tokens, is refused with what there is") {
+  const TemporaryFolder folder;
+  train_on({"some words to learn from\n"}, TokenizerTraining{.vocab_size = 300}, folder.path() / "tokenizer.model");
+  const auto tokenizer = open_tokenizer(folder.path());
+  const auto refusal = [&](const std::string& format) {
+    return error_text<UsageError>([&] { (void)chat_prompt(format, "", "Red?", *tokenizer, "--chat"); });
+  };
+  CHECK_THAT(refusal("chatlm"), Catch::Contains("--chat") && Catch::Contains("\"chatlm\"") &&
+                                    Catch::Contains("did you mean \"chatml\"?") && Catch::Contains("tulu") &&
+                                    Catch::Contains("harmony"));
+  CHECK_THAT(refusal("chatml"), Catch::Contains("has no token <|im_start|>, <|im_end|>") && Catch::Contains("qa"));
+}
+
 TEST_CASE("A sequence begins with bos once: where the vocabulary names it and the family writes it") {
   const TemporaryFolder folder;
   const std::filesystem::path goldens = std::filesystem::path(HESTIA_SOURCE_DIR) / "tests/unit/data/goldens";
