@@ -2,18 +2,33 @@
 
 #include <cstring>
 
+#include <cuda_runtime_api.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
 #include <torch/cuda.h>
 
 #include "hestia/core/error.hpp"
+#include "hestia/core/log.hpp"
+#include "hestia/kernels/gpu_architecture.hpp"
 
 namespace hestia {
 namespace {
 
 std::string shape_text(at::IntArrayRef shape) {
   return fmt::format("[{}]", fmt::join(shape, ", "));
+}
+
+// Why Hestia's kernels do not run on a GPU, before each launch says so in the driver's words; empty: they do.
+std::string gpu_refusal(int index) {
+  cudaDeviceProp properties{};
+  if (cudaGetDeviceProperties(&properties, index) != cudaSuccess) {
+    (void)cudaGetLastError();
+    return "";
+  }
+  const std::string refusal =
+      gpu_architecture_refusal(compiled_gpu_architectures(), properties.major, properties.minor);
+  return refusal.empty() ? "" : fmt::format("GPU {} ({}) {}", index, properties.name, refusal);
 }
 
 }  // namespace
@@ -87,7 +102,15 @@ torch::Device device_from_recipe(std::string_view name) {
     return torch::Device(torch::kCPU);
   }
   if (name == "auto") {
-    return num_gpus > 0 ? torch::Device(torch::kCUDA, 0) : torch::Device(torch::kCPU);
+    if (num_gpus == 0) {
+      return torch::Device(torch::kCPU);
+    }
+    const std::string refusal = gpu_refusal(0);
+    if (refusal.empty()) {
+      return torch::Device(torch::kCUDA, 0);
+    }
+    log_warning(fmt::format("device: {}; auto takes the CPU", refusal));
+    return torch::Device(torch::kCPU);
   }
   int index = -1;
   if (name == "cuda") {
@@ -103,6 +126,9 @@ torch::Device device_from_recipe(std::string_view name) {
     throw UsageError(fmt::format("device: this machine has {} usable GPU{}, got \"{}\"; use {}", num_gpus,
                                  num_gpus == 1 ? "" : "s", std::string(name),
                                  num_gpus == 0 ? "cpu or auto" : fmt::format("cuda:0 to cuda:{}", num_gpus - 1)));
+  }
+  if (const std::string refusal = gpu_refusal(index); !refusal.empty()) {
+    throw UsageError(fmt::format("device: {}", refusal));
   }
   return {torch::kCUDA, static_cast<c10::DeviceIndex>(index)};
 }

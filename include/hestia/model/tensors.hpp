@@ -17,8 +17,8 @@ namespace hestia {
 [[nodiscard]] DType safetensors_dtype(torch::Dtype dtype);
 /// "float32" or "bfloat16" (also "bf16", "float64") -> dtype. Throws UsageError with the known names.
 [[nodiscard]] torch::Dtype dtype_from_recipe(std::string_view name);
-/// "cpu", "cuda", "cuda:1", or "auto" (CUDA when there is a GPU). Throws UsageError when a GPU is asked for and none is
-/// there.
+/// "cpu", "cuda", "cuda:1", or "auto" (CUDA when there is a GPU that Hestia's kernels are compiled for; a warning says
+/// when there is another). Throws UsageError when a GPU is asked for and none is there, or one of another architecture.
 [[nodiscard]] torch::Device device_from_recipe(std::string_view name);
 
 /// A copy of a mapped tensor, on the CPU, in its own dtype.
