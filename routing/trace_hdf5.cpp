@@ -37,7 +37,7 @@ void expect_shape(const H5File& file, const std::filesystem::path& path, const s
 
 }  // namespace
 
-void write_trace_hdf5(const std::filesystem::path& path, const RoutingTrace& trace) {
+void write_trace_hdf5(const std::filesystem::path& path, const RoutingTrace& trace, std::span<const float> logits) {
   const std::size_t num_layers = trace.layers.size();
   const auto top_k = as_size(trace.top_k);
   const std::string hint = "; write it as CSV";
@@ -50,6 +50,10 @@ void write_trace_hdf5(const std::filesystem::path& path, const RoutingTrace& tra
                                  path.string(), trace.entries.size(), num_layers, hint));
   }
   const std::size_t num_steps = trace.entries.size() / num_layers;
+  if (!logits.empty() && logits.size() != trace.entries.size() * as_size(trace.num_experts)) {
+    throw std::invalid_argument(fmt::format("routing trace: {} logits for {} steps and layers of {} experts",
+                                            logits.size(), trace.entries.size(), trace.num_experts));
+  }
   std::vector<std::uint16_t> experts;
   std::vector<std::uint16_t> weights;
   std::vector<std::uint8_t> residency;
@@ -130,12 +134,28 @@ void write_trace_hdf5(const std::filesystem::path& path, const RoutingTrace& tra
       file.write("/trace/residency", H5Type::kUInt8, shape, residency.data());
       file.write("/trace/moved_bytes", H5Type::kInt64, shape, moved_bytes.data());
     }
+    if (!logits.empty()) {
+      std::vector<std::uint16_t> half(logits.size());
+      std::transform(logits.begin(), logits.end(), half.begin(), float_to_half_bits);
+      file.write("/trace/logits", H5Type::kFloat16,
+                 {steps_signed, static_cast<std::int64_t>(num_layers), trace.num_experts}, half.data());
+    }
     if (longest > 0) {
       file.write("/trace/preload", H5Type::kInt64,
                  {static_cast<std::int64_t>(num_layers), static_cast<std::int64_t>(longest)}, preload.data());
     }
     file.close();
   });
+}
+
+std::vector<float> read_trace_logits(const std::filesystem::path& path) {
+  const H5File file = H5File::open(path);
+  if (!file.contains("/trace/logits")) {
+    return {};
+  }
+  const std::vector<std::int64_t> shape = file.shape("/trace/expert");
+  expect_shape(file, path, "/trace/logits", {shape.at(0), shape.at(1), file.read_int_attribute("/", "num_experts")});
+  return file.read_floats("/trace/logits");
 }
 
 RoutingTrace read_trace_hdf5(const std::filesystem::path& path) {

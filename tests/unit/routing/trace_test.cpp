@@ -98,6 +98,23 @@ TEST_CASE("a trace keeps what its recorder's cache began with, and refuses what 
   CHECK_THAT(failure(with(" preload=1\n# layer=2 expert_bytes=100")), Catch::Contains("preload of layer 2"));
 }
 
+TEST_CASE("a packed trace may hold the router logits of every step") {
+  const TemporaryFolder folder;
+  const std::filesystem::path path = folder.path() / "trace.h5";
+  const RoutingTrace trace = testing::trace_of(5, {{3, 1}, {0, 4}, {2, 1}});
+  std::vector<float> logits;
+  for (int i = 0; i < 15; ++i) {
+    logits.push_back(static_cast<float>(i * i % 7) - 2.75F);
+  }
+  write_trace_hdf5(path, trace, logits);
+  CHECK(read_trace_logits(path) == logits);
+  CHECK(same_trace(read_trace(path), trace));
+  logits.pop_back();
+  CHECK_THROWS_AS(write_trace_hdf5(path, trace, logits), std::invalid_argument);
+  write_trace_hdf5(path, trace);
+  CHECK(read_trace_logits(path).empty());
+}
+
 TEST_CASE("the order of slots, carriage returns and unlisted layers do not matter") {
   const std::string swapped = replaced(kRows, "0,0,0,1,0,3,0.75,0,100\n0,0,0,1,1,5,0.25,0,100\n",
                                        "0,0,0,1,1,5,0.25,0,100\n0,0,0,1,0,3,0.75,0,100\n");
