@@ -5,10 +5,12 @@
 #include <iostream>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <CLI/CLI.hpp>
 
 #include "commands.hpp"
@@ -16,6 +18,8 @@
 #include "hestia/core/json_lines.hpp"
 #include "hestia/core/log.hpp"
 #include "hestia/core/progress.hpp"
+#include "hestia/data/corpus.hpp"
+#include "hestia/data/packing.hpp"
 #include "hestia/data/tokenizer.hpp"
 #include "hestia/evaluation/build_info.hpp"
 #include "hestia/evaluation/throughput.hpp"
@@ -27,6 +31,7 @@
 #include "hestia/runtime/decoder.hpp"
 #include "hestia/runtime/replay.hpp"
 #include "hestia/trainer/bundle.hpp"
+#include "hestia/trainer/preference_predictor.hpp"
 #include "token_list.hpp"
 
 namespace hestia {
@@ -36,6 +41,8 @@ struct GenerateArguments {
   std::filesystem::path model;
   std::filesystem::path router;
   std::string prompt;
+  std::string chat;
+  std::string system;
   std::string prompt_tokens;
   std::int64_t max_tokens = 128;
   std::string expert_slots;
@@ -45,6 +52,7 @@ struct GenerateArguments {
   std::uint64_t seed = 1;
   std::string start = "cold";
   std::filesystem::path preload;
+  std::string preload_by = "aggregate";
   std::string preload_router;
   std::string residency = "bundle";
   double temperature = 0.0;
@@ -52,11 +60,13 @@ struct GenerateArguments {
   std::string device = "auto";
   std::string dtype = "bfloat16";
   std::string expert_format = "bf16";
+  std::string pinned_memory;
   std::optional<std::uint64_t> random_weights;
   bool ignore_eos = false;
   bool no_graph = false;
   std::filesystem::path record;
-  std::filesystem::path record_logits;
+  std::vector<std::string> record_logits;  // a file, or nothing: into the trace
+  bool logits_in_trace = false;
   std::filesystem::path replay;
   bool fold = false;
   bool json = false;
@@ -171,8 +181,102 @@ double per(std::int64_t count, std::int64_t of) {
   return of == 0 ? 0.0 : static_cast<double>(count) / static_cast<double>(of);
 }
 
+// What a start with preload takes its experts from.
+struct Preload {
+  PreloadChoice by = PreloadChoice::kAggregate;
+  std::filesystem::path file;
+  PreferenceRouter router = PreferenceRouter::kBaseline;
+  std::optional<PreferencePredictor> predictor;
+  std::optional<NearestPrompt> nearest;
+  std::vector<std::vector<std::uint16_t>> experts;  // per MoE layer, once they are known
+  NearestPreload found;                             // of kNearest, once the prompt has run
+};
+
+// Everything but what needs the weights or the prompt's routing; nullopt for other starts.
+std::optional<Preload> preload_from(const GenerateArguments& arguments, const Architecture& architecture) {
+  if (start_from_name(arguments.start) != CacheStart::kPreload) {
+    const char* const given = !arguments.preload.empty()            ? "--preload"
+                              : !arguments.preload_router.empty()   ? "--preload-router"
+                              : arguments.preload_by != "aggregate" ? "--preload-by"
+                                                                    : nullptr;
+    if (given != nullptr) {
+      throw UsageError(fmt::format("{}: only serves --start preload, got --start {}", given, arguments.start));
+    }
+    return std::nullopt;
+  }
+  Preload preload;
+  preload.by = preload_choice_from_name(arguments.preload_by, "--preload-by");
+  preload.file = !arguments.preload.empty()  ? arguments.preload
+                 : !arguments.router.empty() ? arguments.router / "preferences.h5"
+                                             : std::filesystem::path();
+  if (preload.file.empty()) {
+    throw UsageError("--start preload: needs statistics; give --router BUNDLE or --preload FILE");
+  }
+  const std::string router = !arguments.preload_router.empty() ? arguments.preload_router
+                             : arguments.router.empty()        ? "baseline"
+                                                               : "tuned";
+  preload.router = router_from_name(router, "--preload-router");
+  const std::vector<std::int64_t> layers = architecture.moe_layers();
+  const std::int64_t experts = architecture.num_experts;
+  constexpr const char* kWhose = "the model";
+  switch (preload.by) {
+    case PreloadChoice::kAggregate:
+      preload.experts = read_preload(preload.file, preload.router, layers, experts, kWhose);
+      break;
+    case PreloadChoice::kPredictor:
+      if (preload.router == PreferenceRouter::kBaseline && !arguments.preload_router.empty()) {
+        throw UsageError(
+            "--preload-router: the predictor guesses the tuned router's experts, got \"baseline\"; leave the option "
+            "out, or preload by aggregate or nearest");
+      }
+      preload.predictor = read_preload_predictor(preload.file, layers, experts, architecture.hidden_size, kWhose);
+      preload.router = PreferenceRouter::kTuned;
+      break;
+    case PreloadChoice::kNearest:
+      preload.nearest.emplace(preload.file, preload.router, layers, experts, kWhose);
+      break;
+  }
+  return preload;
+}
+
+// Tells the decoder what to begin with. `preload` must outlive it.
+void set_preload(Preload& preload, MoeModel& model, const std::vector<std::int64_t>& prompt, DecoderOptions& options) {
+  if (preload.predictor) {
+    const torch::Tensor embedding_D = mean_embedding(token_embedding(model), prompt).contiguous();
+    const std::vector<float> guess = preload.predictor->predict(
+        {embedding_D.const_data_ptr<float>(), static_cast<std::size_t>(embedding_D.numel())});
+    preload.experts = preload_order(guess, preload.predictor->num_layers, preload.predictor->num_experts);
+  }
+  if (!preload.nearest) {
+    options.preload = preload.experts;
+    return;
+  }
+  options.preload_of_prompt = [&preload](const torch::Tensor& prompt_count_LE) {
+    const torch::Tensor counts = prompt_count_LE.contiguous();
+    preload.found =
+        preload.nearest->find({counts.const_data_ptr<std::int64_t>(), static_cast<std::size_t>(counts.numel())});
+    preload.experts = preload.found.order;
+    return preload.experts;
+  };
+}
+
+Json preload_json(const Preload& preload) {
+  const bool nearest = preload.by == PreloadChoice::kNearest;
+  return {{"by", preload_choice_names().at(static_cast<std::size_t>(preload.by))},
+          {"file", preload.file.string()},
+          {"router", router_name(preload.router)},
+          {"sequence", nearest ? Json(preload.found.id) : Json()},
+          {"similarity", nearest ? Json(preload.found.similarity) : Json()}};
+}
+
+bool is_packed(const std::filesystem::path& trace) {
+  const std::string extension = trace.extension().string();
+  return extension == ".h5" || extension == ".hdf5";
+}
+
 void write_trace(const std::filesystem::path& path, const Decoder& decoder, const Architecture& architecture,
-                 std::int64_t expert_bytes, const std::string& model) {
+                 std::int64_t expert_bytes, const std::string& model, const std::optional<Preload>& preload,
+                 bool with_logits) {
   RoutingTrace trace;
   append_sequence(trace, decoder.recorded());
   const std::vector<std::int64_t> moe_layers = architecture.moe_layers();
@@ -181,13 +285,25 @@ void write_trace(const std::filesystem::path& path, const Decoder& decoder, cons
   for (std::size_t layer = 0; layer < trace.layers.size(); ++layer) {
     trace.layers[layer].layer = moe_layers[layer];
     trace.layers[layer].expert_bytes = expert_bytes;
+    if (preload) {
+      trace.layers[layer].preload = preload->experts.at(layer);
+    }
   }
   for (TraceEntry& entry : trace.entries) {
     entry.layer = static_cast<std::int32_t>(moe_layers[static_cast<std::size_t>(entry.layer)]);
   }
-  const std::string extension = path.extension().string();
-  if (extension == ".h5" || extension == ".hdf5") {
-    write_trace_hdf5(path, trace);
+  if (is_packed(path)) {
+    torch::Tensor logits_TLE;
+    if (with_logits) {
+      logits_TLE = torch::cat({decoder.recorded_prompt_logits(), decoder.recorded_logits()}, 1)
+                       .select(2, 0)
+                       .transpose(0, 1)
+                       .contiguous();
+    }
+    write_trace_hdf5(path, trace,
+                     with_logits ? std::span<const float>(logits_TLE.const_data_ptr<float>(),
+                                                          static_cast<std::size_t>(logits_TLE.numel()))
+                                 : std::span<const float>());
   } else {
     write_trace_csv(path, trace);
   }
@@ -219,6 +335,19 @@ void run_generate(const GenerateArguments& arguments) {
   if (arguments.prompt.empty() == arguments.prompt_tokens.empty()) {
     throw UsageError("generate: give either --prompt TEXT or --prompt-tokens 1,2,3");
   }
+  if (arguments.prompt.empty() && !arguments.chat.empty()) {
+    throw UsageError("--chat: lays out the text of --prompt, got --prompt-tokens; give --prompt TEXT");
+  }
+  if (arguments.chat.empty() && !arguments.system.empty()) {
+    throw UsageError(
+        "--system: only serves --chat; give the chat format of the model's family, for example --chat tulu");
+  }
+  if (arguments.logits_in_trace && !is_packed(arguments.record)) {
+    throw UsageError(
+        fmt::format("--record-logits: without a file the logits go into a packed trace, got --record \"{}\"; give "
+                    "--record FILE.h5, or --record-logits FILE.safetensors",
+                    arguments.record.string()));
+  }
   if (arguments.max_tokens < 1) {
     throw UsageError(fmt::format("--max-tokens: must be at least 1, got {}", arguments.max_tokens));
   }
@@ -231,11 +360,21 @@ void run_generate(const GenerateArguments& arguments) {
   const torch::Device device = device_from_recipe(arguments.device);
   const torch::Dtype dtype = dtype_from_recipe(arguments.dtype);
   const ExpertFormat format = expert_format_from_name(arguments.expert_format);
+  std::optional<std::int64_t> pinned_budget;
+  if (!arguments.pinned_memory.empty()) {
+    pinned_budget = parse_pinned_memory(arguments.pinned_memory, "--pinned-memory");
+  }
   const Architecture stored = read_architecture(arguments.model);
   // Everything that can be wrong is looked at before the weights are read.
   std::optional<std::unique_ptr<Tokenizer>> tokenizer;
   std::vector<std::int64_t> prompt;
-  if (!arguments.prompt.empty()) {
+  std::vector<std::int64_t> ends;  // of an answer, beside the model's own end token
+  if (!arguments.chat.empty()) {
+    tokenizer = open_tokenizer(arguments.model);
+    const ChatPrompt chat = chat_prompt(arguments.chat, arguments.system, arguments.prompt, **tokenizer, "--chat");
+    prompt.assign(chat.tokens.begin(), chat.tokens.end());
+    ends.assign(chat.ends.begin(), chat.ends.end());
+  } else if (!arguments.prompt.empty()) {
     tokenizer = open_tokenizer(arguments.model);
     if ((*tokenizer)->bos_id() >= 0 && stored.bos_token_id >= 0) {
       prompt.push_back((*tokenizer)->bos_id());
@@ -284,26 +423,12 @@ void run_generate(const GenerateArguments& arguments) {
     options.cache->seed = arguments.seed;
   }
   options.start = start_from_name(arguments.start);
-  if (options.start == CacheStart::kPreload) {
-    const std::filesystem::path file = !arguments.preload.empty()  ? arguments.preload
-                                       : !arguments.router.empty() ? arguments.router / "preferences.h5"
-                                                                   : std::filesystem::path();
-    if (file.empty()) {
-      throw UsageError("--start preload: needs statistics; give --router BUNDLE or --preload FILE");
-    }
-    const std::string router = !arguments.preload_router.empty() ? arguments.preload_router
-                               : arguments.router.empty()        ? "baseline"
-                                                                 : "tuned";
-    options.preload = read_preload(file, router_from_name(router, "--preload-router"), stored.moe_layers(),
-                                   stored.num_experts, "the model");
-  } else if (!arguments.preload.empty() || !arguments.preload_router.empty()) {
-    throw UsageError(fmt::format("--preload: only serves --start preload, got --start {}", arguments.start));
-  }
+  std::optional<Preload> preload = preload_from(arguments, stored);
   options.capacity = prompt_length + arguments.max_tokens;
   options.sampling = {arguments.temperature, arguments.top_p, arguments.seed};
   options.graph = !arguments.no_graph;
   options.record = !arguments.record.empty();
-  options.record_logits = !arguments.record_logits.empty();
+  options.record_logits = arguments.logits_in_trace || !arguments.record_logits.empty();
 
   std::optional<BundleManifest> manifest;
   const auto load_router = [&](OffloadedModel& loaded) {
@@ -314,13 +439,18 @@ void run_generate(const GenerateArguments& arguments) {
   };
   OffloadedModel offloaded =
       arguments.random_weights
-          ? create_offloaded(stored, dtype, device, *arguments.random_weights, arguments.quiet, format, load_router)
-          : load_offloaded(arguments.model, dtype, device, arguments.quiet, format, load_router);
+          ? create_offloaded(stored, dtype, device, *arguments.random_weights, arguments.quiet, format, load_router,
+                             pinned_budget)
+          : load_offloaded(arguments.model, dtype, device, arguments.quiet, format, load_router, pinned_budget);
   if (arguments.random_weights) {
     log_warning("weights are random: text, routing and hit rates say nothing of a trained model");
   }
   const Json expert_error = expert_error_json(offloaded.store);
+  const Json expert_store = expert_store_json(offloaded.store);
   options.residency = residency_from(arguments.residency, manifest);
+  if (preload) {
+    set_preload(*preload, offloaded.model, prompt, options);
+  }
   const Architecture architecture = offloaded.model->architecture();
   Decoder decoder(std::move(offloaded), options);
   std::int64_t most_steps = arguments.max_tokens - 1;
@@ -339,6 +469,7 @@ void run_generate(const GenerateArguments& arguments) {
   }
   std::vector<std::int64_t> eos;
   if (!arguments.ignore_eos && !trace) {
+    eos = ends;
     eos.push_back(architecture.eos_token_id);
     if (text_known) {
       eos.push_back((*tokenizer)->eos_id());
@@ -376,10 +507,11 @@ void run_generate(const GenerateArguments& arguments) {
     std::cout << std::endl;
   }
   if (options.record) {
-    write_trace(arguments.record, decoder, architecture, blob_bytes, arguments.model.string());
+    write_trace(arguments.record, decoder, architecture, blob_bytes, arguments.model.string(), preload,
+                arguments.logits_in_trace);
   }
-  if (options.record_logits) {
-    write_logits(arguments.record_logits, decoder, architecture.top_k);
+  if (options.record_logits && !arguments.logits_in_trace) {
+    write_logits(arguments.record_logits.front(), decoder, architecture.top_k);
   }
 
   const DecodeTimes times = decoder.times();
@@ -394,6 +526,7 @@ void run_generate(const GenerateArguments& arguments) {
       {"model", arguments.model.string()},
       {"router", arguments.router.empty() ? "base" : arguments.router.string()},
       {"mode", trace ? "replay" : "live"},
+      {"chat", arguments.chat.empty() ? Json() : Json(arguments.chat)},
       {"fold", fold.empty() ? Json() : Json(fold)},
       {"random_weights", arguments.random_weights.has_value()},
       {"device", device.str()},
@@ -401,11 +534,12 @@ void run_generate(const GenerateArguments& arguments) {
       {"expert_format", stored_format_name(dtype, format)},
       {"expert_bytes", blob_bytes},
       {"expert_error", expert_error},
+      {"expert_store", expert_store},
       {"prompt_tokens", prompt_length},
       {"tokens", tokens},
       {"text", stream ? Json(stream->text()) : Json()},
       {"stop", stop},
-      {"cuda_graph", device.is_cuda() && options.graph},
+      {"cuda_graph", decoder.in_graphs()},
       {"kernels", decoder.in_kernels()},
       {"traced", traced},
       {"ttft_seconds", times.prompt_seconds},
@@ -421,6 +555,7 @@ void run_generate(const GenerateArguments& arguments) {
         {"policy", arguments.policy},
         {"fetch", fetch_path_name(decoder.fetch_path())},
         {"start", arguments.start},
+        {"preload", preload ? preload_json(*preload) : Json()},
         {"requests", totals.requests},
         {"hits", totals.hits},
         {"cold", totals.cold},
@@ -485,6 +620,11 @@ void add_generate(CLI::App& app) {
   verb->add_option("--router", arguments->router, "router bundle to serve in place of the model's own routers")
       ->option_text("BUNDLE");
   verb->add_option("--prompt", arguments->prompt, "text to go on from")->option_text("TEXT");
+  verb->add_option("--chat", arguments->chat,
+                   fmt::format("lay the prompt out as a user's message: {} (docs/recipes.md)",
+                               fmt::join(template_names(), ", ")))
+      ->option_text("FORMAT");
+  verb->add_option("--system", arguments->system, "with --chat: the system message before it")->option_text("TEXT");
   verb->add_option("--prompt-tokens", arguments->prompt_tokens, "token ids in place of text, for example 1,2,3")
       ->option_text("IDS");
   verb->add_option("--max-tokens", arguments->max_tokens, "most tokens to generate")->capture_default_str();
@@ -496,7 +636,7 @@ void add_generate(CLI::App& app) {
   verb->add_option(
           "--fetch", arguments->fetch,
           "how misses come: auto, together (one kernel copies and computes), copies (the copy engine, told by a host "
-          "thread), waves (kernels of their own)")
+          "thread), waves (kernels of their own), staged (the copy engine, told by the host between kernels)")
       ->capture_default_str();
   verb->add_option("--gamma", arguments->gamma, "discount of the policy gamma")->capture_default_str();
   verb->add_option("--start", arguments->start,
@@ -504,6 +644,10 @@ void add_generate(CLI::App& app) {
       ->capture_default_str();
   verb->add_option("--preload", arguments->preload, "preferences.h5 to preload from (default: the bundle's)")
       ->option_text("FILE");
+  verb->add_option("--preload-by", arguments->preload_by,
+                   "which experts: aggregate (most used of all), predictor (guessed from the prompt), or nearest (most "
+                   "used after the stored prompt that routed most alike)")
+      ->capture_default_str();
   verb->add_option("--preload-router", arguments->preload_router,
                    "whose statistics: baseline or tuned (default: that of --router)")
       ->option_text("NAME");
@@ -520,6 +664,11 @@ void add_generate(CLI::App& app) {
   verb->add_option("--expert-format", arguments->expert_format,
                    "experts in memory: bf16 (as --dtype says), or packed at loading: int8, int4, int4-asymmetric")
       ->capture_default_str();
+  verb->add_option(
+          "--pinned-memory", arguments->pinned_memory,
+          "on a GPU: most pinned host memory for experts, as 8GiB; those beyond it pass through staging buffers "
+          "(default: all are pinned)")
+      ->option_text("BYTES");
   verb->add_option("--random-weights", arguments->random_weights,
                    "make weights of this seed in memory: DIR needs only config.json (for replay)")
       ->option_text("SEED");
@@ -527,16 +676,27 @@ void add_generate(CLI::App& app) {
   verb->add_flag("--no-graph", arguments->no_graph, "on a GPU: no CUDA graphs");
   verb->add_option("--record", arguments->record, "write the routing trace: CSV, or packed when it ends in .h5")
       ->option_text("FILE");
-  verb->add_option("--record-logits", arguments->record_logits,
-                   "write the router logits of the steps, as `hestia score` reads them")
-      ->option_text("FILE");
+  CLI::Option* logits =
+      verb->add_option(
+              "--record-logits", arguments->record_logits,
+              "and the router logits: into the trace, which then ends in .h5; with a FILE those of the steps into "
+              "it, as `hestia score` reads them")
+          ->expected(0, 1)
+          ->option_text("[FILE]");
   verb->add_option("--replay", arguments->replay, "serve the experts of this trace's first sequence")
       ->option_text("TRACE");
   verb->add_flag("--fold", arguments->fold, "lay the trace onto the model's layers and experts (docs/routing.md)");
   verb->add_flag("--json", arguments->json, "one JSON object in place of text and statistics");
   verb->add_flag("--quiet", arguments->quiet, "no progress bar");
   verb->footer("Example: hestia generate --model checkpoints/tiny --expert-slots 4 --prompt \"The kernel\"");
-  verb->callback([arguments] { run_generate(*arguments); });
+  verb->callback([arguments, logits] {
+    const bool none = arguments->record_logits.empty() || arguments->record_logits.front().empty();
+    arguments->logits_in_trace = logits->count() > 0 && none;
+    if (none) {
+      arguments->record_logits.clear();
+    }
+    run_generate(*arguments);
+  });
 }
 
 }  // namespace hestia

@@ -33,6 +33,7 @@ FieldList BenchModelOptions::fields() {
   list.add("dtype", dtype, "of all weights but the routers", {"float32", "bfloat16"});
   list.add("device", device, "auto, cpu, cuda or cuda:N; auto takes a GPU when there is one");
   list.add("threads", threads, "CPU threads; 0: all cores", {.low = 0, .high = 1024});
+  list.add("pinned_memory", pinned_memory, "most pinned host memory for experts, as 8GiB; empty: all are pinned");
   return list;
 }
 
@@ -106,6 +107,13 @@ LoadedRecipe<BenchRecipe> load_bench_recipe(const std::filesystem::path& path,
                       loaded.source.location("bench.expert_formats"), format, loaded.recipe.model.dtype));
     }
   }
+  if (const std::string& pinned = loaded.recipe.model.pinned_memory; !pinned.empty()) {
+    try {
+      static_cast<void>(parse_pinned_memory(pinned, "model.pinned_memory"));
+    } catch (const UsageError& error) {
+      problems.add(fmt::format("{}: {}", loaded.source.location("model.pinned_memory"), error.what()));
+    }
+  }
   problems.throw_usage_if_any();
   return loaded;
 }
@@ -138,6 +146,14 @@ void check_bench_formats(const LoadedRecipe<BenchRecipe>& loaded, const Architec
     }
   }
   problems.throw_usage_if_any();
+}
+
+Json expert_store_json(const ExpertStore& store) {
+  return {{"bytes", store.bytes()},
+          {"experts", store.num_blobs()},
+          {"pinned_bytes", store.pinned_bytes()},
+          {"pinned_experts", store.pinned_blobs()},
+          {"staging_bytes", store.staging_bytes()}};
 }
 
 Json expert_error_json(const ExpertStore& store) {
@@ -270,11 +286,17 @@ class Bench {
  private:
   void load() {
     const torch::Dtype dtype = dtype_from_recipe(recipe_.model.dtype);
-    offloaded_ = recipe_.model.weights == "random"
-                     ? create_offloaded(read_architecture(recipe_.model.path), dtype, device_,
-                                        static_cast<std::uint64_t>(recipe_.model.seed), quiet_, format_)
-                     : load_offloaded(recipe_.model.path, dtype, device_, quiet_, format_);
+    offloaded_ =
+        recipe_.model.weights == "random"
+            ? create_offloaded(read_architecture(recipe_.model.path), dtype, device_,
+                               static_cast<std::uint64_t>(recipe_.model.seed), quiet_, format_, {}, pinned_budget())
+            : load_offloaded(recipe_.model.path, dtype, device_, quiet_, format_, {}, pinned_budget());
     expert_error_ = expert_error_json(offloaded_->store);
+  }
+
+  [[nodiscard]] std::optional<std::int64_t> pinned_budget() const {
+    const std::string& text = recipe_.model.pinned_memory;
+    return text.empty() ? std::nullopt : std::optional(parse_pinned_memory(text, "model.pinned_memory"));
   }
 
   void run_format() {
@@ -501,6 +523,7 @@ class Bench {
         {"expert_format", stored_format_name(dtype_from_recipe(recipe_.model.dtype), format_)},
         {"expert_bytes", offloaded_->store.layout().bytes},
         {"expert_error", expert_error_},
+        {"expert_store", expert_store_json(offloaded_->store)},
         {"slots", arm.slots},
         {"policy", arm.policy},
         {"start", arm.policy.empty() ? "" : recipe_.bench.start},
@@ -508,7 +531,7 @@ class Bench {
         {"prompt_tokens", prompt_tokens},
         {"new_tokens", new_tokens},
         {"fetch", arm.policy.empty() ? "" : fetch_path_name(arm.decoder->fetch_path())},
-        {"graph", recipe_.bench.graph && device_.is_cuda()},
+        {"graph", arm.decoder->in_graphs()},
         {"kernels", arm.decoder->in_kernels()},
         {"start_early", arm.decoder->in_kernels() && recipe_.bench.start_early},
         {"tokens_per_second", rate},

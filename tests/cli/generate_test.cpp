@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 #include <filesystem>
 #include <string>
 #include <vector>
@@ -7,7 +8,9 @@
 
 #include "cli_fixtures.hpp"
 #include "hestia/core/json_lines.hpp"
+#include "hestia/core/random.hpp"
 #include "hestia/core/safetensors.hpp"
+#include "hestia/routing/preferences.hpp"
 #include "hestia/routing/simulator.hpp"
 #include "hestia/routing/trace.hpp"
 
@@ -57,6 +60,148 @@ TEST_CASE("generate says the same with few slots as with all experts, and counts
   CHECK(again["cache"]["hits"] == counts.hits);
   CHECK(again["cache"]["loads"] == counts.loads);
   CHECK(again["warnings"].size() == 2);
+}
+
+// Statistics of random routing for the shipped model: `num_sequences` of 20 tokens, the first 8 a prompt (or none).
+std::string preferences_of_tiny(const TemporaryFolder& folder, std::int64_t num_sequences, std::int64_t num_prompt,
+                                const PreferencePredictor* predictor = nullptr) {
+  constexpr std::int64_t kLayers = 6;
+  constexpr std::int64_t kExperts = 32;
+  std::string path = folder.path() / "preferences.h5";
+  SplitMix64 random(811);
+  const auto routing = [&](std::int64_t id) {
+    SequenceRouting sequence;
+    sequence.id = id;
+    sequence.num_tokens = 20;
+    sequence.num_prompt_tokens = num_prompt;
+    sequence.num_layers = kLayers;
+    sequence.num_experts = kExperts;
+    sequence.top_k = 4;
+    for (std::int64_t row = 0; row < kLayers * 20; ++row) {
+      const auto first = static_cast<std::uint16_t>(random.below(kExperts));
+      for (std::uint16_t k = 0; k < 4; ++k) {
+        sequence.selected.push_back(static_cast<std::uint16_t>((first + 7 * k) % kExperts));
+      }
+      sequence.probabilities.insert(sequence.probabilities.end(), kExperts, 1.0F / kExperts);
+    }
+    return sequence;
+  };
+  PreferenceWriter writer(path, kLayers, kExperts, {0, 1, 2, 3, 4, 5});
+  for (std::int64_t id = 0; id < num_sequences; ++id) {
+    writer.add(routing(40 + id), routing(40 + id));
+  }
+  writer.close(predictor);
+  return path;
+}
+
+// Of the shipped model's shape; its guess is `bias` [L, E] and, times `weight`, something of the prompt.
+PreferencePredictor predictor_of_tiny(const std::vector<float>& bias, float weight) {
+  PreferencePredictor predictor;
+  predictor.num_layers = 6;
+  predictor.num_experts = 32;
+  predictor.embedding_size = 256;
+  predictor.hidden_size = 3;
+  SplitMix64 random(812);
+  const auto fill = [&](std::vector<float>& values, std::size_t count) {
+    for (std::size_t i = 0; i < count; ++i) {
+      values.push_back(static_cast<float>(random.uniform()) - 0.5F);
+    }
+  };
+  fill(predictor.hidden_weight, 3 * 256);
+  predictor.hidden_bias.assign(3, 1.0F);  // more than what embeddings add: no unit is dead
+  fill(predictor.output_weight, 6 * 32 * 3);
+  for (float& value : predictor.output_weight) {
+    value *= weight;
+  }
+  predictor.output_bias = bias;
+  predictor.embedding = kMeanTokenEmbedding;
+  predictor.report.slots = {1};
+  predictor.report.best_by_requests = predictor.report.best_by_kl = "predictor";
+  return predictor;
+}
+
+TEST_CASE("generate pre-loads what statistics, predictor or nearest prompt say, and counts what simulate counts") {
+  const TemporaryFolder folder;
+  SplitMix64 random(813);
+  std::vector<float> bias;
+  for (int i = 0; i < 6 * 32; ++i) {
+    bias.push_back(static_cast<float>(random.uniform()));
+  }
+  const Json cold = Json::parse(done(hestia(generate({"--expert-slots", "5"}))));
+  CHECK(cold["cache"]["preload"].is_null());
+  std::vector<std::vector<std::uint16_t>> first_layers;
+  const auto check = [&](const std::string& by, const std::string& prompt, float weight) {
+    CAPTURE(by, prompt);
+    const PreferencePredictor predictor = predictor_of_tiny(bias, weight);
+    const std::string file = preferences_of_tiny(folder, 5, 8, &predictor);
+    const std::string trace_file = folder.path() / "trace.csv";
+    const Json json = Json::parse(done(hestia(
+        {"generate",     "--model", "checkpoints/tiny", "--prompt", prompt,    "--max-tokens", "16",        "--device",
+         "cpu",          "--json",  "--expert-slots",   "5",        "--start", "preload",      "--preload", file,
+         "--preload-by", by,        "--record",         trace_file})));
+    const Json& preload = json["cache"]["preload"];
+    CHECK(preload["by"] == by);
+    CHECK(preload["file"] == file);
+    CHECK(preload["router"] == (by == "predictor" ? "tuned" : "baseline"));
+    CHECK(preload["sequence"].is_null() == (by != "nearest"));
+    const RoutingTrace trace = read_trace(trace_file);
+    SimulationOptions options;
+    options.slots = 5;
+    options.start = CacheStart::kPreload;
+    for (const TraceLayer& layer : trace.layers) {
+      options.preload.push_back(layer.preload);
+    }
+    const SimulationCounts counts = simulate(trace, options);
+    CHECK(json["cache"]["requests"] == counts.requests);
+    CHECK(json["cache"]["hits"] == counts.hits);
+    CHECK(json["cache"]["cold"] == counts.cold);
+    CHECK(json["cache"]["loads"] == counts.loads);
+    CHECK(json["cache"]["evictions"] == counts.evictions);
+    const Json simulated = Json::parse(
+        done(hestia({"simulate", trace_file, "--policy", "lru", "--slots", "5", "--start", "preload", "--json"})));
+    CHECK(simulated["hits"] == counts.hits);
+    first_layers.push_back(options.preload.front());
+    if (by == "nearest") {
+      const PreferenceReader reader(file);
+      const std::vector<std::int64_t> ids = reader.ids();
+      const auto place = std::find(ids.begin(), ids.end(), preload["sequence"].get<std::int64_t>()) - ids.begin();
+      REQUIRE(place < 5);
+      const PreferenceRows row = reader.rows(PreferenceRouter::kBaseline, place, 1);
+      CHECK(row.count[options.preload[0][0]] == *std::max_element(row.count.begin(), row.count.begin() + 32));
+      CHECK(preload["similarity"].get<double>() > 0.0);
+    }
+    if (by == "predictor" && weight == 0.0F) {
+      for (std::size_t layer = 0; layer < 6; ++layer) {
+        for (std::size_t rank = 1; rank < 32; ++rank) {
+          const std::size_t at = layer * 32;
+          CHECK(bias[at + options.preload[layer][rank - 1]] >= bias[at + options.preload[layer][rank]]);
+        }
+      }
+    }
+  };
+  check("aggregate", "The kernel", 0.0F);
+  check("nearest", "The kernel", 0.0F);
+  check("predictor", "The kernel", 0.0F);
+  check("predictor", "The kernel", 200.0F);
+  check("predictor", "Once upon a time", 200.0F);
+  for (std::size_t i = 0; i < first_layers.size(); ++i) {
+    for (std::size_t j = 0; j < i; ++j) {
+      CHECK(first_layers[i] != first_layers[j]);
+    }
+  }
+}
+
+TEST_CASE("generate says what statistics lack for a preload, before it loads a model") {
+  const TemporaryFolder folder;
+  const std::string file = preferences_of_tiny(folder, 3, 0);
+  const auto complains = [&](std::vector<std::string> more, const std::vector<std::string>& parts) {
+    more.insert(more.begin(), {"--start", "preload", "--preload", file});
+    check_complaint(hestia(generate(std::move(more))), 2, parts);
+  };
+  complains({"--preload-by", "predictor"}, {file, "has no predictor", "export.predictor.enabled=true"});
+  complains({"--preload-by", "nearest"}, {file, "no sequence with a prompt", "got 3 sequences"});
+  complains({"--preload-by", "nearst"}, {"--preload-by", "\"nearst\"", "did you mean \"nearest\"", "aggregate"});
+  complains({"--preload-by", "predictor", "--preload-router", "baseline"}, {"--preload-router", "tuned"});
 }
 
 TEST_CASE("generate decodes packed experts, few or all, to the same tokens, and says what packing lost") {
@@ -112,12 +257,74 @@ TEST_CASE("generate streams text on stdout and keeps its statistics to stderr") 
   CHECK_THAT(streamed.err, Catch::Contains("50 slots in one pool") && Catch::Contains("tokens/s"));
 }
 
+TEST_CASE("generate lays a message out as a chat") {
+  const Json plain = Json::parse(done(hestia(generate({}))));
+  CHECK(plain["chat"].is_null());
+  const Json chat = Json::parse(done(hestia(generate({"--chat", "tulu"}))));
+  CHECK(chat["chat"] == "tulu");
+  CHECK(chat["prompt_tokens"] > plain["prompt_tokens"]);
+  CHECK(chat["tokens"] != plain["tokens"]);
+  // As the format spells it (docs/recipes.md); no text of it is a token of its own.
+  const Json spelt = Json::parse(done(hestia({"generate", "--model", "checkpoints/tiny", "--prompt",
+                                              "<|system|>\nBe brief.\n<|user|>\nThe kernel\n<|assistant|>\n",
+                                              "--max-tokens", "24", "--device", "cpu", "--json"})));
+  const Json system = Json::parse(done(hestia(generate({"--chat", "tulu", "--system", "Be brief."}))));
+  CHECK(system["prompt_tokens"] == spelt["prompt_tokens"]);
+  CHECK(system["tokens"] == spelt["tokens"]);
+  CHECK(system["tokens"] != chat["tokens"]);
+}
+
+TEST_CASE("generate says where the experts lie, and that a CPU pins nothing") {
+  const Json json = Json::parse(done(hestia(generate({"--expert-slots", "5", "--pinned-memory", "2MiB"}))));
+  const Json& store = json["expert_store"];
+  CHECK(store["experts"] == 6 * 32);
+  CHECK(store["bytes"].get<std::int64_t>() == 6 * 32 * json["expert_bytes"].get<std::int64_t>());
+  CHECK(store["pinned_bytes"] == 0);
+  CHECK(store["staging_bytes"] == 0);
+  REQUIRE(json["warnings"].size() == 1);
+  CHECK_THAT(json["warnings"][0].get<std::string>(), Catch::Contains("--pinned-memory"));
+  CHECK(json["tokens"] == Json::parse(done(hestia(generate({}))))["tokens"]);
+  // A path that is a GPU's alone.
+  CHECK(Json::parse(done(hestia(generate({"--expert-slots", "5", "--fetch", "staged"}))))["cache"]["fetch"] == "waves");
+}
+
 TEST_CASE("generate writes the router logits as score reads them") {
   const TemporaryFolder folder;
   const std::string file = folder.path() / "logits.safetensors";
   static_cast<void>(done(hestia(generate({"--record-logits", file}))));
   const Json score = Json::parse(done(hestia({"score", file, "--slots", "8", "--json"})));
   CHECK(score.contains("metrics"));
+}
+
+TEST_CASE("generate puts the router logits of prompt and steps into a packed trace") {
+  const TemporaryFolder folder;
+  const std::string file = folder.path() / "trace.h5";
+  const Json json = Json::parse(done(hestia(generate({"--record", file, "--record-logits"}))));
+  CHECK(json["traced"] == true);
+  const RoutingTrace trace = read_trace(file);
+  const std::vector<float> logits = read_trace_logits(file);
+  REQUIRE(logits.size() == trace.entries.size() * 32);
+  CHECK(trace.entries.size() ==
+        6 * (json["prompt_tokens"].get<std::size_t>() + json["decode_steps"].get<std::size_t>()));
+  // The experts chosen are those of the highest logits, whose softmax their weights are; all in half precision.
+  for (std::size_t entry = 0; entry < trace.entries.size(); ++entry) {
+    const float* z = logits.data() + entry * 32;
+    double sum = 0.0;
+    for (std::size_t e = 0; e < 32; ++e) {
+      sum += std::exp(static_cast<double>(z[e]));
+    }
+    const auto experts = trace.experts_of(trace.entries[entry]);
+    const auto weights = trace.weights_of(trace.entries[entry]);
+    for (std::size_t k = 0; k < experts.size(); ++k) {
+      REQUIRE(static_cast<double>(weights[k]) ==
+              Approx(std::exp(static_cast<double>(z[experts[k]])) / sum).epsilon(0.02));
+    }
+  }
+  static_cast<void>(done(hestia(generate({"--record", file}))));
+  CHECK(read_trace_logits(file).empty());
+  check_complaint(hestia(generate({"--record", folder.path() / "trace.csv", "--record-logits"})), 2,
+                  {"--record-logits", "trace.csv", "FILE.h5"});
+  check_complaint(hestia(generate({"--record-logits"})), 2, {"--record-logits", "FILE.h5"});
 }
 
 TEST_CASE("generate draws tokens by its seed") {
@@ -138,7 +345,13 @@ TEST_CASE("generate names what is wrong before it loads a model") {
   complains({"--start", "prefil"}, {"--start", "prefil", "prefill"});
   complains({"--start", "preload"}, {"--start preload", "--preload FILE"});
   complains({"--preload", "x.h5"}, {"--preload", "--start cold"});
+  complains({"--preload-by", "nearest"}, {"--preload-by", "--start cold"});
   complains({"--prompt-tokens", "1,2"}, {"either --prompt TEXT or --prompt-tokens"});
+  complains({"--pinned-memory", "8GB/s"}, {"--pinned-memory", "8GiB", "\"8GB/s\""});
+  complains({"--pinned-memory", "1KiB"}, {"--pinned-memory", "16.0 KiB", "1.0 KiB"});
+  complains({"--chat", "tullu"}, {"--chat", "\"tullu\"", "did you mean \"tulu\"", "chatml", "harmony"});
+  complains({"--chat", "chatml"}, {"--chat", "<|im_start|>", "<|im_end|>"});
+  complains({"--system", "Be brief."}, {"--system", "--chat"});
   complains({"--temperature", "-1"}, {"--temperature", "-1"});
   complains({"--top-p", "0"}, {"--top-p", "0"});
   complains({"--residency-prior", "0.3,2"}, {"--residency-prior", "--router"});

@@ -21,6 +21,8 @@ struct BenchModelOptions {
   std::string dtype = "bfloat16";
   std::string device = "auto";
   std::int64_t threads = 0;  ///< CPU threads; 0: all cores.
+  std::string
+      pinned_memory;  ///< Most pinned host memory, as `--pinned-memory` takes it; empty: as much as the experts.
   FieldList fields();
 };
 
@@ -75,6 +77,10 @@ void check_bench_formats(const LoadedRecipe<BenchRecipe>& loaded, const Architec
 /// What packing lost, as results have it: {"mean", "max", "layers": [{"gate", "up", "down"}]}, relative square errors;
 /// mean and max are over the MoE layers of the mean of the three. Null when the store is not packed.
 [[nodiscard]] Json expert_error_json(const ExpertStore& store);
+
+/// Where the experts lie, as results have it: {"bytes", "experts", "pinned_bytes", "pinned_experts", "staging_bytes"};
+/// nothing is pinned for a CPU.
+[[nodiscard]] Json expert_store_json(const ExpertStore& store);
 
 /// Decodes every arm of the grid and returns one object per arm (docs/decoding.md has the fields). One format of the
 /// experts after the other, so that one store is held at a time; in it, the arms of one batch and length take turns,
