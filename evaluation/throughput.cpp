@@ -487,7 +487,7 @@ class Bench {
       if (!now.empty()) {
         last = now;
       }
-      if (bound.device_rate > 0) {
+      if (bound.device_rate > 0 && bound.link_rate > 0) {  // no link rate: nothing is pinned
         arm.bound_seconds += bound.seconds(misses, hits);
       }
       ++arm.steps;
