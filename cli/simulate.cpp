@@ -252,8 +252,7 @@ void add_simulate(CLI::App& app) {
       ->option_text("NAME");
   command
       ->add_option("--preload", arguments->preload,
-                   "with --start preload: a preferences.h5, whose most used experts are put in place (default: those "
-                   "that the trace says its recorder began with)")
+                   "with --start preload: a preferences.h5, whose most used experts go first (default: as recorded)")
       ->option_text("FILE");
   command
       ->add_option("--preload-router", arguments->preload_router,
