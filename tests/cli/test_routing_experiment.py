@@ -38,6 +38,7 @@ TOY = (
 TOY_ARMS = (
     "train.steps=2 train.warmup_steps=1 train.log_every=1 evaluate.static_set=[2] "
     "evaluate.residency_prior.always_keep=[1] evaluate.residency_prior.lambdas=[0.5] residency.always_keep=1"
+    " evaluate.residency_prior.weight_lambdas=[0.25]"
 ).split()
 ARMS = """# a comment
 python - 1 base
@@ -115,7 +116,8 @@ class Experiment(unittest.TestCase):
         self.assertEqual([point["residency"] for point in base["points"]][0], None)
         self.assertEqual(base["points"][1]["residency"], {"lambda": 0.5, "always_keep": 1, "slots": 2})
         loop = rows["python/router+lora/loop/seed1"]
-        self.assertEqual([p["residency"] and p["residency"]["lambda"] for p in loop["points"]], [None, 0.5, 0.3])
+        self.assertEqual([p["residency"] and p["residency"]["lambda"] for p in loop["points"]], [None, 0.5, 0.25, 0.3])
+        self.assertEqual([(p["residency"] or {}).get("score") for p in loop["points"]], [None, None, "weight", None])
         whole = rows["python/all/cs.2/seed1"]["points"][0]["domains"]
         self.assertEqual(sorted(whole), sorted(driver.domains_of(FOLDER / "tune_a.yaml")))
         for domain, figures in whole.items():
