@@ -32,7 +32,7 @@ std::string_view compiled_gpu_architectures() {
 std::string gpu_architecture_refusal(std::string_view architectures, int major, int minor) {
   const int capability = 10 * major + minor;
   for (std::string_view rest = architectures; !rest.empty();) {
-    const std::size_t end = rest.find(';');
+    const std::size_t end = rest.find(',');
     if (runs(rest.substr(0, end), capability)) {
       return "";
     }

@@ -5,8 +5,8 @@
 
 namespace hestia {
 
-/// The GPU architectures that this build's CUDA kernels are compiled for, as CMake writes them ("90", "80;90-real",
-/// "90a"); empty in a build without them.
+/// The GPU architectures that this build's CUDA kernels are compiled for, as CMake writes them, with commas between
+/// them ("90", "80,90-real", "90a"); empty in a build without them.
 [[nodiscard]] std::string_view compiled_gpu_architectures();
 
 /// Why kernels compiled for `architectures` do not run on a GPU of compute capability major.minor; empty when they do.

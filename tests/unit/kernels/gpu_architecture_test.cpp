@@ -19,9 +19,9 @@ TEST_CASE("kernels run on the architectures that they are compiled for, and on l
   CHECK_FALSE(runs("80-real", 9, 0));
   CHECK(runs("80-virtual", 9, 0));
   CHECK_FALSE(runs("90-virtual", 8, 9));
-  CHECK(runs("75-real;80-real;90-virtual", 8, 6));
-  CHECK(runs("75-real;80-real;90-virtual", 10, 3));
-  CHECK_FALSE(runs("75-real;80-real;90-virtual", 7, 0));
+  CHECK(runs("75-real,80-real,90-virtual", 8, 6));
+  CHECK(runs("75-real,80-real,90-virtual", 10, 3));
+  CHECK_FALSE(runs("75-real,80-real,90-virtual", 7, 0));
   CHECK(runs("90a", 9, 0));
   CHECK_FALSE(runs("90a", 10, 0));
   CHECK_FALSE(runs("90a-real", 9, 1));
@@ -32,8 +32,8 @@ TEST_CASE("kernels run on the architectures that they are compiled for, and on l
 }
 
 TEST_CASE("the refusal of a GPU names it, what the build has, and what to do") {
-  CHECK(gpu_architecture_refusal("90;100-real", 8, 0) ==
-        "has compute capability 8.0, which kernels compiled for 90;100-real do not run on; configure with "
+  CHECK(gpu_architecture_refusal("90,100-real", 8, 0) ==
+        "has compute capability 8.0, which kernels compiled for 90,100-real do not run on; configure with "
         "-DCMAKE_CUDA_ARCHITECTURES=80 and build again, or use the CPU");
   CHECK(compiled_gpu_architectures().empty() != has_cuda_kernels());
 }
