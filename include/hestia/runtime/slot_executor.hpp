@@ -70,8 +70,8 @@ struct SlotCacheOptions {
 /// (hits) and which slot each of the others goes to; hits compute, misses are copied from the store, wave by wave. Or,
 /// without a cache, with every expert on the device. Nothing is read back, but for kStaged: on a GPU a step can be
 /// captured in a CUDA graph, and stays correct whatever its routing is. A token's result depends on its own input and
-/// experts alone, bit by bit, and not on slots, policy, waves or the other tokens of the step. No gradient. Not
-/// thread-safe.
+/// experts alone, bit by bit, and not on slots, policy, waves or the other tokens of the step, but for
+/// whether a step in bfloat16 on a GPU has kDecodeTensorRows of them. No gradient. Not thread-safe.
 ///
 /// Products: on a GPU, packed experts and bfloat16 ones without biases or clamp, of sizes that are multiples of 8, run
 /// in the decode kernels (decode_experts.hpp); all others one row at a time through LibTorch, which on a GPU copies
