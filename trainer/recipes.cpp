@@ -98,6 +98,7 @@ FieldList LogitDistillationOptions::fields() {
   list.add("weight", weight, "weight of the term, which costs a forward of the base model; 0: not computed",
            {.low = 0.0});
   list.add("teacher", teacher, "model directory whose logits are held to instead, of the same vocabulary and width");
+  list.add("domains", domains, "training domains whose tokens count; empty: all");
   return list;
 }
 
@@ -187,6 +188,7 @@ FieldList FinetuneRecipe::fields() {
   list.add_section("model", model.fields(), "the checkpoint and how to hold it");
   list.add_section("data", data.fields(), "corpora, training and evaluation domains");
   FieldList terms = losses.fields();
+  terms.add("domains", loss_domains, "training domains whose tokens the routing objectives count; empty: all");
   terms.add_section("logit_distillation", distillation.fields(), "stay near the base model's language-model logits");
   list.add_section("losses", terms, "objectives beside the language-model loss");
   list.add_section("train", train.fields(), "optimiser and loop");
@@ -303,6 +305,24 @@ void check_corpus_keys(const DataOptions& data, const RecipeSource& source, Prob
   }
 }
 
+// `domains`, the value of `key`, are among `known`, which `where` defines, each once.
+void check_domains(const std::vector<std::string>& domains, const std::string& key,
+                   const std::vector<std::string>& known, const std::string& where, const RecipeSource& source,
+                   Problems& problems) {
+  std::set<std::string> seen;
+  for (const std::string& domain : domains) {
+    if (std::find(known.begin(), known.end(), domain) == known.end()) {
+      const std::string near = nearest_name(domain, known);
+      problems.add(fmt::format("{}: {} names the domain \"{}\", which {} does not {}{}", source.location(key), key,
+                               domain, where, where == "data.train" ? "name" : "define",
+                               near.empty() ? "" : fmt::format("; did you mean \"{}\"?", near)));
+    }
+    if (!seen.insert(domain).second) {
+      problems.add(fmt::format("{}: {} names the domain \"{}\" twice; remove one", source.location(key), key, domain));
+    }
+  }
+}
+
 void check_data(const DataOptions& data, const RecipeSource& source, Problems& problems) {
   std::vector<std::string> known;
   for (std::size_t i = 0; i < data.corpora.size(); ++i) {
@@ -314,25 +334,9 @@ void check_data(const DataOptions& data, const RecipeSource& source, Problems& p
     }
     known.push_back(domain);
   }
-  const auto check_domains = [&](const std::vector<std::string>& domains, const std::string& key) {
-    std::set<std::string> seen;
-    for (std::size_t i = 0; i < domains.size(); ++i) {
-      const std::string& domain = domains[i];
-      if (std::find(known.begin(), known.end(), domain) == known.end()) {
-        const std::string near = nearest_name(domain, known);
-        problems.add(fmt::format("{}: {} names the domain \"{}\", which data.corpora does not define{}",
-                                 source.location(key), key, domain,
-                                 near.empty() ? "" : fmt::format("; did you mean \"{}\"?", near)));
-      }
-      if (!seen.insert(domain).second) {
-        problems.add(
-            fmt::format("{}: {} names the domain \"{}\" twice; remove one", source.location(key), key, domain));
-      }
-    }
-  };
   check_corpus_keys(data, source, problems);
-  check_domains(data.train, "data.train");
-  check_domains(data.evaluate, "data.evaluate");
+  check_domains(data.train, "data.train", known, "data.corpora", source, problems);
+  check_domains(data.evaluate, "data.evaluate", known, "data.corpora", source, problems);
   if (data.train.empty()) {
     problems.add(fmt::format("{}: data.train must name at least one domain, got none", source.location("data.train")));
   }
@@ -467,6 +471,9 @@ LoadedRecipe<FinetuneRecipe> load_finetune_recipe(const std::filesystem::path& p
   const FinetuneRecipe& recipe = loaded.recipe;
   check_data(recipe.data, loaded.source, problems);
   check_losses(recipe.losses, loaded.source, problems);
+  check_domains(recipe.loss_domains, "losses.domains", recipe.data.train, "data.train", loaded.source, problems);
+  check_domains(recipe.distillation.domains, "losses.logit_distillation.domains", recipe.data.train, "data.train",
+                loaded.source, problems);
   settle_train(loaded.recipe.train, loaded.source, problems);
   check_train(recipe.train, loaded.source, problems);
   if (recipe.model.path.empty()) {

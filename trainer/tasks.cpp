@@ -187,7 +187,9 @@ void finetune_once(const LoadedRecipe<FinetuneRecipe>& loaded, const std::string
   job.options = recipe.train;
   job.losses =
       recipe_losses(recipe.losses, loaded.source, model->architecture().num_experts, model->architecture().top_k);
+  job.loss_domains = recipe.loss_domains;
   job.distillation_weight = recipe.distillation.weight;
+  job.distillation_domains = recipe.distillation.domains;
   const bool base_forward = job.distillation_weight > 0.0 ||
                             std::any_of(job.losses.begin(), job.losses.end(),
                                         [](const WeightedLoss& loss) { return loss.loss->needs_base_forward(); });

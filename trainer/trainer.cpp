@@ -272,6 +272,27 @@ void trim_metrics(const std::filesystem::path& path, std::int64_t step) {
   write_text_atomically(path, kept);
 }
 
+// Per domain of `data`: whether `names` holds it; of all, when it is empty.
+std::vector<bool> domains_named(const std::vector<std::string>& names, const PackedData& data) {
+  std::vector<bool> named;
+  for (const std::string& domain : data.domains) {
+    named.push_back(names.empty() || std::find(names.begin(), names.end(), domain) != names.end());
+  }
+  return named;
+}
+
+// `values`, one per token of the batch, with `other` where the token's domain is not `named`.
+template <class T>
+std::vector<T> of_domains(std::vector<T> values, const PackedBatch& batch, const std::vector<bool>& named, T other) {
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    const std::int64_t sequence = batch.sequence_ids[i];
+    if (sequence >= 0 && !named[static_cast<std::size_t>(batch.domains[static_cast<std::size_t>(sequence)])]) {
+      values[i] = other;
+    }
+  }
+  return values;
+}
+
 // Total and per-term values of one optimiser step.
 struct StepValues {
   double loss = 0.0;
@@ -289,7 +310,9 @@ class Loop {
         parameters_(select_trainable(model_, job.options.trainable)),
         optimizer_(parameters_, job.options),
         sampler_(*job.train_data, job.options.rows_per_batch, job.sequence_length, data_order_seed(job.seed),
-                 job.train_mix) {
+                 job.train_mix),
+        loss_domains_(domains_named(job.loss_domains, *job.train_data)),
+        distillation_domains_(domains_named(job.distillation_domains, *job.train_data)) {
     if (job.held_out != nullptr) {
       for (std::size_t domain = 0; domain < job.held_out->domains.size(); ++domain) {
         held_out_batches_.push_back(pack_for_evaluation(*job.held_out, static_cast<std::int64_t>(domain),
@@ -414,15 +437,25 @@ class Loop {
     struct MicroBatch {
       PackedBatch batch;
       std::unique_ptr<LayoutTensors> layout;
+      std::vector<std::int64_t> distilled;  // its labels that distillation counts
     };
     // Divisors first: they depend on the layout alone, so micro-batches can be scaled before any forward.
     std::vector<MicroBatch> micro_batches;
     double labels = 0.0;
+    double distilled = 0.0;
     std::vector<double> counts(job_.losses.size(), 0.0);
     for (std::int64_t i = 0; i < job_.options.accumulate; ++i) {
-      MicroBatch micro{sampler_.next(), nullptr};
-      micro.layout = std::make_unique<LayoutTensors>(layout_of(micro.batch), model_->device());
+      MicroBatch micro{sampler_.next(), nullptr, {}};
+      SequenceLayout layout = layout_of(micro.batch);
+      layout.counted = of_domains<std::uint8_t>(std::move(layout.counted), micro.batch, loss_domains_, 0);
+      micro.layout = std::make_unique<LayoutTensors>(layout, model_->device());
       labels += static_cast<double>(micro.batch.num_labels());
+      if (job_.distillation_weight > 0.0) {
+        constexpr std::int64_t kNoLabel = -100;
+        micro.distilled = of_domains(micro.batch.labels, micro.batch, distillation_domains_, kNoLabel);
+        distilled += static_cast<double>(std::count_if(micro.distilled.begin(), micro.distilled.end(),
+                                                       [](std::int64_t label) { return label >= 0; }));
+      }
       for (std::size_t term = 0; term < counts.size(); ++term) {
         counts[term] += job_.losses[term].loss->count(*micro.layout);
       }
@@ -439,10 +472,12 @@ class Loop {
     for (const MicroBatch& micro : micro_batches) {
       const TokenBatch tokens_on_device = to_device(micro.batch, model_->device());
       const ModelOutput output = model_->forward(tokens_on_device);
-      const torch::Tensor label_tensor = torch::tensor(micro.batch.labels, torch::kInt64)
-                                             .reshape({micro.batch.num_rows, micro.batch.row_length})
-                                             .to(model_->device());
-      torch::Tensor loss = nll_sum(model_, output.hidden_BSD, label_tensor) / std::max(labels, 1.0);
+      const auto on_device = [&](const std::vector<std::int64_t>& token_labels) {
+        return torch::tensor(token_labels, torch::kInt64)
+            .reshape({micro.batch.num_rows, micro.batch.row_length})
+            .to(model_->device());
+      };
+      torch::Tensor loss = nll_sum(model_, output.hidden_BSD, on_device(micro.batch.labels)) / std::max(labels, 1.0);
       accumulate(nll_value, loss);
       RoutingTensors routing = stack(output.routing);
       if (base_forward) {
@@ -451,8 +486,8 @@ class Loop {
         if (job_.distillation_weight > 0.0) {
           MoeModel base_model = job_.base_model.is_empty() ? model_ : job_.base_model;
           const torch::Tensor value =
-              distillation_sum(model_, output.hidden_BSD, base_model, base.hidden_BSD, label_tensor) /
-              std::max(labels, 1.0);
+              distillation_sum(model_, output.hidden_BSD, base_model, base.hidden_BSD, on_device(micro.distilled)) /
+              std::max(distilled, 1.0);
           accumulate(distillation_value, value);
           loss = loss + job_.distillation_weight * value;
         }
@@ -620,6 +655,8 @@ class Loop {
   std::vector<torch::Tensor> parameters_;
   Optimizer optimizer_;
   PackedSampler sampler_;
+  std::vector<bool> loss_domains_;                          // per training domain: the routing terms count its tokens
+  std::vector<bool> distillation_domains_;                  // and the distillation its labels
   std::vector<std::vector<PackedBatch>> held_out_batches_;  // per domain
 };
 

@@ -85,7 +85,8 @@ struct TrainOptions {
 /// what the task data do not speak of stays as it was (trainer/distillation.hpp). Costs a forward of the base model.
 struct LogitDistillationOptions {
   double weight = 0.0;
-  std::string teacher;  ///< Model directory of the same vocabulary and width; empty: the base model.
+  std::string teacher;               ///< Model directory of the same vocabulary and width; empty: the base model.
+  std::vector<std::string> domains;  ///< Training domains whose labelled tokens count; empty: all.
   FieldList fields();
 };
 
@@ -170,6 +171,7 @@ struct FinetuneRecipe {
   ModelOptions model;
   DataOptions data;
   RoutingLossOptions losses;
+  std::vector<std::string> loss_domains;  ///< `losses.domains`: whose tokens the routing terms count; empty: all.
   LogitDistillationOptions distillation;  ///< In the section `losses`.
   TrainOptions train;
   ResidencyOptions residency;

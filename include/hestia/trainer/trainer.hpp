@@ -30,7 +30,9 @@ struct TrainingJob {
   MoeModel model{nullptr};  ///< With the adapters that `options.trainable` router+lora trains.
   TrainOptions options;
   std::vector<WeightedLoss> losses;
-  double distillation_weight = 0.0;  ///< Of distillation_sum per label; 0: not computed.
+  std::vector<std::string> loss_domains;          ///< Training domains whose tokens `losses` count; empty: all.
+  double distillation_weight = 0.0;               ///< Of distillation_sum per label; 0: not computed.
+  std::vector<std::string> distillation_domains;  ///< Training domains whose labels it counts; empty: all.
   /// The untouched model, for terms that need its forward. Empty: `model` with its kept reference routers and without
   /// adapters, which is the base model as long as only routers and adapters train.
   MoeModel base_model{nullptr};

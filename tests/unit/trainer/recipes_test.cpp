@@ -82,6 +82,20 @@ TEST_CASE("every problem of a recipe is reported at its line") {
           Catch::Contains("did you mean \"beta\"?"));
 }
 
+TEST_CASE("routing terms and distillation name domains that are trained on") {
+  const TemporaryFolder folder;
+  const auto path = write_recipe(folder, kGood);
+  const auto loaded =
+      load_finetune_recipe(path, {"losses.domains=[alpha]", "losses.logit_distillation.domains=[alpha]"});
+  CHECK(loaded.recipe.loss_domains == std::vector<std::string>{"alpha"});
+  CHECK(loaded.recipe.distillation.domains == std::vector<std::string>{"alpha"});
+  CHECK_THROWS_WITH(load_finetune_recipe(path, {"losses.domains=[alhpa]"}),
+                    Catch::Contains("losses.domains names the domain \"alhpa\", which data.train does not name") &&
+                        Catch::Contains("did you mean \"alpha\"?"));
+  CHECK_THROWS_WITH(load_finetune_recipe(path, {"losses.logit_distillation.domains=[alpha, alpha]"}),
+                    Catch::Contains("losses.logit_distillation.domains names the domain \"alpha\" twice"));
+}
+
 TEST_CASE("trainable sets, adapters and annealing are checked at their lines") {
   const TemporaryFolder folder;
   const auto with = [&](const std::string& lines) {

@@ -690,3 +690,69 @@ TEST_CASE("while routers and adapters train, the kept routers give the base mode
   CHECK(events[3].at("rank_matching").get<double>() != kept[3].at("rank_matching").get<double>());
   CHECK_FALSE(events[0].contains("logit_distillation"));
 }
+
+TEST_CASE("routing terms and distillation count the tokens of the domains that they are told") {
+  const TemporaryFolder folder;
+  PackedData data = tiny_data(5, 40, 24);
+  data.domains = {"a", "b"};
+  for (std::size_t i = 0; i < data.sequences.size(); ++i) {
+    data.sequences[i].domain = i % 3 == 0 ? 1 : 0;
+  }
+  RoutingLossOptions terms;
+  terms.reuse.weight = 0.3;
+  terms.trust.weight = 0.1;
+  TrainOptions options = short_run(1);
+  options.rows_per_batch = 4;
+  int run = 0;
+  // The first step, before anything has moved.
+  const auto first_step = [&](const std::vector<std::string>& loss, const std::vector<std::string>& distillation) {
+    MoeModel model = tiny_model();
+    TrainingJob job = make_job(model, data, options, folder.path() / std::to_string(run++));
+    job.losses = make_routing_losses(terms, 8, 2);
+    job.loss_domains = loss;
+    job.distillation_weight = 0.5;
+    job.distillation_domains = distillation;
+    job.base_model = tiny_model(77);
+    Json step;
+    job.on_step = [&](const Json& event) { step = event; };
+    train(job);
+    step.erase("seconds");
+    return step;
+  };
+  PackedSampler sampler(data, 4, 24, data_order_seed(11));
+  const PackedBatch batch = sampler.next();
+  double labels[2] = {};
+  double counts[2] = {};  // positions with one before them in their sequence
+  for (std::size_t i = 0; i < batch.labels.size(); ++i) {
+    const std::int64_t id = batch.sequence_ids[i];
+    if (id >= 0) {
+      const auto domain = static_cast<std::size_t>(batch.domains[static_cast<std::size_t>(id)]);
+      labels[domain] += batch.labels[i] >= 0 ? 1.0 : 0.0;
+      counts[domain] += batch.counted[i] != 0 && batch.positions[i] > 0 ? 1.0 : 0.0;
+    }
+  }
+  REQUIRE(labels[0] > 0.0);
+  REQUIRE(labels[1] > 0.0);
+  const Json all = first_step({}, {});
+  const Json both = first_step({"b", "a"}, {"a", "b"});
+  const Json a = first_step({"a"}, {"a"});
+  const Json b = first_step({"b"}, {"b"});
+  CHECK(both == all);
+  const auto is_mean = [&](const char* term, const double(&of)[2]) {
+    INFO(term);
+    const double in_a = a.at(term).get<double>();
+    const double in_b = b.at(term).get<double>();
+    CHECK(in_a != Approx(in_b).epsilon(1e-4));
+    CHECK(all.at(term).get<double>() == Approx((of[0] * in_a + of[1] * in_b) / (of[0] + of[1])).epsilon(1e-4));
+  };
+  is_mean("logit_distillation", labels);
+  is_mean("reuse", counts);
+  CHECK(a.at("nll") == all.at("nll"));
+
+  // A batch without any of them is a step like another.
+  data.sequences.resize(1);
+  data.sequences[0].domain = 0;
+  const Json none = first_step({"b"}, {"b"});
+  CHECK(none.at("logit_distillation").get<double>() == 0.0);
+  CHECK(none.at("reuse").get<double>() == 0.0);
+}
