@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <functional>
+#include <future>
 #include <map>
 #include <optional>
 #include <set>
@@ -142,6 +143,11 @@ MoeModel load_model(const std::filesystem::path& directory, torch::Dtype dtype, 
   };
   begin("open");
   const Architecture architecture = read_architecture(directory);
+  // Memory is asked for while the files are opened and checked; when these are refused, it goes again.
+  std::future<MoeModel> constructed = std::async(std::launch::async, [&] {
+    const torch::NoGradGuard no_grad_here;
+    return MoeModel(architecture, dtype, device, expert_blobs_NB);
+  });
   const SafetensorsCheckpoint checkpoint(directory);
   begin("check");
   const std::vector<TensorSpec> specs = tensor_specs(architecture);
@@ -179,7 +185,7 @@ MoeModel load_model(const std::filesystem::path& directory, torch::Dtype dtype, 
   }
   problems.throw_input_if_any();
   begin("construct");
-  MoeModel model(architecture, dtype, device, expert_blobs_NB);
+  MoeModel model = constructed.get();
   begin("list");
   const auto tensors = model->named_tensors();
   std::vector<Placement> placements;
