@@ -415,6 +415,7 @@ class Point:
     against_nll: float  # ratio less 1, to plain tuning of the same set at its best rate; NaN without one
     against_nll_spread: float
     outside: float  # geometric mean over the domains not tuned of the ratio to the base, less 1
+    outside_of_nll: float  # that of the plain tuning; NaN without one
     static: float  # perplexity with the E/4 most used experts only, over the unrestricted one, less 1
     overlap: float
     entropy: float
@@ -427,12 +428,17 @@ class Point:
             met += "AC" if self.outside <= 0.01 else "A"
         if self.trainable in ("router+lora", "all") and self.factor >= 10 and self.against_nll <= 0.05:
             met += "B"
+        if self.trainable == "router" and self.factor >= 2 and self.against_nll <= 0.01:
+            met += "D"
+        if self.trainable in ("router+lora", "all") and self.factor >= 10 and self.against_nll <= 0:
+            met += "E" if 1 + self.outside <= 1.01 * (1 + self.outside_of_nll) else ""
         return met
 
 
 TARGETS = (
     "targets: A set router, at least 4x fewer loads at most 1 % over plain tuning; B router+lora or all, 10x at 5 %; "
-    "C as A, and at most 1 % over the base out of domain"
+    "C as A, and at most 1 % over the base out of domain; on subject B: D set router, 2x at 1 %; E router+lora or all, "
+    "10x at 0 %, and at most 1 % over plain tuning out of domain"
 )
 
 
@@ -457,15 +463,24 @@ def override_of(row, key):
     return next((word.partition("=")[2] for word in reversed(row["overrides"]) if word.startswith(key + "=")), "")
 
 
+def outside_of(figures, base, domain):
+    """Mean over the domains not tuned of the negative log-likelihood, less that of the base."""
+    return mean([figures[other]["nll"] - base[other]["nll"] for other in base if other != domain])
+
+
 def best_plain(rows, domain, trainable, steps):
-    """Perplexity in domain of plain tuning for as many steps, on that domain alone, at the best of its learning rates
-    (means over seeds); NaN without any."""
+    """Figures by domain, one per seed, of plain tuning for as many steps, on that domain alone, at the best of its
+    learning rates; empty without any."""
     by_name = {}
     for row in rows:
         plain = row["name"].startswith(NLL_PREFIX) and not override_of(row, "data.train")
         if plain and (row["domain"], row["trainable"], override_of(row, "train.steps")) == (domain, trainable, steps):
-            by_name.setdefault(row["name"], []).append(row["points"][0]["domains"][domain]["perplexity"])
-    return min((mean(values) for values in by_name.values()), default=math.nan)
+            by_name.setdefault(row["name"], []).append(row["points"][0]["domains"])
+    return min(by_name.values(), key=lambda seeds: mean_perplexity(seeds, domain), default=[])
+
+
+def mean_perplexity(seeds, domain):
+    return mean([figures[domain]["perplexity"] for figures in seeds])
 
 
 def points_by_domain(rows, domain):
@@ -486,10 +501,10 @@ def points_by_domain(rows, domain):
     for (trainable, name, rule, steps), seeds in groups.items():
         own = [figures[domain] for figures in seeds]
         base_only = trainable == BASE_SET
-        plain = base[domain]["perplexity"] if base_only else best_plain(rows, domain, trainable, steps)
-        outside = [
-            mean([figures[other]["nll"] - base[other]["nll"] for other in base if other != domain]) for figures in seeds
-        ]
+        plain_seeds = [base] if base_only else best_plain(rows, domain, trainable, steps)
+        plain = mean_perplexity(plain_seeds, domain) if plain_seeds else math.nan
+        plain_outside = [outside_of(figures, base, domain) for figures in plain_seeds]
+        outside = [outside_of(figures, base, domain) for figures in seeds]
         loads = [figures["loads"]["lru"][slots] for figures in own]
         static = [f["static_set"][slots] / f["perplexity"] - 1 for f in own if slots in f["static_set"]]
         points.append(
@@ -507,6 +522,7 @@ def points_by_domain(rows, domain):
                 against_nll=mean([figures["perplexity"] for figures in own]) / plain - 1,
                 against_nll_spread=spread([figures["perplexity"] / plain for figures in own]),
                 outside=math.exp(mean(outside)) - 1,
+                outside_of_nll=math.exp(mean(plain_outside)) - 1 if plain_outside else math.nan,
                 static=mean(static) if static else math.nan,
                 overlap=mean([figures["expert_overlap_ratio"] for figures in own]),
                 entropy=mean([figures["usage_entropy"] for figures in own]),

@@ -33,6 +33,9 @@ const std::map<std::string, std::vector<std::string>> kPublished = {
     {"qwen2_moe", {"remoe_qwen15_moe_openhermes"}},
 };
 
+// Ours, for models of the OLMoE family.
+const std::vector<std::string> kOurs = {"held_olmoe_gsm8k"};
+
 // What learns to answer: a few words that differ from line to line.
 std::string words(SplitMix64& random, std::size_t count) {
   static const char* const kWords[] = {"seven", "apples", "cost", "each", "day", "half", "of", "them", "and", "river"};
@@ -229,7 +232,7 @@ void check_masks(const FinetuneRecipe& recipe, const Tokenizer& tokenizer, const
   CHECK(whole > data.sequences.size() / 2);
 }
 
-void run_two_steps(const std::string& family, const std::string& name) {
+void run_two_steps(const std::string& family, const std::string& name, const std::vector<std::string>& more = {}) {
   INFO(name);
   const TemporaryFolder folder;
   const SampleData sample(folder.path());
@@ -238,6 +241,7 @@ void run_two_steps(const std::string& family, const std::string& name) {
   std::set<std::string> templates;
   std::vector<std::string> overrides = {"model.path=" + (folder.path() / "model").string(), "model.device=cpu",
                                         "train.steps=2"};
+  overrides.insert(overrides.end(), more.begin(), more.end());
   for (std::size_t i = 0; i < recipe.data.corpora.size(); ++i) {
     templates.insert(recipe.data.corpora[i].chat_template);
     overrides.push_back(fmt::format("data.corpora.{}.paths=[{}]", i, sample.path(recipe.data.corpora[i].domain)));
@@ -264,6 +268,9 @@ void run_two_steps(const std::string& family, const std::string& name) {
       terms.emplace_back(weighted.loss->name());
     }
   }
+  if (recipe.distillation.weight > 0.0) {
+    terms.emplace_back("logit_distillation");
+  }
   CHECK(terms.size() >= 2);
   const std::filesystem::path run_dir = folder.path() / recipe.run_dir;
   check_run(run_dir, 2, terms);
@@ -276,33 +283,33 @@ void run_two_steps(const std::string& family, const std::string& name) {
 
 TEST_CASE("every published recipe is there, with a header that says what it needs and how it is run") {
   std::set<std::string> expected = {"quickstart", "pretrain_tiny", "residency_tiny", "bench_olmoe"};
+  std::vector<std::string> with_headers = kOurs;
   for (const auto& [family, names] : kPublished) {
-    expected.insert(names.begin(), names.end());
+    with_headers.insert(with_headers.end(), names.begin(), names.end());
   }
+  expected.insert(with_headers.begin(), with_headers.end());
   std::set<std::string> found;
   for (const auto& entry : std::filesystem::directory_iterator(kRecipes)) {
     found.insert(entry.path().stem().string());
   }
   CHECK(found == expected);
-  for (const auto& [family, names] : kPublished) {
-    for (const std::string& name : names) {
-      INFO(name);
-      const std::string text = read_text_file(kRecipes / (name + ".yaml"));
-      const std::string head = text.substr(0, text.find("recipe_version"));
-      CHECK(head.rfind("# ", 0) == 0);
-      const FinetuneRecipe recipe = load_finetune_recipe(kRecipes / (name + ".yaml"), {}).recipe;
-      CHECK(recipe.run_dir == "runs/" + name);
-      const std::string path = fmt::format(" recipes/{}.yaml", name);
-      for (const std::string& part :
-           std::vector<std::string>{"arXiv", recipe.model.path, fmt::format("hestia validate{}", path),
-                                    fmt::format("hestia finetune{}", path), fmt::format("hestia export  {}", path),
-                                    fmt::format("hestia evaluate{}", path), "Override one key", "Memory:"}) {
-        CHECK_THAT(head, Catch::Contains(part));
-      }
-      for (const CorpusOptions& corpus : recipe.data.corpora) {
-        CHECK_THAT(head, Catch::Contains(corpus.paths.at(0)));
-        CHECK_FALSE(corpus.origin.empty());
-      }
+  for (const std::string& name : with_headers) {
+    INFO(name);
+    const std::string text = read_text_file(kRecipes / (name + ".yaml"));
+    const std::string head = text.substr(0, text.find("recipe_version"));
+    CHECK(head.rfind("# ", 0) == 0);
+    const FinetuneRecipe recipe = load_finetune_recipe(kRecipes / (name + ".yaml"), {}).recipe;
+    CHECK(recipe.run_dir == "runs/" + name);
+    const std::string path = fmt::format(" recipes/{}.yaml", name);
+    for (const std::string& part :
+         std::vector<std::string>{"arXiv", recipe.model.path, fmt::format("hestia validate{}", path),
+                                  fmt::format("hestia finetune{}", path), fmt::format("hestia export  {}", path),
+                                  fmt::format("hestia evaluate{}", path), "Override one key", "Memory:"}) {
+      CHECK_THAT(head, Catch::Contains(part));
+    }
+    for (const CorpusOptions& corpus : recipe.data.corpora) {
+      CHECK_THAT(head, Catch::Contains(corpus.paths.at(0)));
+      CHECK_FALSE(corpus.origin.empty());
     }
   }
 }
@@ -349,6 +356,19 @@ TEST_CASE("published recipes have the published settings") {
       }
     }
   }
+}
+
+TEST_CASE("held concentration: terms on the task, distillation on the rest, in the residency loop") {
+  const FinetuneRecipe recipe = load_finetune_recipe(kRecipes / "held_olmoe_gsm8k.yaml", {}).recipe;
+  CHECK(recipe.data.train == std::vector<std::string>{"gsm8k", "dolly"});
+  CHECK(recipe.data.train_mix == std::vector<double>{1.0, 1.0});
+  CHECK(recipe.loss_domains == std::vector<std::string>{"gsm8k"});
+  CHECK(recipe.distillation.domains == std::vector<std::string>{"dolly"});
+  CHECK(recipe.distillation.weight == 1.0);
+  CHECK(recipe.losses.reuse.weight == 0.3);
+  CHECK((recipe.residency.in_loop && recipe.residency.lambda == 0.4 && recipe.residency.always_keep == 2));
+  CHECK(recipe.train.trainable == "router+lora");
+  run_two_steps("olmoe", "held_olmoe_gsm8k", {"residency.always_keep=1"});  // of the random model's 2
 }
 
 TEST_CASE("two steps of the published OLMoE recipes on a random model") {

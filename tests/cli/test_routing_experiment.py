@@ -194,8 +194,11 @@ class Table(unittest.TestCase):
             self.row("router", "forgets", 1.0, 6.03, outside=12.0),
             self.row("router", "worse", 1.5, 6.1, seed=1),
             self.row("router", "worse", 1.5, 6.3, seed=2),
-            self.row("all", "nll_1", 4.0, 4.0),
+            self.row("router", "milder", 2.0, 6.0, outside=20.0),
+            self.row("all", "nll_1", 4.0, 4.0, outside=15.0),
             self.row("all", "far", 0.3, 4.1),
+            self.row("all", "holds", 0.35, 4.0, outside=15.1),
+            self.row("all", "drifts", 0.3, 3.9, outside=15.2),
         ]
         points = {(p.trainable, p.name): p for p in driver.points_by_domain(rows, "python")}
         good = points["router", "good"]
@@ -203,9 +206,12 @@ class Table(unittest.TestCase):
         self.assertAlmostEqual(good.against_nll, 6.05 / 6 - 1)
         self.assertAlmostEqual(good.outside, 0.005)
         self.assertAlmostEqual(good.static, 1.0)
-        self.assertEqual(good.targets(), "AC")
-        self.assertEqual(points["router", "forgets"].targets(), "A")
+        self.assertEqual(good.targets(), "ACD")
+        self.assertEqual(points["router", "forgets"].targets(), "AD")
+        self.assertEqual(points["router", "milder"].targets(), "D")
         self.assertEqual(points["all", "far"].targets(), "B")
+        self.assertEqual(points["all", "holds"].targets(), "BE")
+        self.assertEqual(points["all", "drifts"].targets(), "B", "plain tuning's 15.0 out of domain, and 1.3 %")
         self.assertAlmostEqual(points["router", "long"].against_nll, 0.25)
         worse = points["router", "worse"]
         self.assertEqual(worse.seeds, 2)
@@ -214,12 +220,16 @@ class Table(unittest.TestCase):
         self.assertFalse(worse.front)
         self.assertFalse(good.front, "another has as few loads at less perplexity")
         self.assertTrue(points["router", "forgets"].front)
-        self.assertIn("Met: A, B, C", driver.table_text(rows, "python"))
+        self.assertIn("Met: A, B, C, D, E", driver.table_text(rows, "python"))
         self.assertIn("no base row yet", driver.table_text(rows[1:], "python"))
 
     def test_shipped_arms(self):
-        arms = driver.read_arms(FOLDER / "arms_a.txt")
-        self.assertGreater(len(arms), 100)
+        for name, at_least in (("arms_a.txt", 100), ("arms_b.txt", 30)):
+            with self.subTest(name):
+                self.check_arms(driver.read_arms(FOLDER / name), at_least)
+
+    def check_arms(self, arms, at_least):
+        self.assertGreaterEqual(len(arms), at_least)
         self.assertEqual({arm.trainable for arm in arms}, {"-", "router", "router+lora", "all"})
         # Every key that an arm sets, in the first arm that does.
         keys = set()
