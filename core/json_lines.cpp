@@ -10,8 +10,29 @@
 
 namespace hestia {
 
+namespace {
+
+// Whether a file that is there ends in the middle of a line.
+bool ends_within_line(const std::filesystem::path& path) {
+  std::error_code ignored;
+  if (!std::filesystem::is_regular_file(path, ignored)) {
+    return false;
+  }
+  std::ifstream file(path, std::ios::binary | std::ios::ate);
+  if (!file || file.tellg() <= 0) {
+    return false;
+  }
+  file.seekg(-1, std::ios::end);
+  return file.get() != '\n';
+}
+
+}  // namespace
+
 JsonLinesWriter::JsonLinesWriter(const std::filesystem::path& path, bool truncate)
     : path_(path), stream_(path, std::ios::binary | (truncate ? std::ios::trunc : std::ios::app)) {
+  if (stream_ && !truncate && ends_within_line(path)) {  // a run that was cut off: its line must not take ours with it
+    stream_ << '\n' << std::flush;
+  }
   if (!stream_) {
     throw RunError(fmt::format("{}: cannot be opened for writing, {}; check the folder and permissions", path.string(),
                                std::system_category().message(errno)));
@@ -21,7 +42,7 @@ JsonLinesWriter::JsonLinesWriter(const std::filesystem::path& path, bool truncat
 void JsonLinesWriter::write(const Json& object) {
   // A lone surrogate or broken UTF-8 in a value must not end a run: it is replaced. dump() writes non-finite numbers as
   // null.
-  stream_ << object.dump(-1, ' ', false, Json::error_handler_t::replace) << '\n' << std::flush;
+  stream_ << object.dump(-1, ' ', false, Json::error_handler_t::replace) + '\n' << std::flush;  // in one piece
   if (!stream_) {
     throw RunError(fmt::format("{}: cannot be written; check space and permissions", path_.string()));
   }

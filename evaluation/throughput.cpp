@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -264,7 +265,8 @@ class Bench {
     }
   }
 
-  std::vector<Json> run() {
+  // Calls `emit` with the rows of the arms that took turns once they are measured.
+  void run(const std::function<void(const std::vector<Json>&)>& emit) {
     if (recipe_.model.weights == "random" && !trace_) {
       log_warning("weights are random: routing and hit rates say nothing of a trained model; replay a trace");
     }
@@ -275,12 +277,8 @@ class Bench {
       format_ = expert_format_from_name(name);
       offloaded_.reset();  // before the next: one store at a time
       load();
-      run_format();
+      run_format(emit);
     }
-    for (Json& row : rows_) {
-      row["warnings"] = degradations();
-    }
-    return rows_;
   }
 
  private:
@@ -299,19 +297,21 @@ class Bench {
     return text.empty() ? std::nullopt : std::optional(parse_pinned_memory(text, "model.pinned_memory"));
   }
 
-  void run_format() {
-    const std::size_t first = rows_.size();
+  void run_format(const std::function<void(const std::vector<Json>&)>& emit) {
     before_ = probe_rates(offloaded_->store, device_);
     for (const std::int64_t batch : recipe_.bench.batch) {
       for (const std::int64_t prompt : recipe_.bench.prompt_tokens) {
         for (const std::int64_t tokens : recipe_.bench.new_tokens) {
-          run_group(batch, prompt, tokens);
+          std::vector<Json> rows = run_group(batch, prompt, tokens);
+          const ProbedRates after = probe_rates(offloaded_->store, device_);
+          for (Json& row : rows) {
+            row["rates_after"] = rates_json(after);
+            row["warnings"] = degradations();
+          }
+          emit(rows);
+          before_ = after;
         }
       }
-    }
-    const ProbedRates after = probe_rates(offloaded_->store, device_);
-    for (std::size_t row = first; row < rows_.size(); ++row) {
-      rows_[row]["rates_after"] = rates_json(after);
     }
   }
 
@@ -342,7 +342,8 @@ class Bench {
     return cache;
   }
 
-  void run_group(std::int64_t batch, std::int64_t prompt_tokens, std::int64_t new_tokens) {
+  // Measures the arms that take turns: their rows, without what is known only after them.
+  std::vector<Json> run_group(std::int64_t batch, std::int64_t prompt_tokens, std::int64_t new_tokens) {
     const Architecture a = offloaded_->model->architecture();
     std::optional<DecodeReplay> replay;
     if (trace_) {
@@ -426,9 +427,12 @@ class Bench {
       }
     }
     progress.finish();
+    std::vector<Json> rows;
+    rows.reserve(arms.size());
     for (const Arm& arm : arms) {
-      rows_.push_back(row_of(arm, batch, prompt_tokens, new_tokens, replay));
+      rows.push_back(row_of(arm, batch, prompt_tokens, new_tokens, replay));
     }
+    return rows;
   }
 
   // Experts that each step asks for, [steps, MoE layers]: known when all are resident only by asking a cache.
@@ -564,12 +568,12 @@ class Bench {
   std::optional<OffloadedModel> offloaded_;
   Json expert_error_;
   ProbedRates before_;
-  std::vector<Json> rows_;
 };
 
 }  // namespace
 
-std::vector<Json> run_bench(const LoadedRecipe<BenchRecipe>& loaded, bool quiet) {
+std::vector<Json> run_bench(const LoadedRecipe<BenchRecipe>& loaded, bool quiet,
+                            const std::function<void(const Json& row)>& on_row) {
   std::optional<JsonLinesWriter> writer;
   if (!loaded.recipe.output.empty()) {
     const std::filesystem::path folder = std::filesystem::path(loaded.recipe.output).parent_path();
@@ -578,12 +582,18 @@ std::vector<Json> run_bench(const LoadedRecipe<BenchRecipe>& loaded, bool quiet)
     }
     writer.emplace(loaded.recipe.output);
   }
-  std::vector<Json> rows = Bench(loaded, quiet).run();
-  if (writer) {
-    for (const Json& row : rows) {
-      writer->write(row);
+  std::vector<Json> rows;
+  Bench(loaded, quiet).run([&](const std::vector<Json>& measured) {
+    if (writer) {
+      for (const Json& row : measured) {
+        writer->write(row);
+      }
     }
-  }
+    if (on_row) {
+      std::for_each(measured.begin(), measured.end(), on_row);
+    }
+    rows.insert(rows.end(), measured.begin(), measured.end());
+  });
   return rows;
 }
 

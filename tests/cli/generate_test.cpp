@@ -480,6 +480,52 @@ TEST_CASE("bench decodes a grid and says the bound's figures where there is a GP
   CHECK_THAT(done(hestia(arguments)), Catch::Contains("tokens/s") && Catch::Contains("lifo"));
 }
 
+TEST_CASE("bench writes the arms that took turns as soon as they are measured, behind what is there") {
+  const TemporaryFolder folder;
+  const std::string output = folder.path() / "bench.jsonl";
+  write_text_atomically(output, "{\"before\":1}\n");
+  const std::vector<std::string> arguments = {"bench",
+                                              "recipes/bench_olmoe.yaml",
+                                              "model.path=checkpoints/tiny",
+                                              "model.device=cpu",
+                                              "--json",
+                                              "replay.trace=\"\"",
+                                              "replay.fold=false",
+                                              "bench.slots=[all,\"6\"]",
+                                              "output=" + output,
+                                              "bench.prompt_tokens=[2]",
+                                              "bench.repeats=1"};
+  const auto run = [&](const std::vector<std::string>& more) {
+    std::vector<std::string> all = arguments;
+    all.insert(all.end(), more.begin(), more.end());
+    return all;
+  };
+  {
+    // Arms that end, then arms that would go on for hours.
+    Program program(run({"bench.batch=[1,2]", "bench.new_tokens=[3,200]", "bench.repeats=100"}));
+    REQUIRE(program.wait_for_stdout("\n"));
+    REQUIRE(program.wait_for_stderr("weights are random"));
+    program.signal(SIGKILL);
+    CHECK(program.finish().code == 128 + SIGKILL);
+  }
+  std::vector<std::string> lines = lines_of(read_text_file(output));
+  REQUIRE(lines.size() == 3);
+  CHECK(lines[0] == "{\"before\":1}");
+  for (std::size_t arm = 0; arm < 2; ++arm) {
+    const Json row = Json::parse(lines[1 + arm]);
+    CHECK(row["slots"] == (arm == 0 ? "all" : "6"));
+    CHECK(row["batch"] == 1);
+    CHECK(row["new_tokens"] == 3);
+    CHECK(row.contains("rates_after"));
+    CHECK(row["warnings"].size() == 2);  // random weights, no GPU
+  }
+  CHECK(read_text_file(output).back() == '\n');
+  const std::string printed = done(hestia(run({"bench.new_tokens=[3]", "bench.batch=[1]"})));
+  lines = lines_of(read_text_file(output));
+  REQUIRE(lines.size() == 5);
+  CHECK(lines[3] + "\n" + lines[4] + "\n" == printed);
+}
+
 TEST_CASE("bench refuses a grid that there is not, with the recipe's line") {
   const auto complains = [](std::vector<std::string> more, const std::vector<std::string>& parts) {
     std::vector<std::string> all = {"bench", "recipes/bench_olmoe.yaml", "model.path=checkpoints/tiny",

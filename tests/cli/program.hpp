@@ -92,14 +92,9 @@ class Program {
   }
 
   /// Reads until stderr holds `text`; false when the process ended, or two minutes passed, without it.
-  bool wait_for_stderr(const std::string& text) {
-    while (streams_[1].text.find(text) == std::string::npos) {
-      if (!read_some()) {
-        return false;
-      }
-    }
-    return true;
-  }
+  bool wait_for_stderr(const std::string& text) { return wait_for(streams_[1], text); }
+  /// The same of stdout.
+  bool wait_for_stdout(const std::string& text) { return wait_for(streams_[0], text); }
 
   void signal(int number) const { ::kill(pid_, number); }
 
@@ -122,6 +117,15 @@ class Program {
     int descriptor = -1;
     std::string text;
   };
+
+  bool wait_for(const Stream& stream, const std::string& text) {
+    while (stream.text.find(text) == std::string::npos) {
+      if (!read_some()) {
+        return false;
+      }
+    }
+    return true;
+  }
 
   // False when both streams are at their end. A process that says nothing for two minutes is ended.
   bool read_some() {

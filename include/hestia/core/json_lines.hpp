@@ -13,10 +13,11 @@ namespace hestia {
 /// Ordered JSON: keys keep the order they were written in, so that files diff well.
 using Json = nlohmann::ordered_json;
 
-/// Appends one JSON object per line; every line is flushed, so the file is valid after each.
+/// Appends one JSON object per line; every line is written in one piece and flushed, so the file is valid after each.
 class JsonLinesWriter {
  public:
-  /// Opens for append (`truncate` starts afresh). Throws RunError naming the path.
+  /// Opens for append, on a new line where the file ends within one (`truncate` starts afresh). Throws RunError naming
+  /// the path.
   explicit JsonLinesWriter(const std::filesystem::path& path, bool truncate = false);
   /// Writes one object. Non-finite numbers become null. Throws RunError when the disk refuses.
   void write(const Json& object);

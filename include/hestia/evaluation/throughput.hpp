@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -84,9 +85,11 @@ void check_bench_formats(const LoadedRecipe<BenchRecipe>& loaded, const Architec
 
 /// Decodes every arm of the grid and returns one object per arm (docs/decoding.md has the fields). One format of the
 /// experts after the other, so that one store is held at a time; in it, the arms of one batch and length take turns,
-/// after a round that does not count, and rates of link and memory are probed before and after. Throws what loading a
-/// model and decoding throw; UsageError for a grid that the model does not have.
-[[nodiscard]] std::vector<Json> run_bench(const LoadedRecipe<BenchRecipe>& loaded, bool quiet);
+/// after a round that does not count, and rates of link and memory are probed before and after. Once they are measured
+/// their rows are added to the recipe's `output`, then given to `on_row` (may be empty): a run that is cut off keeps
+/// them. Throws what loading a model and decoding throw; UsageError for a grid that the model does not have.
+[[nodiscard]] std::vector<Json> run_bench(const LoadedRecipe<BenchRecipe>& loaded, bool quiet,
+                                          const std::function<void(const Json& row)>& on_row = {});
 
 /// The rows as a table.
 [[nodiscard]] std::string bench_table(const std::vector<Json>& rows);

@@ -47,6 +47,19 @@ TEST_CASE("Numbers survive JSON lines exactly") {
   });
 }
 
+TEST_CASE("JSON lines go on after a line that was cut off, and leave it as it is") {
+  const TemporaryFolder folder;
+  const std::filesystem::path path = folder.path() / "m.jsonl";
+  put_file(path, "{\"a\":1}\n{\"a\":");
+  JsonLinesWriter(path).write({{"a", 3}});
+  CHECK(read_text_file(path) == "{\"a\":1}\n{\"a\":\n{\"a\":3}\n");
+  JsonLinesWriter(path).write({{"a", 4}});  // and no empty line where the last one is whole
+  CHECK(read_text_file(path) == "{\"a\":1}\n{\"a\":\n{\"a\":3}\n{\"a\":4}\n");
+  put_file(path, "");
+  JsonLinesWriter(path).write({{"a", 5}});
+  CHECK(read_text_file(path) == "{\"a\":5}\n");
+}
+
 TEST_CASE("Empty lines count but are not visited, and the last line needs no end") {
   const TemporaryFolder folder;
   const std::filesystem::path path = folder.path() / "m.jsonl";
