@@ -183,9 +183,7 @@ double per(std::int64_t count, std::int64_t of) {
 
 // What a start with preload takes its experts from.
 struct Preload {
-  PreloadChoice by = PreloadChoice::kAggregate;
-  std::filesystem::path file;
-  PreferenceRouter router = PreferenceRouter::kBaseline;
+  PreloadSource source;
   std::optional<PreferencePredictor> predictor;
   std::optional<NearestPrompt> nearest;
   std::vector<std::vector<std::uint16_t>> experts;  // per MoE layer, once they are known
@@ -205,35 +203,36 @@ std::optional<Preload> preload_from(const GenerateArguments& arguments, const Ar
     return std::nullopt;
   }
   Preload preload;
-  preload.by = preload_choice_from_name(arguments.preload_by, "--preload-by");
-  preload.file = !arguments.preload.empty()  ? arguments.preload
-                 : !arguments.router.empty() ? arguments.router / "preferences.h5"
-                                             : std::filesystem::path();
-  if (preload.file.empty()) {
+  preload.source.by = preload_choice_from_name(arguments.preload_by, "--preload-by");
+  preload.source.file = !arguments.preload.empty()  ? arguments.preload
+                        : !arguments.router.empty() ? arguments.router / "preferences.h5"
+                                                    : std::filesystem::path();
+  if (preload.source.file.empty()) {
     throw UsageError("--start preload: needs statistics; give --router BUNDLE or --preload FILE");
   }
   const std::string router = !arguments.preload_router.empty() ? arguments.preload_router
                              : arguments.router.empty()        ? "baseline"
                                                                : "tuned";
-  preload.router = router_from_name(router, "--preload-router");
+  preload.source.router = router_from_name(router, "--preload-router");
   const std::vector<std::int64_t> layers = architecture.moe_layers();
   const std::int64_t experts = architecture.num_experts;
   constexpr const char* kWhose = "the model";
-  switch (preload.by) {
+  switch (preload.source.by) {
     case PreloadChoice::kAggregate:
-      preload.experts = read_preload(preload.file, preload.router, layers, experts, kWhose);
+      preload.experts = read_preload(preload.source.file, preload.source.router, layers, experts, kWhose);
       break;
     case PreloadChoice::kPredictor:
-      if (preload.router == PreferenceRouter::kBaseline && !arguments.preload_router.empty()) {
+      if (preload.source.router == PreferenceRouter::kBaseline && !arguments.preload_router.empty()) {
         throw UsageError(
             "--preload-router: the predictor guesses the tuned router's experts, got \"baseline\"; leave the option "
             "out, or preload by aggregate or nearest");
       }
-      preload.predictor = read_preload_predictor(preload.file, layers, experts, architecture.hidden_size, kWhose);
-      preload.router = PreferenceRouter::kTuned;
+      preload.predictor =
+          read_preload_predictor(preload.source.file, layers, experts, architecture.hidden_size, kWhose);
+      preload.source.router = PreferenceRouter::kTuned;
       break;
     case PreloadChoice::kNearest:
-      preload.nearest.emplace(preload.file, preload.router, layers, experts, kWhose);
+      preload.nearest.emplace(preload.source.file, preload.source.router, layers, experts, kWhose);
       break;
   }
   return preload;
@@ -258,15 +257,6 @@ void set_preload(Preload& preload, MoeModel& model, const std::vector<std::int64
     preload.experts = preload.found.order;
     return preload.experts;
   };
-}
-
-Json preload_json(const Preload& preload) {
-  const bool nearest = preload.by == PreloadChoice::kNearest;
-  return {{"by", preload_choice_names().at(static_cast<std::size_t>(preload.by))},
-          {"file", preload.file.string()},
-          {"router", router_name(preload.router)},
-          {"sequence", nearest ? Json(preload.found.id) : Json()},
-          {"similarity", nearest ? Json(preload.found.similarity) : Json()}};
 }
 
 bool is_packed(const std::filesystem::path& trace) {
@@ -555,7 +545,7 @@ void run_generate(const GenerateArguments& arguments) {
         {"policy", arguments.policy},
         {"fetch", fetch_path_name(decoder.fetch_path())},
         {"start", arguments.start},
-        {"preload", preload ? preload_json(*preload) : Json()},
+        {"preload", preload ? preload_json(preload->source, preload->found) : Json()},
         {"requests", totals.requests},
         {"hits", totals.hits},
         {"cold", totals.cold},

@@ -117,6 +117,7 @@ void check_recipe(const std::string& path, const std::vector<std::string>& overr
       complaints.collect([&] {
         const Architecture architecture = read_architecture(loaded.recipe.model.path);
         complaints.collect([&] { check_bench_formats(loaded, architecture); });
+        complaints.collect([&] { static_cast<void>(bench_preload(loaded, architecture)); });
         if (!loaded.recipe.replay.trace.empty()) {
           std::string fold;
           static_cast<void>(bench_trace(loaded.recipe.replay, architecture, fold));

@@ -20,6 +20,7 @@
 #include "hestia/evaluation/build_info.hpp"
 #include "hestia/model/tensors.hpp"
 #include "hestia/routing/fold.hpp"
+#include "hestia/routing/preload.hpp"
 #include "hestia/runtime/decoder.hpp"
 #include "hestia/runtime/probe.hpp"
 #include "hestia/runtime/replay.hpp"
@@ -50,7 +51,7 @@ FieldList BenchOptions::fields() {
       "how misses come: in one kernel with the products, by the copy engine, or in kernels of their own; auto: by size",
       fetch_path_names());
   list.add("start", start, "slots at the first step; full: all experts, in arms with as many slots",
-           {"cold", "prefill", "full"});
+           {"cold", "prefill", "preload", "full"});
   list.add("batch", batch, "sequences decoded together", {.low = 1});
   list.add("prompt_tokens", prompt_tokens, "random tokens before the first step", {.low = 1});
   list.add("new_tokens", new_tokens, "tokens generated per sequence", {.low = 2});
@@ -69,6 +70,15 @@ FieldList BenchReplayOptions::fields() {
   return list;
 }
 
+FieldList BenchPreloadOptions::fields() {
+  FieldList list;
+  list.add("file", file, "preferences.h5 that bench.start preload takes experts from");
+  list.add("by", by, "which experts: those most used of all, since random prompts call for none",
+           preload_choice_names());
+  list.add("router", router, "whose statistics", {"baseline", "tuned"});
+  return list;
+}
+
 FieldList BenchRecipe::fields() {
   FieldList list;
   list.add("task", task, "what the recipe does", {"bench"});
@@ -76,8 +86,61 @@ FieldList BenchRecipe::fields() {
   list.add_section("model", model.fields(), "what is decoded");
   list.add_section("bench", bench.fields(), "the grid: every combination is an arm");
   list.add_section("replay", replay.fields(), "experts out of a trace");
+  list.add_section("preload", preload.fields(), "experts to begin with");
   return list;
 }
+
+namespace {
+
+// What of the section `preload` does not go with the rest.
+void check_preload(const LoadedRecipe<BenchRecipe>& loaded, Problems& problems) {
+  const BenchPreloadOptions& preload = loaded.recipe.preload;
+  const std::string& start = loaded.recipe.bench.start;
+  if (start != "preload") {
+    const BenchPreloadOptions plain;
+    const char* const given = !preload.file.empty()            ? "preload.file"
+                              : preload.by != plain.by         ? "preload.by"
+                              : preload.router != plain.router ? "preload.router"
+                                                               : nullptr;
+    if (given != nullptr) {
+      problems.add(fmt::format("{}: {}: only serves bench.start preload, got {}; take that start, or leave the key out",
+                               loaded.source.location(given), given, start));
+    }
+    return;
+  }
+  if (preload.file.empty()) {
+    problems.add(fmt::format("{}: bench.start: preload needs statistics, got no preload.file; name a preferences.h5",
+                             loaded.source.location("bench.start")));
+  }
+  if (preload.by != "aggregate") {
+    problems.add(
+        fmt::format("{}: preload.by: must be aggregate, since prompts of a bench are random tokens that call for no "
+                    "experts, got {}; hestia generate pre-loads by a prompt",
+                    loaded.source.location("preload.by"), preload.by));
+  }
+}
+
+PreloadSource preload_source(const BenchPreloadOptions& preload) {
+  return {preload_choice_from_name(preload.by, "preload.by"), preload.file,
+          router_from_name(preload.router, "preload.router")};
+}
+
+// Runs `step`; what it complains about begins with the key of the recipe and its place.
+template <class Step>
+auto with_place(const RecipeSource& source, const char* key, const Step& step) {
+  const auto placed = [&](const Error& error) {
+    return fmt::format("{}: {}: {}", source.location(key), key, error.what());
+  };
+  try {
+    return step();
+  } catch (const UsageError& error) {
+    throw UsageError(placed(error));
+  } catch (const InputError& error) {
+    throw InputError(placed(error));
+  }
+}
+
+}  // namespace
 
 LoadedRecipe<BenchRecipe> load_bench_recipe(const std::filesystem::path& path,
                                             const std::vector<std::string>& overrides) {
@@ -115,6 +178,7 @@ LoadedRecipe<BenchRecipe> load_bench_recipe(const std::filesystem::path& path,
       problems.add(fmt::format("{}: {}", loaded.source.location("model.pinned_memory"), error.what()));
     }
   }
+  check_preload(loaded, problems);
   problems.throw_usage_if_any();
   return loaded;
 }
@@ -133,6 +197,17 @@ RoutingTrace bench_trace(const BenchReplayOptions& replay, const Architecture& a
   }
   static_cast<void>(replay_of(trace, {turns.front()}, architecture));
   return trace;
+}
+
+std::vector<std::vector<std::uint16_t>> bench_preload(const LoadedRecipe<BenchRecipe>& loaded,
+                                                      const Architecture& architecture) {
+  if (loaded.recipe.bench.start != "preload") {
+    return {};
+  }
+  const PreloadSource source = preload_source(loaded.recipe.preload);
+  return with_place(loaded.source, "preload.file", [&] {
+    return read_preload(source.file, source.router, architecture.moe_layers(), architecture.num_experts, "the model");
+  });
 }
 
 void check_bench_formats(const LoadedRecipe<BenchRecipe>& loaded, const Architecture& architecture) {
@@ -232,7 +307,7 @@ DecodeBound bound_of(MoeModel& model, std::int64_t expert_bytes, const ProbedRat
 }
 
 CacheStart start_of(const std::string& name) {
-  return name == "prefill" ? CacheStart::kPrefill : name == "full" ? CacheStart::kPreload : CacheStart::kCold;
+  return name == "prefill" ? CacheStart::kPrefill : name == "cold" ? CacheStart::kCold : CacheStart::kPreload;
 }
 
 std::string device_name(torch::Device device) {
@@ -252,6 +327,7 @@ class Bench {
     }
     const Architecture architecture = read_architecture(recipe_.model.path);
     check_bench_formats(loaded, architecture);
+    preload_ = bench_preload(loaded, architecture);
     if (!recipe_.replay.trace.empty()) {
       trace_ = bench_trace(recipe_.replay, architecture, fold_);
     }
@@ -380,7 +456,9 @@ class Bench {
             options.cache->fetch = fetch_path_from_name(fetch);
           }
           options.start = options.cache ? start_of(recipe_.bench.start) : CacheStart::kCold;
-          if (options.start == CacheStart::kPreload) {
+          if (options.start == CacheStart::kPreload && recipe_.bench.start == "preload") {
+            options.preload = preload_;
+          } else if (options.start == CacheStart::kPreload) {
             std::vector<std::uint16_t> all;
             for (std::int64_t expert = 0; expert < a.num_experts; ++expert) {
               all.push_back(static_cast<std::uint16_t>(expert));
@@ -531,6 +609,7 @@ class Bench {
         {"slots", arm.slots},
         {"policy", arm.policy},
         {"start", arm.policy.empty() ? "" : recipe_.bench.start},
+        {"preload", arm.policy.empty() || preload_.empty() ? Json() : preload_json(preload_source(recipe_.preload))},
         {"batch", batch},
         {"prompt_tokens", prompt_tokens},
         {"new_tokens", new_tokens},
@@ -564,6 +643,7 @@ class Bench {
   bool quiet_;
   std::optional<RoutingTrace> trace_;
   std::string fold_;
+  std::vector<std::vector<std::uint16_t>> preload_;  // per MoE layer; empty unless arms start with it
   ExpertFormat format_ = ExpertFormat::kBfloat16;
   std::optional<OffloadedModel> offloaded_;
   Json expert_error_;

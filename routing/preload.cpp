@@ -109,6 +109,15 @@ PreloadChoice preload_choice_from_name(std::string_view name, std::string_view o
   return static_cast<PreloadChoice>(place_of(name, kChoiceNames, option, "choice of experts"));
 }
 
+Json preload_json(const PreloadSource& source, const NearestPreload& found) {
+  const bool nearest = source.by == PreloadChoice::kNearest;
+  return {{"by", kChoiceNames.at(static_cast<std::size_t>(source.by))},
+          {"file", source.file.string()},
+          {"router", router_name(source.router)},
+          {"sequence", nearest ? Json(found.id) : Json()},
+          {"similarity", nearest ? Json(found.similarity) : Json()}};
+}
+
 std::vector<std::vector<std::uint16_t>> preload_order(const PreferenceAggregate& aggregate) {
   return ordered(aggregate.count.size(), aggregate.num_layers, aggregate.num_experts,
                  [&](std::size_t a, std::size_t b) { return aggregate.count[a] > aggregate.count[b]; });

@@ -526,6 +526,86 @@ TEST_CASE("bench writes the arms that took turns as soon as they are measured, b
   CHECK(lines[3] + "\n" + lines[4] + "\n" == printed);
 }
 
+TEST_CASE("bench pre-loads what statistics say, and counts what simulate counts") {
+  const TemporaryFolder folder;
+  const std::string trace_file = folder.path() / "trace.csv";
+  static_cast<void>(done(hestia(generate({"--record", trace_file}))));
+  const std::string file = preferences_of_tiny(folder, 5, 8);
+  const auto bench = [&](const std::vector<std::string>& more) {
+    std::vector<std::string> all = {"bench",
+                                    "recipes/bench_olmoe.yaml",
+                                    "--json",
+                                    "model.path=checkpoints/tiny",
+                                    "model.device=cpu",
+                                    "output=\"\"",
+                                    "replay.trace=" + trace_file,
+                                    "replay.fold=false",
+                                    "bench.slots=[all,\"7\",\"total:50\"]",
+                                    "bench.policies=[lru,lfu]",
+                                    "bench.prompt_tokens=[3]",
+                                    "bench.new_tokens=[24]",
+                                    "bench.repeats=1"};
+    all.insert(all.end(), more.begin(), more.end());
+    return lines_of(done(hestia(all)));
+  };
+  const std::vector<std::string> lines = bench({"bench.start=preload", "preload.file=" + file});
+  REQUIRE(lines.size() == 5);
+  CHECK(Json::parse(lines[0])["preload"].is_null());  // all resident: there is nothing to begin with
+  for (std::size_t i = 1; i < lines.size(); ++i) {
+    const Json row = Json::parse(lines[i]);
+    CAPTURE(lines[i]);
+    CHECK(row["start"] == "preload");
+    CHECK(row["preload"] ==
+          Json{{"by", "aggregate"}, {"file", file}, {"router", "baseline"}, {"sequence", {}}, {"similarity", {}}});
+    if (row["slots"] != "7") {
+      CHECK(row["loads_per_step_and_layer"].get<double>() > 0.0);
+      continue;
+    }
+    const Json simulated =
+        Json::parse(done(hestia({"simulate", trace_file, "--policy", row["policy"].get<std::string>(), "--slots", "7",
+                                 "--start", "preload", "--preload", file, "--preload-router", "baseline", "--json"})));
+    CHECK(simulated["loads"].get<std::int64_t>() > 0);
+    CHECK(row["loads_per_step_and_layer"].get<double>() ==
+          Approx(simulated["loads"].get<double>() / (23 * 6)).epsilon(1e-12));
+    CHECK(row["hit_rate"].get<double>() == Approx(simulated["hit_rate"].get<double>()).epsilon(1e-12));
+  }
+  const Json cold = Json::parse(bench({})[1]);
+  CHECK(cold["preload"].is_null());
+  CHECK(cold["hit_rate"] != Json::parse(lines[1])["hit_rate"]);
+}
+
+TEST_CASE("bench and validate say what a preload lacks, with the recipe's line") {
+  const TemporaryFolder folder;
+  const std::string file = preferences_of_tiny(folder, 3, 0);
+  const std::string missing = folder.path() / "missing.h5";
+  const std::string config = read_text_file(std::filesystem::path(HESTIA_SOURCE_DIR) / "checkpoints/tiny/config.json");
+  write_text_atomically(folder.path() / "config.json", replaced(config, "\"num_experts\": 32", "\"num_experts\": 16"));
+  const auto complains = [&](int code, const std::vector<std::string>& more, const std::vector<std::string>& parts) {
+    for (const char* verb : {"bench", "validate"}) {
+      std::vector<std::string> all = {verb,
+                                      "recipes/bench_olmoe.yaml",
+                                      "model.path=checkpoints/tiny",
+                                      "replay.trace=\"\"",
+                                      "replay.fold=false",
+                                      "bench.slots=[\"6\"]"};
+      all.insert(all.end(), more.begin(), more.end());
+      check_complaint(hestia(all), code, parts);
+    }
+  };
+  const std::string from = "preload.file=" + file;
+  complains(2, {"bench.start=preload"}, {"bench.start=preload on the command line", "preload.file", "preferences.h5"});
+  complains(3, {"bench.start=preload", "preload.file=" + missing}, {"preload.file=" + missing, "on the command line"});
+  complains(2, {from}, {"preload.file", "only serves bench.start preload", "got cold"});
+  complains(2, {"preload.router=tuned"}, {"preload.router", "only serves bench.start preload"});
+  complains(2, {"preload.by=nearest"}, {"preload.by", "only serves bench.start preload"});
+  complains(2, {"bench.start=preload", from, "preload.by=nearest"}, {"preload.by", "random tokens", "got nearest"});
+  complains(2, {"bench.start=preload", from, "preload.by=predictor"}, {"preload.by", "got predictor"});
+  complains(2, {"bench.start=preload", from, "preload.by=nearst"}, {"preload.by", "nearst", "aggregate"});
+  complains(2, {"bench.start=preload", from, "preload.router=base"}, {"preload.router", "base", "tuned"});
+  complains(2, {"bench.start=preload", from, "model.path=" + folder.path().string()},
+            {"preload.file", file, "16 experts of the model", "got 32"});
+}
+
 TEST_CASE("bench refuses a grid that there is not, with the recipe's line") {
   const auto complains = [](std::vector<std::string> more, const std::vector<std::string>& parts) {
     std::vector<std::string> all = {"bench", "recipes/bench_olmoe.yaml", "model.path=checkpoints/tiny",

@@ -34,7 +34,9 @@ struct BenchOptions {
   std::vector<std::string> expert_formats = {"bf16"};  ///< As `--expert-format` takes them.
   double gamma = 0.9;
   std::vector<std::string> fetch = {"auto"};  ///< SlotCacheOptions::fetch
-  std::string start = "cold";  ///< cold | prefill | full: slots hold every expert, so that every request is a hit.
+  /// cold | prefill | preload, of the section `preload` | full: slots hold every expert, so that every request is a
+  /// hit.
+  std::string start = "cold";
   std::vector<std::int64_t> batch = {1};
   std::vector<std::int64_t> prompt_tokens = {128};
   std::vector<std::int64_t> new_tokens = {256};
@@ -53,6 +55,14 @@ struct BenchReplayOptions {
   FieldList fields();
 };
 
+/// Section `preload`: the experts that arms of `bench.start` preload begin with.
+struct BenchPreloadOptions {
+  std::string file;  ///< preferences.h5
+  std::string by = "aggregate";
+  std::string router = "baseline";
+  FieldList fields();
+};
+
 /// Recipe of `hestia bench`.
 struct BenchRecipe {
   std::string task = "bench";
@@ -60,6 +70,7 @@ struct BenchRecipe {
   BenchModelOptions model;
   BenchOptions bench;
   BenchReplayOptions replay;
+  BenchPreloadOptions preload;
   FieldList fields();
 };
 
@@ -71,6 +82,11 @@ struct BenchRecipe {
 /// reading, folding and replay_of throw, UsageError for a trace without decode steps.
 [[nodiscard]] RoutingTrace bench_trace(const BenchReplayOptions& replay, const Architecture& architecture,
                                        std::string& fold);
+
+/// The experts that arms of `bench.start` preload begin with, per MoE layer, best first; empty for another start.
+/// Throws what read_preload throws, with file:line.
+[[nodiscard]] std::vector<std::vector<std::uint16_t>> bench_preload(const LoadedRecipe<BenchRecipe>& loaded,
+                                                                    const Architecture& architecture);
 
 /// Throws UsageError with all formats of the grid that do not hold the model's experts, each with file:line.
 void check_bench_formats(const LoadedRecipe<BenchRecipe>& loaded, const Architecture& architecture);

@@ -7,6 +7,7 @@
 #include <string_view>
 #include <vector>
 
+#include "hestia/core/json_lines.hpp"
 #include "hestia/routing/preferences.hpp"
 
 namespace hestia {
@@ -56,6 +57,17 @@ struct NearestPreload {
   /// Per layer all E by falling `count` of that sequence, then of the aggregate, ties to the lower index.
   std::vector<std::vector<std::uint16_t>> order;
 };
+
+/// Where the experts of a start with preload come from.
+struct PreloadSource {
+  PreloadChoice by = PreloadChoice::kAggregate;
+  std::filesystem::path file;  ///< preferences.h5
+  PreferenceRouter router = PreferenceRouter::kBaseline;
+};
+
+/// The same as results have it: {"by", "file", "router", "sequence", "similarity"}; the last two say what kNearest
+/// `found` and are null for the others.
+[[nodiscard]] Json preload_json(const PreloadSource& source, const NearestPreload& found = {});
 
 /// Finds the stored sequence, among those with a prompt and an answer, whose `prompt_count` under one router has the
 /// highest cosine with a prompt's own; ties to the first. Needs nothing but `preferences.h5`: it holds no embeddings.
