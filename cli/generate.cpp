@@ -32,6 +32,7 @@
 #include "hestia/runtime/replay.hpp"
 #include "hestia/trainer/bundle.hpp"
 #include "hestia/trainer/preference_predictor.hpp"
+#include "hestia/trainer/residency.hpp"
 #include "token_list.hpp"
 
 namespace hestia {
@@ -591,6 +592,10 @@ void run_generate(const GenerateArguments& arguments) {
     } else {
       rows.emplace_back("experts", "all resident");
     }
+    rows.emplace_back("residency",
+                      options.residency && options.residency->lambda > 0
+                          ? fmt::format("{}, J {}", lambda_text(*options.residency), options.residency->always_keep)
+                          : "none");
     log_block(fmt::format("Generated with {} ({})", arguments.model.string(), trace ? "replay" : "live"), rows);
   }
   if (stop == "interrupted") {

@@ -383,6 +383,26 @@ TEST_CASE("a residency prior by weight needs no bundle, and loads less") {
   CHECK(none["cache"]["loads"] == plain["cache"]["loads"]);
 }
 
+TEST_CASE("generate's statistics name the residency rule that was served") {
+  const auto statistics = [](const std::vector<std::string>& more) {
+    std::vector<std::string> all = {"generate",     "--model", "checkpoints/tiny", "--prompt", "The kernel",
+                                    "--max-tokens", "3",       "--device",         "cpu"};
+    all.insert(all.end(), more.begin(), more.end());
+    const Outcome outcome = hestia(all);
+    static_cast<void>(done(outcome));
+    for (const std::string& line : lines_of(outcome.err)) {
+      if (line.find("residency") != std::string::npos) {
+        return line;
+      }
+    }
+    return std::string("(no line)");
+  };
+  CHECK_THAT(statistics({"--expert-slots", "5", "--residency-prior", "0.25,1,weight"}),
+             Catch::EndsWith("  weight lambda 0.25, J 1"));
+  CHECK_THAT(statistics({"--expert-slots", "5", "--residency-prior", "0,1,weight"}), Catch::EndsWith("  none"));
+  CHECK_THAT(statistics({}), Catch::EndsWith("  none"));
+}
+
 TEST_CASE("experts that cannot be packed are refused before weights are read, by generate, validate and bench") {
   const TemporaryFolder folder;
   const std::string model = folder.path();
