@@ -89,8 +89,9 @@ CacheStart start_from_name(const std::string& name) {
                                near.empty() ? "" : fmt::format(" (did you mean \"{}\"?)", near)));
 }
 
-// "off", "bundle" or "LAMBDA,J" on top of the bundle's logit ranges.
-std::optional<ResidencyRule> residency_from(const std::string& text, const std::optional<BundleManifest>& manifest) {
+// "off", "bundle" or "LAMBDA,J[,SCORE[,one factor per MoE layer]]" on top of the bundle's logit ranges and factors.
+std::optional<ResidencyRule> residency_from(const std::string& text, const std::optional<BundleManifest>& manifest,
+                                            std::size_t num_layers) {
   if (text == "off" || (text == "bundle" && !manifest)) {
     return std::nullopt;
   }
@@ -111,7 +112,7 @@ std::optional<ResidencyRule> residency_from(const std::string& text, const std::
     const auto result = std::from_chars(part.data(), end, value);
     return result.ec == std::errc() && result.ptr == end && value >= 0;
   };
-  bool good = parts.size() <= 3 && read(parts[0], rule.lambda) && std::isfinite(rule.lambda);
+  bool good = read(parts[0], rule.lambda) && std::isfinite(rule.lambda);
   if (good && parts.size() > 1) {
     good = read(parts[1], rule.always_keep);
   }
@@ -120,11 +121,23 @@ std::optional<ResidencyRule> residency_from(const std::string& text, const std::
     good = score.has_value();
     rule.score = score.value_or(rule.score);
   }
+  if (good && parts.size() > 3) {
+    rule.layer_factors.assign(parts.size() - 3, 0.0);
+    for (std::size_t i = 0; good && i < rule.layer_factors.size(); ++i) {
+      good = read(parts[i + 3], rule.layer_factors[i]) && std::isfinite(rule.layer_factors[i]);
+    }
+  }
   if (!good) {
     throw UsageError(
         fmt::format("--residency-prior: must be LAMBDA,J (0.3,2) or LAMBDA,J,SCORE with the score logit or weight "
-                    "(0.05,2,weight), off, or bundle for the bundle's own rule, got \"{}\"",
+                    "(0.05,2,weight), then if wanted a factor of lambda per MoE layer (0.05,2,weight,1,0.5,2), off, or "
+                    "bundle for the bundle's own rule, got \"{}\"",
                     text));
+  }
+  if (!rule.layer_factors.empty() && rule.layer_factors.size() != num_layers) {
+    throw UsageError(
+        fmt::format("--residency-prior: must have one factor of lambda per MoE layer ({}) or none, got {} in \"{}\"",
+                    num_layers, rule.layer_factors.size(), text));
   }
   if (!manifest && rule.score == ResidencyScore::kLogit) {
     throw UsageError(fmt::format(
@@ -438,7 +451,7 @@ void run_generate(const GenerateArguments& arguments) {
   }
   const Json expert_error = expert_error_json(offloaded.store);
   const Json expert_store = expert_store_json(offloaded.store);
-  options.residency = residency_from(arguments.residency, manifest);
+  options.residency = residency_from(arguments.residency, manifest, stored.moe_layers().size());
   if (preload) {
     set_preload(*preload, offloaded.model, prompt, options);
   }
@@ -562,6 +575,7 @@ void run_generate(const GenerateArguments& arguments) {
   result["residency"] = options.residency && options.residency->lambda > 0
                             ? Json{{"score", residency_score_name(options.residency->score)},
                                    {"lambda", options.residency->lambda},
+                                   {"layer_factors", options.residency->layer_factors},
                                    {"always_keep", options.residency->always_keep}}
                             : Json();
   result["warnings"] = degradations();
@@ -648,7 +662,8 @@ void add_generate(CLI::App& app) {
       ->option_text("NAME");
   verb->add_option(
           "--residency-prior", arguments->residency,
-          "prefer experts that are there: LAMBDA,J or LAMBDA,J,logit|weight, off, or bundle for the bundle's own rule")
+          "prefer experts that are there: LAMBDA,J or LAMBDA,J,logit|weight, then a factor of LAMBDA per MoE layer or "
+          "none, off, or bundle for the bundle's own rule")
       ->capture_default_str();
   verb->add_option("--temperature", arguments->temperature, "0: always the likeliest token")->capture_default_str();
   verb->add_option("--top-p", arguments->top_p, "draw among the likeliest tokens that reach this probability together")

@@ -177,6 +177,9 @@ void inspect_bundle(const std::filesystem::path& directory) {
                {"serve with",
                 fmt::format("{} slots, {}, residency {}, J {}", manifest.residency.slots, manifest.residency.policy,
                             lambda_text(manifest.residency), manifest.residency.always_keep)}};
+  if (!manifest.residency.layer_factors.empty()) {
+    rows.emplace_back("factors of lambda", fmt::format("{:g}", fmt::join(manifest.residency.layer_factors, " ")));
+  }
   for (const auto& [name, figures] : manifest.metrics.items()) {
     rows.emplace_back(name, figures.dump());
   }

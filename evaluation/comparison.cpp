@@ -119,10 +119,12 @@ StaticSetFigures measure_static_set(MoeModel& model, const PackedData& held_out,
   return figures;
 }
 
-// Name of a router served under a rule.
-std::string under_rule(const std::string& router, const ResidencyRule& rule, std::int64_t bundle_slots) {
-  return fmt::format("{}, {}, J {}{}", router, lambda_text(rule), rule.always_keep,
-                     rule.slots == bundle_slots ? "" : fmt::format(", C {}", rule.slots));
+// Name of a router served under a rule; what is not the bundle's stands in it.
+std::string under_rule(const std::string& router, const ResidencyRule& rule, const ResidencyRule& bundle) {
+  const bool other_factors = !bundle.layer_factors.empty() && rule.layer_factors != bundle.layer_factors;
+  return fmt::format("{}, {}, J {}{}{}", router, lambda_text(rule), rule.always_keep,
+                     rule.slots == bundle.slots ? "" : fmt::format(", C {}", rule.slots),
+                     other_factors ? ", other factors" : "");
 }
 
 // The rules to serve every router under beside plain Top-K: the recipe's grid, and the one the bundle is meant for.
@@ -136,9 +138,11 @@ std::vector<ResidencyRule> residency_rules(const LoadedRecipe<FinetuneRecipe>& l
                     (bundle_dir / "manifest.json").string(), architecture.num_experts, bundle.slots));
   }
   std::vector<ResidencyRule> rules;
-  const auto add = [&](ResidencyScore score, double lambda, std::int64_t always_keep, std::int64_t slots) {
+  const auto add = [&](ResidencyScore score, double lambda, std::int64_t always_keep, std::int64_t slots,
+                       const std::vector<double>& factors) {
     const bool known = std::any_of(rules.begin(), rules.end(), [&](const ResidencyRule& rule) {
-      return rule.score == score && rule.lambda == lambda && rule.always_keep == always_keep && rule.slots == slots;
+      return rule.score == score && rule.lambda == lambda && rule.always_keep == always_keep && rule.slots == slots &&
+             rule.layer_factors == factors;
     });
     if (!known) {
       rules.push_back(bundle);
@@ -146,19 +150,21 @@ std::vector<ResidencyRule> residency_rules(const LoadedRecipe<FinetuneRecipe>& l
       rules.back().lambda = lambda;
       rules.back().always_keep = always_keep;
       rules.back().slots = slots;
+      rules.back().layer_factors = factors;
     }
   };
   const std::int64_t slots = prior.slots > 0 ? prior.slots : bundle.slots;
+  const std::vector<double>& factors = prior.layer_factors.empty() ? bundle.layer_factors : prior.layer_factors;
   for (const std::int64_t always_keep : prior.always_keep) {
     for (const double lambda : prior.lambdas) {
-      add(ResidencyScore::kLogit, lambda, always_keep, slots);
+      add(ResidencyScore::kLogit, lambda, always_keep, slots, factors);
     }
     for (const double lambda : prior.weight_lambdas) {
-      add(ResidencyScore::kWeight, lambda, always_keep, slots);
+      add(ResidencyScore::kWeight, lambda, always_keep, slots, factors);
     }
   }
   if (bundle.lambda > 0.0) {
-    add(bundle.score, bundle.lambda, bundle.always_keep, bundle.slots);
+    add(bundle.score, bundle.lambda, bundle.always_keep, bundle.slots, bundle.layer_factors);
   }
   return rules;
 }
@@ -395,6 +401,12 @@ void check_evaluate_fits(const LoadedRecipe<FinetuneRecipe>& loaded, const Archi
     at_most_all("evaluate.slots", slots);
   }
   at_most_all("evaluate.residency_prior.slots", options.residency_prior.slots);
+  const std::size_t factors = options.residency_prior.layer_factors.size();
+  if (factors != 0 && factors != architecture.moe_layers().size()) {
+    problems.add(fmt::format(
+        "{}: evaluate.residency_prior.layer_factors must have one number per MoE layer ({}), got {}",
+        loaded.source.location("evaluate.residency_prior.layer_factors"), architecture.moe_layers().size(), factors));
+  }
   for (const std::int64_t size : options.static_set) {
     if (size != 0 && (size < architecture.top_k || size > experts)) {
       problems.add(
@@ -504,7 +516,7 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const Evalua
         continue;
       }
       model->set_selector(std::make_shared<ResidencySelector>(rule));
-      under_rules.push_back(measure_arm(model, under_rule(name, rule, served.slots), held_out, recipe.data.train,
+      under_rules.push_back(measure_arm(model, under_rule(name, rule, served), held_out, recipe.data.train,
                                         under_rule_options, recipe.data.sequence_length, quiet, options.agreement));
       under_rules.back().router = name;
       under_rules.back().residency = rule;

@@ -48,6 +48,11 @@ ResidencySelector::ResidencySelector(ResidencyRule rule) : rule_(std::move(rule)
   if (rule_.policy != policy_name(CachePolicyKind::kLru)) {
     refuse(fmt::format("the policy must be lru, got \"{}\"", rule_.policy));
   }
+  for (const double factor : rule_.layer_factors) {
+    if (!(factor >= 0.0 && std::isfinite(factor))) {
+      refuse(fmt::format("a layer's factor must be at least 0 and finite, got {}", factor));
+    }
+  }
   for (const float range : rule_.logit_range) {
     if (!(range >= 0.0F && std::isfinite(range))) {
       refuse(fmt::format("a logit range must be at least 0 and finite, got {}", range));

@@ -146,6 +146,8 @@ FieldList ResidencyOptions::fields() {
            residency_score_names());
   list.add("lambda", lambda, "bonus of a resident expert: in mean logit ranges, or the weight itself; 0: plain Top-K",
            {.low = 0.0, .high = 1e6});
+  list.add("layer_factors", layer_factors, "factors of lambda, one per MoE layer; empty: 1 everywhere",
+           {.low = 0.0, .high = 1e6});
   list.add("always_keep", always_keep, "experts per token chosen by their score alone (J)", {.low = 0});
   list.add("slots", slots, "slots per layer of the cache; 0: losses.cache_simulation.slots, or E/4", {.low = 0});
   list.add("policy", policy, "of that cache", {"lru"});
@@ -161,6 +163,8 @@ FieldList ResidencyPriorOptions::fields() {
            {.low = 0.0, .high = 1e6, .exclusive_low = true});
   list.add("weight_lambdas", weight_lambdas, "the same by weights (score: weight), for example [0.02, 0.05]",
            {.low = 0.0, .high = 1e6, .exclusive_low = true});
+  list.add("layer_factors", layer_factors, "factors of each lambda, one per MoE layer; empty: the bundle's",
+           {.low = 0.0, .high = 1e6});
   list.add("always_keep", always_keep, "values of J, each with each lambda", {.low = 0});
   list.add("slots", slots, "slots per layer of the cache; 0: the bundle's", {.low = 0});
   return list;

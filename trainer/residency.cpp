@@ -30,6 +30,7 @@ void check_overrides(const RecipeSource& source, const ResidencyRule& asked, con
   };
   check("residency.score", residency_score_name(asked.score), residency_score_name(of_run.score));
   check("residency.lambda", asked.lambda, of_run.lambda);
+  check("residency.layer_factors", asked.layer_factors, of_run.layer_factors);
   check("residency.always_keep", asked.always_keep, of_run.always_keep);
   check("residency.slots", asked.slots, of_run.slots);
   check("residency.policy", asked.policy, of_run.policy);
@@ -43,6 +44,7 @@ ResidencyRule residency_rule(const LoadedRecipe<FinetuneRecipe>& loaded, const A
   ResidencyRule rule;
   rule.score = *residency_score_from_name(options.score);  // one of the choices of the field
   rule.lambda = options.lambda;
+  rule.layer_factors = options.layer_factors;
   rule.always_keep = options.always_keep;
   rule.policy = options.policy;
   rule.slots = options.slots > 0 ? options.slots : loaded.recipe.losses.cache_simulation.slots;
@@ -51,6 +53,12 @@ ResidencyRule residency_rule(const LoadedRecipe<FinetuneRecipe>& loaded, const A
     const std::string key = options.slots > 0 ? "residency.slots" : "losses.cache_simulation.slots";
     throw UsageError(fmt::format("{}: {} must be at most the model's experts per layer ({}), got {}",
                                  loaded.source.location(key), key, architecture.num_experts, rule.slots));
+  }
+  const std::size_t num_layers = architecture.moe_layers().size();
+  if (!rule.layer_factors.empty() && rule.layer_factors.size() != num_layers) {
+    throw UsageError(fmt::format("{}: residency.layer_factors must have one number per MoE layer ({}), got {}",
+                                 loaded.source.location("residency.layer_factors"), num_layers,
+                                 rule.layer_factors.size()));
   }
   const std::int64_t annealed = loaded.recipe.train.top_k_annealing.top_k;
   const std::int64_t top_k = annealed > 0 ? std::min(annealed, architecture.top_k) : architecture.top_k;
@@ -116,13 +124,15 @@ ResidencyRule rule_of_run(const LoadedRecipe<FinetuneRecipe>& loaded, MoeModel& 
 }
 
 std::string lambda_text(const ResidencyRule& rule) {
-  return fmt::format("{}lambda {:g}", rule.score == ResidencyScore::kWeight ? "weight " : "", rule.lambda);
+  return fmt::format("{}lambda {:g}{}", rule.score == ResidencyScore::kWeight ? "weight " : "", rule.lambda,
+                     rule.layer_factors.empty() ? "" : " by layer");
 }
 
 Json residency_json(const ResidencyRule& rule) {
   return {{"format_version", kResidencyFormat},
           {"score", residency_score_name(rule.score)},
           {"lambda", rule.lambda},
+          {"layer_factors", rule.layer_factors},
           {"always_keep", rule.always_keep},
           {"slots", rule.slots},
           {"policy", rule.policy},
@@ -170,6 +180,9 @@ ResidencyRule residency_from_json(const Json& json, const std::string& subject, 
     }
   }
   take("lambda", rule.lambda);
+  if (json.contains("layer_factors")) {
+    take("layer_factors", rule.layer_factors);
+  }
   take("always_keep", rule.always_keep);
   take("slots", rule.slots);
   take("policy", rule.policy);
@@ -177,13 +190,20 @@ ResidencyRule residency_from_json(const Json& json, const std::string& subject, 
   if (json.contains("calibration")) {
     take("calibration", rule.calibration);
   }
-  const bool ranges = std::all_of(rule.logit_range.begin(), rule.logit_range.end(),
-                                  [](float range) { return range >= 0.0F && std::isfinite(range); });
-  if (!(rule.lambda >= 0.0 && std::isfinite(rule.lambda)) || rule.always_keep < 0 || rule.slots < 0 || !ranges) {
+  const auto usable = [](double number) { return number >= 0.0 && std::isfinite(number); };
+  if (!usable(rule.lambda) || rule.always_keep < 0 || rule.slots < 0 ||
+      !std::all_of(rule.layer_factors.begin(), rule.layer_factors.end(), usable) ||
+      !std::all_of(rule.logit_range.begin(), rule.logit_range.end(), usable)) {
     problems.add(
-        fmt::format("{}: lambda, always_keep, slots and logit_range must be finite and at least 0, got {}; "
-                    "export the bundle again",
+        fmt::format("{}: lambda, layer_factors, always_keep, slots and logit_range must be finite and at least 0, got "
+                    "{}; export the bundle again",
                     subject, json.dump()));
+  }
+  if (!rule.layer_factors.empty() && rule.layer_factors.size() != rule.logit_range.size()) {
+    problems.add(
+        fmt::format("{}: layer_factors must have one number per MoE layer, as logit_range has ({}), got {}; export the "
+                    "bundle again",
+                    subject, rule.logit_range.size(), rule.layer_factors.size()));
   }
   if (rule.policy != policy_name(CachePolicyKind::kLru)) {
     problems.add(fmt::format("{}: policy must be lru, got \"{}\"; update the program or export the bundle again",

@@ -228,6 +228,8 @@ def points_of(results):
         rule = arm["residency"] and {key: arm["residency"][key] for key in ("lambda", "always_keep", "slots")}
         if rule and arm["residency"].get("score", "logit") != "logit":  # points by logits do not name it
             rule["score"] = arm["residency"]["score"]
+        if rule and arm["residency"].get("layer_factors"):
+            rule["layer_factors"] = arm["residency"]["layer_factors"]
         points.append({"residency": rule, "domains": {d["domain"]: figures_of(d) for d in arm["domains"]}})
     return points
 
@@ -451,12 +453,14 @@ def spread(values):
 
 
 def rule_text(rule, quarter):
-    """The score where it is not the logit, lambda and J, and C where the rule's cache is not the one that the table is about."""
+    """The score where it is not the logit, lambda, its factors by layer where there are any, J, and C where the rule's
+    cache is not the one that the table is about."""
     if rule is None:
         return ""
     other = "" if rule["slots"] == quarter else f", C {rule['slots']}"
     score = f"{rule['score']} " if "score" in rule else ""
-    return f"{score}{rule['lambda']:g}, J {rule['always_keep']}{other}"
+    factors = " x " + "/".join(f"{factor:g}" for factor in rule["layer_factors"]) if "layer_factors" in rule else ""
+    return f"{score}{rule['lambda']:g}{factors}, J {rule['always_keep']}{other}"
 
 
 def override_of(row, key):

@@ -358,7 +358,9 @@ TEST_CASE("generate names what is wrong before it loads a model") {
   complains({"--residency-prior", "0.3,2,logit"}, {"--residency-prior", "--router", "by weight"});
   complains({"--residency-prior", "0.3,2,weights"}, {"--residency-prior", "logit or weight", "\"0.3,2,weights\""});
   complains({"--residency-prior", "0.3,,weight"}, {"--residency-prior", "\"0.3,,weight\""});
-  complains({"--residency-prior", "0.3,2,weight,1"}, {"--residency-prior", "\"0.3,2,weight,1\""});
+  complains({"--residency-prior", "0.3,2,weight,1"},
+            {"--residency-prior", "per MoE layer (6)", "got 1 in", "\"0.3,2,weight,1\""});
+  complains({"--residency-prior", "0.3,2,weight,1,1,-1,1,1,1"}, {"--residency-prior", "\"0.3,2,weight,1,1,-1,1,1,1\""});
   complains({"--fold"}, {"--fold", "--replay"});
   complains({"--expert-slots", "4", "--fetch", "copie"}, {"fetch path", "\"copie\"", "did you mean \"copies\""});
   complains({"--expert-format", "int5"}, {"expert format", "\"int5\"", "int4", "bf16"});
@@ -375,9 +377,20 @@ TEST_CASE("a residency prior by weight needs no bundle, and loads less") {
   const Json plain = Json::parse(done(hestia(generate({"--expert-slots", "5"}))));
   CHECK(plain["residency"].is_null());
   const Json prior = Json::parse(done(hestia(generate({"--expert-slots", "5", "--residency-prior", "0.2,1,weight"}))));
-  CHECK(prior["residency"] == Json{{"score", "weight"}, {"lambda", 0.2}, {"always_keep", 1}});
+  CHECK(prior["residency"] ==
+        Json{{"score", "weight"}, {"lambda", 0.2}, {"layer_factors", Json::array()}, {"always_keep", 1}});
   CHECK(prior["cache"]["loads"] < plain["cache"]["loads"]);
   const Json none = Json::parse(done(hestia(generate({"--expert-slots", "5", "--residency-prior", "0,1,weight"}))));
+  const auto with_factors = [](const std::string& factors) {
+    return Json::parse(done(hestia(generate({"--expert-slots", "5", "--residency-prior", "0.2,1,weight," + factors}))));
+  };
+  const Json same = with_factors("1,1,1,1,1,1");
+  CHECK(same["residency"]["layer_factors"] == Json{1, 1, 1, 1, 1, 1});
+  CHECK(same["tokens"] == prior["tokens"]);
+  CHECK(same["cache"]["loads"] == prior["cache"]["loads"]);
+  const Json some = with_factors("0,1,0,0,0,0");
+  CHECK(some["cache"]["loads"] < plain["cache"]["loads"]);
+  CHECK(some["cache"]["loads"] > prior["cache"]["loads"]);
   CHECK(none["residency"].is_null());
   CHECK(none["tokens"] == plain["tokens"]);
   CHECK(none["cache"]["loads"] == plain["cache"]["loads"]);

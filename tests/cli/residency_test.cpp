@@ -89,18 +89,61 @@ TEST_CASE("residency in the loop: finetune keeps the rule, export hands it on, e
   CHECK(names == std::vector<std::string>{"baseline", "baseline, lambda 0.05, J 0", "baseline, weight lambda 0.05, J 0",
                                           "baseline, weight lambda 0.2, J 0", "baseline, lambda 0.3, J 1"});
   CHECK(scores == std::vector<std::string>{"", "logit", "weight", "weight", "logit"});
+  // Factors of the layers: 0 routes one plainly, 1 changes nothing.
+  check_complaint(project.run({"evaluate", "loop.yaml", "evaluate.residency_prior.layer_factors=[1,2,3]"}), 2,
+                  {"evaluate.residency_prior.layer_factors", "per MoE layer (2), got 3"});
+  const auto figures = [&](const std::string& factors) {
+    done(project.run({"evaluate", "loop.yaml", "evaluate.residency_prior.lambdas=[0.6]",
+                      "evaluate.residency_prior.always_keep=[0]", "evaluate.residency_prior.layer_factors=" + factors,
+                      "--only", "baseline", "--quiet"}));
+    return read_json_file(project.path() / "runs/tuned/results.json").at("arms").at(1);
+  };
+  const Json uniform = figures("[]");
+  const Json ones = figures("[1,1]");
+  const Json first_only = figures("[1,0]");
+  const Json none = figures("[0,0]");
+  CHECK(uniform.at("name") == "baseline, lambda 0.6, J 0");
+  CHECK(ones.at("name") == "baseline, lambda 0.6 by layer, J 0");
+  CHECK(uniform.at("domains") == ones.at("domains"));
+  CHECK(first_only.at("residency").at("layer_factors") == Json{1.0, 0.0});
+  const auto loads_of = [](const Json& arm) {
+    for (const Json& cell : arm.at("domains").at(0).at("cache")) {
+      if (cell.at("policy") == "lru" && cell.at("slots") == 3) {
+        return cell.at("loads").get<int>();
+      }
+    }
+    return -1;
+  };
+  CHECK(loads_of(ones) < loads_of(first_only));
+  CHECK(loads_of(first_only) < loads_of(none));
   // Even without a sweep a bundle with a rule is judged under it.
   done(project.run({"evaluate", "loop.yaml", "--quiet"}));
   CHECK(read_json_file(project.path() / "runs/tuned/results.json").at("arms").size() == 6);
   // A run in the loop of weights hands that on.
-  done(project.run({"finetune", "loop.yaml", "residency.score=weight", "residency.lambda=0.05", "control.enabled=false",
-                    "--overwrite", "--quiet"}));
+  done(project.run({"finetune", "loop.yaml", "residency.score=weight", "residency.lambda=0.05",
+                    "residency.layer_factors=[0.5,2]", "control.enabled=false", "--overwrite", "--quiet"}));
   CHECK(read_json_file(project.path() / "runs/tuned/residency.json").at("score") == "weight");
   check_complaint(project.run({"export", "loop.yaml", "residency.score=logit", "--quiet"}), 2,
                   {"residency.score was weight when the run was trained in the loop", "got logit"});
+  check_complaint(project.run({"export", "loop.yaml", "residency.layer_factors=[1,1]", "--quiet"}), 2,
+                  {"residency.layer_factors was [0.5, 2] when the run was trained in the loop", "got [1, 1]"});
   done(project.run({"export", "loop.yaml", "--quiet"}));
   CHECK_THAT(done(project.run({"inspect", "runs/tuned/bundle"})),
-             Catch::Contains("3 slots, lru, residency weight lambda 0.05, J 1"));
+             Catch::Contains("3 slots, lru, residency weight lambda 0.05 by layer, J 1") && Catch::Contains("0.5 2"));
+  // The bundle's factors hold for a sweep that names none; others are told apart.
+  done(project.run({"evaluate", "loop.yaml", "evaluate.residency_prior.weight_lambdas=[0.2]",
+                    "evaluate.residency_prior.always_keep=[1]", "--only", "tuned", "--quiet"}));
+  const Json own = read_json_file(project.path() / "runs/tuned/results.json").at("arms");
+  REQUIRE(own.size() == 3);
+  CHECK(own.at(1).at("name") == "tuned, weight lambda 0.2 by layer, J 1");
+  CHECK(own.at(1).at("residency").at("layer_factors") == Json{0.5, 2.0});
+  done(project.run({"evaluate", "loop.yaml", "evaluate.residency_prior.weight_lambdas=[0.05]",
+                    "evaluate.residency_prior.always_keep=[1]", "evaluate.residency_prior.layer_factors=[1,1]",
+                    "--only", "tuned", "--quiet"}));
+  const Json others = read_json_file(project.path() / "runs/tuned/results.json").at("arms");
+  REQUIRE(others.size() == 3);
+  CHECK(others.at(1).at("name") == "tuned, weight lambda 0.05 by layer, J 1, other factors");
+  CHECK(others.at(2).at("name") == "tuned, weight lambda 0.05 by layer, J 1");
   // A fresh plain run leaves nothing of the rule.
   done(project.run({"finetune", "loop.yaml", "residency.in_loop=false", "--overwrite", "--quiet"}));
   CHECK_FALSE(std::filesystem::exists(project.path() / "runs/tuned/residency.json"));

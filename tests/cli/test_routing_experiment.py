@@ -176,10 +176,12 @@ class Table(unittest.TestCase):
         rule = {"format_version": 1, "lambda": 0.05, "always_keep": 1, "slots": 16, "policy": "lru"}
         rules = [None, rule, {**rule, "score": "logit"}, {**rule, "score": "weight"}, {**rule, "score": "weight"}]
         rules[-1]["slots"] = 8
+        rules += [{**rule, "layer_factors": []}, {**rule, "layer_factors": [0.5, 2.0]}]
         points = driver.points_of({"arms": [{"residency": rule, "domains": []} for rule in rules]})
         self.assertEqual(
             [driver.rule_text(point["residency"], 16) for point in points],
-            ["", "0.05, J 1", "0.05, J 1", "weight 0.05, J 1", "weight 0.05, J 1, C 8"],
+            ["", "0.05, J 1", "0.05, J 1", "weight 0.05, J 1", "weight 0.05, J 1, C 8", "0.05, J 1"]
+            + ["0.05 x 0.5/2, J 1"],
         )
 
     def test_points(self):

@@ -27,24 +27,27 @@ enum class ResidencyScore : std::int32_t {
 [[nodiscard]] std::vector<std::string> residency_score_names();
 
 /// Residency-aware routing (after the cache-prior of arXiv 2412.00099; docs/routing.md): a bonus on the score, z or u,
-/// of the experts that the layer's slot cache holds, z' = z + lambda * D_avg or u' = u + lambda; the J highest by score
-/// alone chosen first and the other K - J with the bonus. What a router is trained or served with; lambda 0 is plain
-/// Top-K.
+/// of the experts that the layer's slot cache holds, z' = z + lambda * D_avg or u' = u + lambda, where layers may scale
+/// lambda by factors of their own; the J highest by score alone chosen first and the other K - J with the bonus. What a
+/// router is trained or served with; lambda 0 is plain Top-K.
 struct ResidencyRule {
   ResidencyScore score = ResidencyScore::kLogit;
-  double lambda = 0.0;             ///< At least 0.
-  std::int64_t always_keep = 2;    ///< J: experts chosen by the score alone before residency has a say.
-  std::int64_t slots = 0;          ///< C per layer, at least 1.
-  std::string policy = "lru";      ///< Of the slot cache; lru is the only one there is.
-  std::vector<float> logit_range;  ///< D_avg per MoE layer: mean of max z - min z under the base router.
-  std::string calibration;         ///< The text that logit_range is the mean over, in words.
+  double lambda = 0.0;                ///< At least 0.
+  std::vector<double> layer_factors;  ///< Of lambda, one per MoE layer, each at least 0; empty: 1 everywhere.
+  std::int64_t always_keep = 2;       ///< J: experts chosen by the score alone before residency has a say.
+  std::int64_t slots = 0;             ///< C per layer, at least 1.
+  std::string policy = "lru";         ///< Of the slot cache; lru is the only one there is.
+  std::vector<float> logit_range;     ///< D_avg per MoE layer: mean of max z - min z under the base router.
+  std::string calibration;            ///< The text that logit_range is the mean over, in words.
 
-  /// What is added to a resident's score in MoE layer `layer`, rounded to float32 once, here: lambda * D_avg for
-  /// logits, where it throws std::out_of_range without a range of that layer, lambda for weights.
+  /// What is added to a resident's score in MoE layer `layer`, rounded to float32 once, here: lambda * factor * D_avg
+  /// for logits, lambda * factor for weights. Throws std::out_of_range where the layer has no range, for logits, or no
+  /// factor although others have.
   [[nodiscard]] float bonus(std::int64_t layer) const {
-    return static_cast<float>(score == ResidencyScore::kWeight
-                                  ? lambda
-                                  : lambda * static_cast<double>(logit_range.at(static_cast<std::size_t>(layer))));
+    const auto index = static_cast<std::size_t>(layer);
+    const double strength = layer_factors.empty() ? lambda : lambda * layer_factors.at(index);
+    return static_cast<float>(score == ResidencyScore::kWeight ? strength
+                                                               : strength * static_cast<double>(logit_range.at(index)));
   }
 };
 

@@ -129,10 +129,11 @@ struct ExportOptions {
 /// Section `residency`: residency-aware routing (docs/routing.md), the rule that the bundle is to be served with and,
 /// in the loop, trained under.
 struct ResidencyOptions {
-  std::string score = "logit";   ///< logit (z) or weight (u = exp(z - max z)).
-  double lambda = 0.0;           ///< Of z' = z + lambda * D_avg or u' = u + lambda for residents; 0: plain Top-K.
-  std::int64_t always_keep = 2;  ///< J, experts chosen by the score alone.
-  std::int64_t slots = 0;        ///< C; 0: losses.cache_simulation.slots, or E/4.
+  std::string score = "logit";        ///< logit (z) or weight (u = exp(z - max z)).
+  double lambda = 0.0;                ///< Of z' = z + lambda * D_avg or u' = u + lambda for residents; 0: plain Top-K.
+  std::vector<double> layer_factors;  ///< Of lambda, one per MoE layer; empty: 1 everywhere.
+  std::int64_t always_keep = 2;       ///< J, experts chosen by the score alone.
+  std::int64_t slots = 0;             ///< C; 0: losses.cache_simulation.slots, or E/4.
   std::string policy = "lru";
   bool in_loop = false;                    ///< Route by the rule while training.
   std::int64_t calibration_tokens = 8192;  ///< Training tokens per domain behind D_avg.
@@ -144,6 +145,7 @@ struct ResidencyOptions {
 struct ResidencyPriorOptions {
   std::vector<double> lambdas;         ///< By logits; empty: no such arms.
   std::vector<double> weight_lambdas;  ///< By weights; empty: no such arms.
+  std::vector<double> layer_factors;   ///< Of every lambda, one per MoE layer; empty: the bundle's.
   std::vector<std::int64_t> always_keep = {2};
   std::int64_t slots = 0;  ///< C; 0: the bundle's.
   [[nodiscard]] bool asks_for_arms() const { return !lambdas.empty() || !weight_lambdas.empty(); }

@@ -14,8 +14,9 @@
 namespace hestia {
 
 /// The rule of the recipe's section `residency` for a model, not calibrated yet (no logit_range): slots 0 become those
-/// of losses.cache_simulation, or E/4. Throws UsageError with file:line when slots are more than the experts, or when
-/// lambda is above 0 and J leaves the rule no choice (always_keep at least K, the annealed one where there is one).
+/// of losses.cache_simulation, or E/4. Throws UsageError with file:line when slots are more than the experts, when
+/// layer_factors are of another number of MoE layers, or when lambda is above 0 and J leaves the rule no choice
+/// (always_keep at least K, the annealed one where there is one).
 [[nodiscard]] ResidencyRule residency_rule(const LoadedRecipe<FinetuneRecipe>& loaded,
                                            const Architecture& architecture);
 
@@ -34,7 +35,8 @@ void calibrate(ResidencyRule& rule, MoeModel& model, const PackedData& data, std
 [[nodiscard]] ResidencyRule rule_of_run(const LoadedRecipe<FinetuneRecipe>& loaded, MoeModel& model,
                                         const Tokenizer& tokenizer, std::int64_t threads);
 
-/// Form and strength of the rule in words: "lambda 0.3", or "weight lambda 0.05" for the form by weights.
+/// Form and strength of the rule in words: "lambda 0.3", or "weight lambda 0.05" for the form by weights; "lambda 0.3
+/// by layer" where layers have factors.
 [[nodiscard]] std::string lambda_text(const ResidencyRule& rule);
 
 /// The rule as it stands in `residency.json` of a run directory and under `residency` in a bundle's manifest.

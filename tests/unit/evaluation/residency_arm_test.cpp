@@ -27,6 +27,7 @@ TEST_CASE("an arm's loads under LRU are those of the cache that its selector kep
   const std::int64_t slots = GENERATE(1, 2, 3, 8);  // below, at and above K; all experts
   ResidencyRule rule = example_rule(slots);
   rule.score = GENERATE(ResidencyScore::kLogit, ResidencyScore::kWeight);
+  rule.layer_factors = GENERATE(std::vector<double>{}, std::vector<double>{0.25, 2.0});
   PackedData data = tiny_data(17, 22, 40);
   for (TokenSequence& sequence : data.sequences) {
     sequence.num_prompt_tokens = sequence.domain == 1 ? static_cast<std::int64_t>(sequence.tokens.size()) / 3 : 0;

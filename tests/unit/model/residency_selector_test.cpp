@@ -70,6 +70,7 @@ TEST_CASE("every layer serves what the reference chooses, prompts, packing and p
   MoeModel model = float_model(a);
   ResidencyRule rule = rule_of(0.4, 1, 3);
   rule.score = GENERATE(ResidencyScore::kLogit, ResidencyScore::kWeight);
+  rule.layer_factors = GENERATE(std::vector<double>{}, std::vector<double>{0.5, 3.0, 1.25});
   model->set_selector(std::make_shared<ResidencySelector>(rule));
   const TokenBatch batch = batch_with_prompt(a);
   const torch::NoGradGuard no_grad;
@@ -126,6 +127,32 @@ TEST_CASE("lambda 0 and J at K are plain Top-K, without prompts every token coun
     }
     CHECK(torch::equal(output.hidden_BSD, plain.hidden_BSD));
   }
+}
+
+TEST_CASE("layers have the strength of their factors: 1 as without, 0 plainly routed") {
+  const Architecture a = small_architecture();
+  MoeModel model = float_model(a);
+  const TokenBatch batch = batch_with_prompt(a);
+  const torch::NoGradGuard no_grad;
+  ResidencyRule rule = rule_of(0.6, 0, 3);
+  rule.score = GENERATE(ResidencyScore::kLogit, ResidencyScore::kWeight);
+  const auto served = [&](const std::vector<double>& factors) {
+    rule.layer_factors = factors;
+    model->set_selector(std::make_shared<ResidencySelector>(rule));
+    return model->forward(batch);
+  };
+  const ModelOutput without = served({});
+  CHECK(torch::equal(served({1.0, 1.0, 1.0}).hidden_BSD, without.hidden_BSD));
+  const ModelOutput first_off = served({0.0, 1.0, 1.0});
+  const Tensor plain = top_k_lowest_index(without.routing[0].logits_TE, a.top_k);
+  CHECK(same(first_off.routing[0].selected_TK, plain));
+  CHECK_FALSE(same(without.routing[0].selected_TK, plain));
+  const ModelOutput last_off = served({1.0, 1.0, 0.0});
+  for (std::size_t layer = 0; layer < 2; ++layer) {
+    CHECK(same(last_off.routing[layer].selected_TK, without.routing[layer].selected_TK));
+  }
+  CHECK_FALSE(same(last_off.routing[2].selected_TK, without.routing[2].selected_TK));
+  CHECK_THROWS_AS(served({1.0, 1.0}), std::out_of_range);
 }
 
 TEST_CASE("the weights of what is served carry gradient to the routers, checkpointed or not") {
@@ -190,6 +217,11 @@ TEST_CASE("a rule without a meaning is refused") {
   rule = rule_of(0.1, 1, 3);
   rule.logit_range[1] = -1.0F;
   refused(rule, "logit range");
+  rule = rule_of(0.1, 1, 3);
+  rule.layer_factors = {1.0, -0.5, 1.0};
+  refused(rule, "a layer's factor must be at least 0 and finite, got -0.5");
+  rule.layer_factors = {1.0, 1.0, std::numeric_limits<double>::infinity()};
+  refused(rule, "a layer's factor");
   ResidencySelector one_layer(rule_of(0.1, 1, 3, 1));
   TokenBatch batch;
   batch.sequence_ids_BS = torch::zeros({1, 2}, torch::kInt64);

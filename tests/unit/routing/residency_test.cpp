@@ -53,6 +53,21 @@ TEST_CASE("the bonus is lambda by weight, and in logit ranges by logit") {
   rule.score = ResidencyScore::kWeight;
   CHECK(rule.bonus(0) == 0.1F);
   CHECK(rule.bonus(1) == 0.1F);
+  // Factors of its layers scale it; 1 changes no bit.
+  rule.logit_range = {3.0F, 0.7F};
+  rule.layer_factors = {1.0, 1.0};
+  CHECK(rule.bonus(1) == 0.1F);
+  rule.layer_factors = {2.5, 0.0};
+  CHECK(rule.bonus(0) == static_cast<float>(0.1 * 2.5));
+  CHECK(rule.bonus(1) == 0.0F);
+  CHECK_THROWS_AS(rule.bonus(2), std::out_of_range);
+  rule.score = ResidencyScore::kLogit;
+  CHECK(rule.bonus(0) == static_cast<float>(0.1 * 2.5 * 3.0));
+  CHECK(rule.bonus(1) == 0.0F);
+  rule.layer_factors = {1.0, 1.0};
+  CHECK(rule.bonus(1) == static_cast<float>(0.1 * static_cast<double>(0.7F)));
+  rule.layer_factors = {1.0};
+  CHECK_THROWS_AS(rule.bonus(1), std::out_of_range);
   for (const std::string& name : residency_score_names()) {
     CHECK(residency_score_name(*residency_score_from_name(name)) == name);
   }

@@ -456,6 +456,7 @@ void check_residency(torch::Device device, torch::Dtype dtype) {
   rule.slots = 4;
   rule.logit_range = {2.0F, 3.0F, 4.0F};
   rule.score = GENERATE(ResidencyScore::kLogit, ResidencyScore::kWeight);
+  rule.layer_factors = GENERATE(std::vector<double>{}, std::vector<double>{1.5, 0.0, 0.75});
   rule.lambda = 0.0;
   options.residency = rule;
   {

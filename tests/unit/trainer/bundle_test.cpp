@@ -28,6 +28,7 @@ BundleManifest write_example(const std::filesystem::path& directory) {
   manifest.recipe = "recipe_version: 1\n";
   manifest.residency.slots = 2;
   manifest.residency.logit_range = {1.5F, 2.25F};
+  manifest.residency.layer_factors = {0.7, 1.3};
   manifest.metrics = {{"baseline", {{"nll", 2.0}}}, {"tuned", {{"nll", 2.1}}}};
   write_bundle(directory, base, manifest);
   return manifest;
@@ -49,6 +50,7 @@ TEST_CASE("a bundle read back is the bundle written") {
   const BundleManifest read = load_bundle(model, folder.path());
   CHECK(read.router_hash == written.router_hash);
   CHECK(read.residency.logit_range == written.residency.logit_range);
+  CHECK(read.residency.layer_factors == written.residency.layer_factors);
   CHECK(read.residency.slots == 2);
   CHECK(read.metrics == written.metrics);
   CHECK(torch::equal(model->routers()[1], base * 1.25));
@@ -177,6 +179,17 @@ TEST_CASE("damaged bundles say what is wrong") {
   SECTION("a key of the wrong type") {
     edit_manifest(folder.path(), [](Json& json) { json["base_router_hash"] = 5; });
     CHECK_THROWS_WITH(read_manifest(folder.path()), Catch::Contains("\"base_router_hash\" has the wrong type, got 5"));
+  }
+  SECTION("a rule of another number of layers") {
+    edit_manifest(folder.path(), [](Json& json) { json["residency"]["layer_factors"] = {0.7}; });
+    MoeModel base = tiny_model();
+    CHECK_THROWS_WITH(load_bundle(base, folder.path()),
+                      Catch::Contains("layer_factors must have one number per MoE layer") && Catch::Contains("got 1"));
+    edit_manifest(folder.path(), [](Json& json) {
+      json["residency"]["layer_factors"] = {0.7, 1.0, 1.0};
+      json["residency"]["logit_range"] = {1.0, 1.0, 1.0};
+    });
+    CHECK_THROWS_WITH(load_bundle(base, folder.path()), Catch::Contains("one number per MoE layer (2), got 3"));
   }
   SECTION("routers of another run") {
     MoeModel model = tiny_model(5);

@@ -201,6 +201,19 @@ TEST_CASE("a residency rule survives its file, and a damaged one says what is wr
   CHECK(read_residency(path).score == ResidencyScore::kLogit);
   write([](Json& json) { json["score"] = "weights"; });
   CHECK_THROWS_WITH(read_residency(path), Catch::Contains("score must be one of logit, weight, got \"weights\""));
+  rule.layer_factors = {0.1, 1.75};
+  write([](Json&) {});
+  CHECK(read_residency(path).layer_factors == rule.layer_factors);
+  write([](Json& json) { json.erase("layer_factors"); });
+  CHECK(read_residency(path).layer_factors.empty());
+  write([](Json& json) { json["layer_factors"] = {1.0, 0.5, 2.0}; });
+  CHECK_THROWS_WITH(read_residency(path), Catch::Contains("layer_factors must have one number per MoE layer, as "
+                                                          "logit_range has (2), got 3"));
+  write([](Json& json) { json["layer_factors"] = {1.0, -0.5}; });
+  CHECK_THROWS_WITH(read_residency(path),
+                    Catch::Contains("layer_factors") && Catch::Contains("at least 0") && Catch::Contains("-0.5"));
+  write([](Json& json) { json["layer_factors"] = "all"; });
+  CHECK_THROWS_WITH(read_residency(path), Catch::Contains("\"layer_factors\" has the wrong type, got \"all\""));
   write([](Json& json) {
     json.erase("slots");
     json["lambda"] = "big";
@@ -232,6 +245,16 @@ TEST_CASE("the recipe's residency section is checked with its line") {
   CHECK(residency_rule(recipe_with(folder, "", {"losses.cache_simulation.slots=5"}), architecture).slots == 5);
   CHECK(residency_rule(recipe_with(folder, "", {"residency.slots=6", "losses.cache_simulation.slots=5"}), architecture)
             .slots == 6);
+  CHECK(rule.layer_factors.empty());
+  CHECK(residency_rule(recipe_with(folder, "residency: {always_keep: 1, layer_factors: [0, 1.5]}\n"), architecture)
+            .layer_factors == std::vector<double>{0.0, 1.5});
+  CHECK_THROWS_WITH(
+      residency_rule(recipe_with(folder, "residency: {always_keep: 1, layer_factors: [1, 2, 3]}\n"), architecture),
+      Catch::Contains(":9: residency.layer_factors must have one number per MoE layer (2), got 3"));
+  CHECK_THROWS_WITH(recipe_with(folder, "residency: {layer_factors: [1, -2]}\n"),
+                    Catch::Contains(":9: residency.layer_factors") && Catch::Contains("got -2"));
+  CHECK_THROWS_WITH(recipe_with(folder, "evaluate:\n  residency_prior: {layer_factors: [-1, 1]}\n"),
+                    Catch::Contains(":10: evaluate.residency_prior.layer_factors") && Catch::Contains("got -1"));
   CHECK_THROWS_WITH(recipe_with(folder, "residency:\n  lambda: 0.2\n  policy: lfu\n"),
                     Catch::Contains(":11: residency.policy") && Catch::Contains("lru") && Catch::Contains("lfu"));
   CHECK_THROWS_WITH(recipe_with(folder, "residency:\n  in_loop: true\n"),
