@@ -169,6 +169,18 @@ std::vector<ResidencyRule> residency_rules(const LoadedRecipe<FinetuneRecipe>& l
   return rules;
 }
 
+// The documents that every router is measured on.
+PackedData evaluation_data(const FinetuneRecipe& recipe, const Tokenizer& tokenizer, std::int64_t threads) {
+  const std::int64_t tokens = recipe.evaluate.tokens_per_domain;
+  if (recipe.evaluate.split != "train") {
+    return load_held_out_data(recipe.data, recipe.data.evaluate, tokenizer, tokens, threads);
+  }
+  DataOptions training = recipe.data;
+  training.train = recipe.data.evaluate;
+  training.max_tokens_per_domain = tokens;
+  return load_training_data(training, tokenizer, threads);
+}
+
 std::int64_t expert_bytes_of(MoeModel& model) {
   return model->architecture().expert_parameters() * static_cast<std::int64_t>(torch::elementSize(model->dtype()));
 }
@@ -459,8 +471,7 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const Evalua
   }
   check_evaluate_fits(loaded, read_architecture(recipe.model.path));
   const std::unique_ptr<Tokenizer> tokenizer = open_tokenizer(recipe.model.path);
-  const PackedData held_out = load_held_out_data(recipe.data, recipe.data.evaluate, *tokenizer,
-                                                 recipe.evaluate.tokens_per_domain, at::get_num_threads());
+  const PackedData held_out = evaluation_data(recipe, *tokenizer, at::get_num_threads());
   MoeModel model = load_model(recipe.model.path, dtype_from_recipe(recipe.model.dtype),
                               device_from_recipe(recipe.model.device), quiet);
   Comparison comparison;
@@ -470,6 +481,7 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const Evalua
   comparison.expert_bytes = expert_bytes_of(model);
   comparison.device = model->device().str();
   comparison.model_path = recipe.model.path;
+  comparison.split = recipe.evaluate.split;
   comparison.bundle = origin.string();
   ResidencyRule served;
   if (!with_bundle) {
@@ -585,6 +597,7 @@ Json comparison_json(const Comparison& comparison) {
                    {"experts", comparison.num_experts},
                    {"top_k", comparison.top_k},
                    {"expert_bytes", comparison.expert_bytes}};
+  json["split"] = comparison.split;
   json["bundle"] = comparison.bundle;
   if (!comparison.predictor.is_null()) {
     json["predictor"] = comparison.predictor;

@@ -175,9 +175,10 @@ std::string comparison_table(const Comparison& comparison) {
   if (!policies.empty()) {
     out += fmt::format(
         "* tuned on. loads per token and layer, of {} requested; KiB per token (modelled) under {}; EOR expert overlap "
-        "ratio; dist. distinct experts per sequence and layer; usageH entropy of mean expert usage{}\n\n",
+        "ratio; dist. distinct experts per sequence and layer; usageH entropy of mean expert usage{}{}\n\n",
         requested_text(comparison), policies.front(),
-        static_sets.empty() ? "" : "; ppl@C when each layer has only the C experts that the domain uses most");
+        static_sets.empty() ? "" : "; ppl@C when each layer has only the C experts that the domain uses most",
+        comparison.split == "train" ? "; on training text" : "");
   }
   return out + summary(comparison);
 }

@@ -172,7 +172,9 @@ FieldList ResidencyPriorOptions::fields() {
 
 FieldList EvaluateOptions::fields() {
   FieldList list;
-  list.add("tokens_per_domain", tokens_per_domain, "held-out tokens per domain", {.low = 1});
+  list.add("tokens_per_domain", tokens_per_domain, "tokens per domain", {.low = 1});
+  list.add("split", split, "documents they come from; train: to choose settings without looking at held-out text",
+           {"held_out", "train"});
   list.add("slots", slots, "slots per layer to simulate; empty: E/8, E/4, E/2", {.low = 1});
   list.add("policies", policies, "slot-cache policies to simulate", policy_names());
   list.add("gamma", gamma, "discount of the gamma policy", {.low = 0.0, .high = 1.0});

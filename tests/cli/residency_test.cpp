@@ -173,4 +173,13 @@ TEST_CASE("a prior needs no training: the arms of a run that never saw one") {
   CHECK(loads(2) < loads(0));
   CHECK(loads(3) < loads(1));
   CHECK(loads(3) > 0);
+  // On what the run was trained on, for a prior to be chosen by.
+  const Outcome on_training =
+      project.run({"evaluate", "runs/tuned", "evaluate.split=train", "--only", "baseline", "--quiet"});
+  CHECK_THAT(done(on_training), Catch::Contains("on training text"));
+  const Json training = read_json_file(project.path() / "runs/tuned/results.json");
+  CHECK(training.at("split") == "train");
+  CHECK(results.at("split") == "held_out");
+  CHECK(training.at("arms").at(0).at("domains").at(0).at("nll") !=
+        results.at("arms").at(0).at("domains").at(0).at("nll"));
 }

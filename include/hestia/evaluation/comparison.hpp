@@ -86,7 +86,8 @@ struct Comparison {              // NOLINT(bugprone-exception-escape): the check
   std::string model_path;
   std::string bundle;   ///< Folder the tuned router came from, a bundle or a checkpoint; empty: not measured.
   std::string command;  ///< What was run.
-  Json predictor;       ///< How the bundle's preference predictor compares; null when it has none.
+  std::string split = "held_out";  ///< Of `evaluate`: the documents measured.
+  Json predictor;                  ///< How the bundle's preference predictor compares; null when it has none.
   double seconds = 0.0;
 };
 
@@ -120,9 +121,10 @@ struct EvaluateTarget {
 };
 
 /// `hestia evaluate`: baseline, control (when the run has one) and tuned router on the held-out split of
-/// `data.evaluate`, then each of them under the residency rules of `evaluate.residency_prior` and of the bundle
-/// (without one: of the run); writes run_dir/results.json and returns the comparison. Throws InputError when the bundle
-/// is missing (names the export command), UsageError when the checkpoint is (the run is not finished).
+/// `data.evaluate`, or the one that `evaluate.split` names, then each of them under the residency rules of
+/// `evaluate.residency_prior` and of the bundle (without one: of the run); writes run_dir/results.json and returns the
+/// comparison. Throws InputError when the bundle is missing (names the export command), UsageError when the checkpoint
+/// is (the run is not finished).
 Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const EvaluateTarget& target, bool quiet);
 
 /// The aligned table that `hestia evaluate` prints.

@@ -155,6 +155,7 @@ struct ResidencyPriorOptions {
 /// Section `evaluate`: the comparison of baseline, control and tuned router.
 struct EvaluateOptions {
   std::int64_t tokens_per_domain = 16384;
+  std::string split = "held_out";   ///< held_out | train: the documents of `data.evaluate` that are measured.
   std::vector<std::int64_t> slots;  ///< Empty: E/8, E/4, E/2.
   std::vector<std::string> policies = {"lru", "lfu", "belady"};
   double gamma = 0.9;                             ///< Of the gamma-cache.
