@@ -35,29 +35,34 @@ struct ResidencySelector::Layout {
   }
 };
 
-ResidencySelector::ResidencySelector(ResidencyRule rule) : rule_(std::move(rule)) {
+ResidencySelector::ResidencySelector(ResidencyRule rule) {
+  set_rule(std::move(rule));
+}
+
+void ResidencySelector::set_rule(ResidencyRule rule) {
   const auto refuse = [](const std::string& problem) { throw std::invalid_argument("residency rule: " + problem); };
   // Written so that NaN fails too.
-  if (!(rule_.lambda >= 0.0 && std::isfinite(rule_.lambda))) {
-    refuse(fmt::format("lambda must be at least 0 and finite, got {}", rule_.lambda));
+  if (!(rule.lambda >= 0.0 && std::isfinite(rule.lambda))) {
+    refuse(fmt::format("lambda must be at least 0 and finite, got {}", rule.lambda));
   }
-  if (rule_.always_keep < 0 || rule_.slots < 1) {
-    refuse(fmt::format("always_keep must be at least 0 and slots at least 1, got {} and {}", rule_.always_keep,
-                       rule_.slots));
+  if (rule.always_keep < 0 || rule.slots < 1) {
+    refuse(fmt::format("always_keep must be at least 0 and slots at least 1, got {} and {}", rule.always_keep,
+                       rule.slots));
   }
-  if (rule_.policy != policy_name(CachePolicyKind::kLru)) {
-    refuse(fmt::format("the policy must be lru, got \"{}\"", rule_.policy));
+  if (rule.policy != policy_name(CachePolicyKind::kLru)) {
+    refuse(fmt::format("the policy must be lru, got \"{}\"", rule.policy));
   }
-  for (const double factor : rule_.layer_factors) {
+  for (const double factor : rule.layer_factors) {
     if (!(factor >= 0.0 && std::isfinite(factor))) {
       refuse(fmt::format("a layer's factor must be at least 0 and finite, got {}", factor));
     }
   }
-  for (const float range : rule_.logit_range) {
+  for (const float range : rule.logit_range) {
     if (!(range >= 0.0F && std::isfinite(range))) {
       refuse(fmt::format("a logit range must be at least 0 and finite, got {}", range));
     }
   }
+  rule_ = std::move(rule);
 }
 
 ResidencySelector::~ResidencySelector() = default;

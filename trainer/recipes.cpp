@@ -152,6 +152,9 @@ FieldList ResidencyOptions::fields() {
   list.add("slots", slots, "slots per layer of the cache; 0: losses.cache_simulation.slots, or E/4", {.low = 0});
   list.add("policy", policy, "of that cache", {"lru"});
   list.add("in_loop", in_loop, "train under this routing, not only serve with it");
+  list.add("ramp_steps", ramp_steps, "in the loop: lambda grows linearly over so many steps; 0: at once", {.low = 0});
+  list.add("train_slots", train_slots, "in the loop: slots per layer that steps take in turn; empty: slots",
+           {.low = 1});
   list.add("calibration_tokens", calibration_tokens, "training tokens per domain behind the mean logit range",
            {.low = 1});
   return list;
@@ -490,6 +493,13 @@ LoadedRecipe<FinetuneRecipe> load_finetune_recipe(const std::filesystem::path& p
     problems.add(
         fmt::format("{}: residency.lambda must be above 0 when residency.in_loop is true (0 is plain Top-K), got 0",
                     loaded.source.location("residency.lambda")));
+  }
+  for (const auto& [key, given] : {std::pair("residency.ramp_steps", recipe.residency.ramp_steps > 0),
+                                   std::pair("residency.train_slots", !recipe.residency.train_slots.empty())}) {
+    if (given && !recipe.residency.in_loop) {
+      problems.add(fmt::format("{}: {} only counts in training; set residency.in_loop to true, or leave it out",
+                               loaded.source.location(key), key));
+    }
   }
   if (recipe.evaluate.residency_prior.asks_for_arms() && recipe.evaluate.residency_prior.always_keep.empty()) {
     problems.add(fmt::format("{}: evaluate.residency_prior.always_keep must name at least one value, got none",

@@ -54,6 +54,13 @@ ResidencyRule residency_rule(const LoadedRecipe<FinetuneRecipe>& loaded, const A
     throw UsageError(fmt::format("{}: {} must be at most the model's experts per layer ({}), got {}",
                                  loaded.source.location(key), key, architecture.num_experts, rule.slots));
   }
+  for (const std::int64_t slots : options.train_slots) {
+    if (slots > architecture.num_experts) {
+      throw UsageError(
+          fmt::format("{}: residency.train_slots must be at most the model's experts per layer ({}), got {}",
+                      loaded.source.location("residency.train_slots"), architecture.num_experts, slots));
+    }
+  }
   const std::size_t num_layers = architecture.moe_layers().size();
   if (!rule.layer_factors.empty() && rule.layer_factors.size() != num_layers) {
     throw UsageError(fmt::format("{}: residency.layer_factors must have one number per MoE layer ({}), got {}",

@@ -181,7 +181,9 @@ void finetune_once(const LoadedRecipe<FinetuneRecipe>& loaded, const std::string
                          lambda_text(rule), rule.always_keep, model->architecture().top_k,
                          residency_score_name(rule.score), rule.slots, fmt::join(rule.logit_range, " ")));
     job.run_files = {{saved.filename().string(), residency_json(rule).dump(2) + "\n"}};
-    model->set_selector(std::make_shared<ResidencySelector>(rule));
+    job.residency = {std::make_shared<ResidencySelector>(rule), rule, recipe.residency.ramp_steps,
+                     recipe.residency.train_slots};
+    model->set_selector(job.residency.selector);
   }
   job.model = model;
   job.options = recipe.train;

@@ -339,6 +339,9 @@ class Loop {
                                         model_->architecture().top_k));
         model_->set_top_k(top_k);
       }
+      if (job_.residency.selector) {
+        job_.residency.selector->set_rule(job_.residency.at(step));
+      }
       const StepValues values = forward_backward(step, logged, tokens);
       const double norm = optimizer_.collect_gradients();
       if (!std::isfinite(values.loss) || !std::isfinite(norm)) {
@@ -365,6 +368,9 @@ class Loop {
         if (job_.on_step) {
           job_.on_step(event);
         }
+      }
+      if (job_.residency.selector) {
+        job_.residency.selector->set_rule(job_.residency.rule);
       }
       progress.advance(1, fmt::format("loss {:.4f}", values.loss));
       const bool last = step == job_.options.steps;
@@ -676,6 +682,17 @@ double learning_rate_at(const TrainOptions& options, std::int64_t step) {
   const double falling =
       options.schedule == "cosine" ? 0.5 * (1.0 + std::cos(std::numbers::pi * progress)) : 1.0 - progress;
   return options.final_learning_rate + (1.0 - options.final_learning_rate) * falling;
+}
+
+ResidencyRule ResidencySchedule::at(std::int64_t step) const {
+  ResidencyRule now = rule;
+  if (ramp_steps > 0) {
+    now.lambda *= std::min(1.0, static_cast<double>(step) / static_cast<double>(ramp_steps));
+  }
+  if (!slots.empty()) {
+    now.slots = slots[static_cast<std::size_t>(step - 1) % slots.size()];
+  }
+  return now;
 }
 
 std::uint64_t data_order_seed(std::uint64_t seed) {

@@ -28,6 +28,8 @@ class ResidencySelector : public Selector {
                                      const TokenBatch& batch) override;
 
   [[nodiscard]] const ResidencyRule& rule() const noexcept { return rule_; }
+  /// Routes by another rule from the next forward on. Throws as the constructor does, and keeps the old one then.
+  void set_rule(ResidencyRule rule);
 
  private:
   struct Layout;

@@ -136,6 +136,8 @@ struct ResidencyOptions {
   std::int64_t slots = 0;             ///< C; 0: losses.cache_simulation.slots, or E/4.
   std::string policy = "lru";
   bool in_loop = false;                    ///< Route by the rule while training.
+  std::int64_t ramp_steps = 0;             ///< Steps over which lambda grows to its value; 0: none.
+  std::vector<std::int64_t> train_slots;   ///< C of training steps, in turn; empty: that of the rule.
   std::int64_t calibration_tokens = 8192;  ///< Training tokens per domain behind D_avg.
   FieldList fields();
 };

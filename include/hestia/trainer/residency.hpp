@@ -14,9 +14,9 @@
 namespace hestia {
 
 /// The rule of the recipe's section `residency` for a model, not calibrated yet (no logit_range): slots 0 become those
-/// of losses.cache_simulation, or E/4. Throws UsageError with file:line when slots are more than the experts, when
-/// layer_factors are of another number of MoE layers, or when lambda is above 0 and J leaves the rule no choice
-/// (always_keep at least K, the annealed one where there is one).
+/// of losses.cache_simulation, or E/4. Throws UsageError with file:line when slots, also those of training, are more
+/// than the experts, when layer_factors are of another number of MoE layers, or when lambda is above 0 and J leaves the
+/// rule no choice (always_keep at least K, the annealed one where there is one).
 [[nodiscard]] ResidencyRule residency_rule(const LoadedRecipe<FinetuneRecipe>& loaded,
                                            const Architecture& architecture);
 

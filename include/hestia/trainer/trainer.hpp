@@ -12,6 +12,7 @@
 #include "hestia/core/json_lines.hpp"
 #include "hestia/data/packing.hpp"
 #include "hestia/model/moe_model.hpp"
+#include "hestia/model/residency_selector.hpp"
 #include "hestia/model/tuned_checkpoint.hpp"
 #include "hestia/routing_losses/routing_losses.hpp"
 #include "hestia/trainer/recipes.hpp"
@@ -24,6 +25,16 @@ namespace hestia {
 
 /// Experts per token at optimiser step `step` (1..steps) of a model with K = `top_k`: K' from the annealing step on.
 [[nodiscard]] std::int64_t top_k_at(const TrainOptions& options, std::int64_t step, std::int64_t top_k);
+
+/// How routing in the residency loop changes from step to step.
+struct ResidencySchedule {
+  std::shared_ptr<ResidencySelector> selector;  ///< Of the model; null: nothing changes.
+  ResidencyRule rule;                           ///< That training ends with, and that evaluations in between take.
+  std::int64_t ramp_steps = 0;
+  std::vector<std::int64_t> slots;
+  /// The rule of step `step` (first step: 1): lambda * min(1, step / ramp_steps), and C the slots in turn.
+  [[nodiscard]] ResidencyRule at(std::int64_t step) const;
+};
 
 /// Everything the loop needs, borrowed: all of it must outlive the call.
 struct TrainingJob {
@@ -38,6 +49,7 @@ struct TrainingJob {
   MoeModel base_model{nullptr};
   const PackedData* train_data = nullptr;
   std::vector<double> train_mix;
+  ResidencySchedule residency;
   std::int64_t sequence_length = 256;
   const PackedData* held_out = nullptr;  ///< May be null: no evaluation.
   std::uint64_t seed = 1;

@@ -1,5 +1,7 @@
 #include "hestia/trainer/residency.hpp"
 
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 
@@ -109,6 +111,54 @@ TEST_CASE("a run in the residency loop differs from a plain one and resumes bit-
   for (std::size_t i = 0; i < whole->routers().size(); ++i) {
     CHECK(torch::allclose(whole->routers()[i], checkpointed->routers()[i], 1e-3, 1e-4));
   }
+}
+
+TEST_CASE("in the loop, lambda may grow and slots take turns; evaluations have the rule itself, and resuming goes on") {
+  const TemporaryFolder folder;
+  const PackedData data = tiny_data(5, 40, 24);
+  const auto scheduled = [&](MoeModel& model, const std::string& name) {
+    TrainingJob job = job_in_loop(model, data, folder.path() / name);
+    job.residency = {std::make_shared<ResidencySelector>(in_loop_rule()), in_loop_rule(), 4, {2, 5, 3}};
+    model->set_selector(job.residency.selector);
+    return job;
+  };
+  MoeModel whole = tiny_model();
+  TrainingJob job = scheduled(whole, "whole");
+  std::vector<double> lambdas;
+  std::vector<std::int64_t> slots;
+  job.on_step = [&](const Json&) {
+    lambdas.push_back(job.residency.selector->rule().lambda);
+    slots.push_back(job.residency.selector->rule().slots);
+  };
+  train(job);
+  REQUIRE(lambdas.size() == 6);
+  for (std::size_t step = 1; step <= 6; ++step) {
+    CHECK(lambdas[step - 1] == Approx(0.3 * std::min(1.0, static_cast<double>(step) / 4.0)));
+  }
+  CHECK(slots == std::vector<std::int64_t>{2, 5, 3, 2, 5, 3});
+  CHECK(job.residency.selector->rule().lambda == 0.3);
+  CHECK(job.residency.selector->rule().slots == 3);
+  MoeModel steady = tiny_model();
+  train(job_in_loop(steady, data, folder.path() / "steady"));
+  CHECK_FALSE(same_routers(whole, steady));
+
+  std::atomic<bool> stop{false};
+  MoeModel interrupted = tiny_model();
+  TrainingJob first = scheduled(interrupted, "halves");
+  first.stop = &stop;
+  first.on_step = [&](const Json& event) { stop = event.at("step").get<std::int64_t>() == 3; };
+  CHECK_THROWS_AS(train(first), InterruptedError);
+  MoeModel resumed = tiny_model();
+  TrainingJob second = scheduled(resumed, "halves");
+  second.resume = true;
+  train(second);
+  CHECK(same_routers(whole, resumed));
+
+  ResidencySelector selector(in_loop_rule());
+  ResidencyRule bad = in_loop_rule();
+  bad.slots = 0;
+  CHECK_THROWS_AS(selector.set_rule(bad), std::invalid_argument);
+  CHECK(selector.rule().slots == 3);
 }
 
 TEST_CASE("the logit range is the mean over real tokens, from the logits themselves") {
@@ -259,6 +309,13 @@ TEST_CASE("the recipe's residency section is checked with its line") {
                     Catch::Contains(":11: residency.policy") && Catch::Contains("lru") && Catch::Contains("lfu"));
   CHECK_THROWS_WITH(recipe_with(folder, "residency:\n  in_loop: true\n"),
                     Catch::Contains("residency.lambda must be above 0 when residency.in_loop is true"));
+  CHECK_THROWS_WITH(recipe_with(folder, "residency: {lambda: 0.2, ramp_steps: 5, train_slots: [2, 3]}\n"),
+                    Catch::Contains(":9: residency.ramp_steps only counts in training") &&
+                        Catch::Contains(":9: residency.train_slots only counts in training"));
+  CHECK_THROWS_WITH(
+      residency_rule(recipe_with(folder, "residency: {lambda: 0.2, always_keep: 1, in_loop: true, train_slots: [9]}\n"),
+                     architecture),
+      Catch::Contains(":9: residency.train_slots must be at most the model's experts per layer (8), got 9"));
   CHECK_THROWS_WITH(recipe_with(folder, "residency: {lambda: -0.5}\n"),
                     Catch::Contains(":9: residency.lambda must be") && Catch::Contains("got -0.5"));
   CHECK_THROWS_WITH(recipe_with(folder, "evaluate:\n  residency_prior: {lambdas: [0.1, 0]}\n"),
