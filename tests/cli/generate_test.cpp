@@ -607,6 +607,51 @@ TEST_CASE("bench pre-loads what statistics say, and counts what simulate counts"
   CHECK(cold["hit_rate"] != Json::parse(lines[1])["hit_rate"]);
 }
 
+TEST_CASE("the decoding document names every key of a bench recipe, of its rows and of what generate prints") {
+  const TemporaryFolder folder;
+  const std::string file = preferences_of_tiny(folder, 3, 8);
+  const std::string text = read_text_file(std::filesystem::path(HESTIA_SOURCE_DIR) / "docs/decoding.md");
+  const std::size_t first = text.find("Keys of a bench recipe");
+  REQUIRE(first != std::string::npos);
+  const std::string tables = text.substr(first, text.find("## Measured") - first);
+  const std::size_t rows = tables.find("Each arm is one JSON line");
+  const std::size_t object = tables.find("`hestia generate --json`");
+  REQUIRE(rows < object);
+  REQUIRE(object != std::string::npos);
+  const auto named = [](const std::string& part, const std::string& key) {
+    CAPTURE(key);
+    CHECK(part.find("`" + key + "`") != std::string::npos);
+  };
+  std::size_t keys = 0;
+  for (const std::string& line : lines_of(done(hestia({"validate", "--help-keys", "bench"})))) {
+    const std::string key = line.substr(0, line.find(' '));
+    if (key.empty() || key == "task" || key == "recipe_version") {
+      continue;
+    }
+    ++keys;
+    named(tables.substr(0, rows), key.starts_with("bench.") ? key.substr(6) : key);
+  }
+  CHECK(keys > 20);
+  const Json row =
+      Json::parse(lines_of(done(hestia({"bench", "recipes/bench_olmoe.yaml", "--json", "model.path=checkpoints/tiny",
+                                        "model.device=cpu", "output=\"\"", "replay.trace=\"\"", "replay.fold=false",
+                                        "bench.slots=[\"7\"]", "bench.prompt_tokens=[2]", "bench.new_tokens=[3]",
+                                        "bench.repeats=1", "bench.start=preload", "preload.file=" + file})))
+                      .at(0));
+  const std::string of_rows = tables.substr(rows, object - rows);
+  for (const Json& part : {row, row["preload"], row["rates_before"]}) {
+    for (const auto& [key, value] : part.items()) {
+      named(of_rows, key);
+    }
+  }
+  const Json json = Json::parse(done(hestia(generate({"--expert-slots", "5", "--residency-prior", "0.2,1,weight"}))));
+  for (const Json& part : {json, json["cache"], json["residency"]}) {
+    for (const auto& [key, value] : part.items()) {
+      named(tables.substr(object), key);
+    }
+  }
+}
+
 TEST_CASE("bench and validate say what a preload lacks, with the recipe's line") {
   const TemporaryFolder folder;
   const std::string file = preferences_of_tiny(folder, 3, 0);
