@@ -115,12 +115,13 @@ void check_recipe(const std::string& path, const std::vector<std::string>& overr
     const auto loaded = load_bench_recipe(path, overrides);
     if (with_files) {
       complaints.collect([&] {
-        const Architecture architecture = read_architecture(loaded.recipe.model.path);
+        const Architecture architecture = bench_architecture(loaded);
         complaints.collect([&] { check_bench_formats(loaded, architecture); });
+        complaints.collect([&] { check_bench_lengths(loaded, architecture); });
         complaints.collect([&] { static_cast<void>(bench_preload(loaded, architecture)); });
         if (!loaded.recipe.replay.trace.empty()) {
           std::string fold;
-          static_cast<void>(bench_trace(loaded.recipe.replay, architecture, fold));
+          static_cast<void>(bench_trace(loaded, architecture, fold));
         }
       });
     }

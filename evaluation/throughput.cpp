@@ -52,7 +52,7 @@ FieldList BenchOptions::fields() {
       fetch_path_names());
   list.add("start", start, "slots at the first step; full: all experts, in arms with as many slots",
            {"cold", "prefill", "preload", "full"});
-  list.add("batch", batch, "sequences decoded together", {.low = 1});
+  list.add("batch", batch, "sequences decoded together", {.low = 1, .high = 32});
   list.add("prompt_tokens", prompt_tokens, "random tokens before the first step", {.low = 1});
   list.add("new_tokens", new_tokens, "tokens generated per sequence", {.low = 2});
   list.add("repeats", repeats, "timed rounds, after one that is not", {.low = 1});
@@ -137,6 +137,8 @@ auto with_place(const RecipeSource& source, const char* key, const Step& step) {
     throw UsageError(placed(error));
   } catch (const InputError& error) {
     throw InputError(placed(error));
+  } catch (const RunError& error) {
+    throw RunError(placed(error));
   }
 }
 
@@ -183,20 +185,41 @@ LoadedRecipe<BenchRecipe> load_bench_recipe(const std::filesystem::path& path,
   return loaded;
 }
 
-RoutingTrace bench_trace(const BenchReplayOptions& replay, const Architecture& architecture, std::string& fold) {
-  RoutingTrace trace = read_trace(replay.trace);
-  if (replay.fold) {
-    FoldedTrace folded =
-        fold_trace(trace, {static_cast<std::int64_t>(architecture.moe_layers().size()), architecture.num_experts});
-    fold = folded.description();
-    trace = std::move(folded.trace);
+Architecture bench_architecture(const LoadedRecipe<BenchRecipe>& loaded) {
+  return with_place(loaded.source, "model.path", [&] { return read_architecture(loaded.recipe.model.path); });
+}
+
+void check_bench_lengths(const LoadedRecipe<BenchRecipe>& loaded, const Architecture& architecture) {
+  const BenchOptions& bench = loaded.recipe.bench;
+  const std::int64_t prompt = *std::max_element(bench.prompt_tokens.begin(), bench.prompt_tokens.end());
+  const std::int64_t tokens = *std::max_element(bench.new_tokens.begin(), bench.new_tokens.end());
+  if (prompt + tokens > architecture.max_position_embeddings) {
+    throw UsageError(fmt::format("{}: bench.new_tokens: the model reaches {} tokens, got a prompt of {} and {} more",
+                                 loaded.source.location("bench.new_tokens"), architecture.max_position_embeddings,
+                                 prompt, tokens));
   }
-  const std::vector<std::int64_t> turns = turns_of(trace);
-  if (turns.empty()) {
-    throw UsageError(fmt::format("replay.trace: {} has no decode steps", replay.trace));
-  }
-  static_cast<void>(replay_of(trace, {turns.front()}, architecture));
-  return trace;
+}
+
+RoutingTrace bench_trace(const LoadedRecipe<BenchRecipe>& loaded, const Architecture& architecture, std::string& fold) {
+  const BenchReplayOptions& replay = loaded.recipe.replay;
+  return with_place(loaded.source, "replay.trace", [&] {
+    RoutingTrace trace = read_trace(replay.trace);
+    if (replay.fold) {
+      FoldedTrace folded =
+          fold_trace(trace, {static_cast<std::int64_t>(architecture.moe_layers().size()), architecture.num_experts});
+      fold = folded.description();
+      trace = std::move(folded.trace);
+    }
+    std::vector<std::int64_t> turns = turns_of(trace);
+    if (turns.empty()) {
+      throw UsageError(fmt::format("{} has no decode steps", replay.trace));
+    }
+    const std::vector<std::int64_t>& batch = loaded.recipe.bench.batch;
+    const auto rows = static_cast<std::size_t>(*std::max_element(batch.begin(), batch.end()));
+    turns.resize(std::min(turns.size(), rows));
+    static_cast<void>(replay_of(trace, turns, architecture));
+    return trace;
+  });
 }
 
 std::vector<std::vector<std::uint16_t>> bench_preload(const LoadedRecipe<BenchRecipe>& loaded,
@@ -321,15 +344,20 @@ std::string device_name(torch::Device device) {
 class Bench {
  public:
   Bench(const LoadedRecipe<BenchRecipe>& loaded, bool quiet)
-      : loaded_(&loaded), recipe_(loaded.recipe), device_(device_from_recipe(recipe_.model.device)), quiet_(quiet) {
+      : loaded_(&loaded),
+        recipe_(loaded.recipe),
+        device_(
+            with_place(loaded.source, "model.device", [&] { return device_from_recipe(loaded.recipe.model.device); })),
+        quiet_(quiet) {
     if (recipe_.model.threads > 0) {
       at::set_num_threads(static_cast<int>(recipe_.model.threads));
     }
-    const Architecture architecture = read_architecture(recipe_.model.path);
+    const Architecture architecture = bench_architecture(loaded);
     check_bench_formats(loaded, architecture);
+    check_bench_lengths(loaded, architecture);
     preload_ = bench_preload(loaded, architecture);
     if (!recipe_.replay.trace.empty()) {
-      trace_ = bench_trace(recipe_.replay, architecture, fold_);
+      trace_ = bench_trace(loaded, architecture, fold_);
     }
     for (const std::string& name : recipe_.bench.expert_formats) {
       format_ = expert_format_from_name(name);
@@ -654,16 +682,18 @@ class Bench {
 
 std::vector<Json> run_bench(const LoadedRecipe<BenchRecipe>& loaded, bool quiet,
                             const std::function<void(const Json& row)>& on_row) {
+  Bench bench(loaded, quiet);
   std::optional<JsonLinesWriter> writer;
   if (!loaded.recipe.output.empty()) {
-    const std::filesystem::path folder = std::filesystem::path(loaded.recipe.output).parent_path();
-    if (!folder.empty()) {
-      std::filesystem::create_directories(folder);
+    const std::filesystem::path output = loaded.recipe.output;
+    if (output.has_parent_path()) {
+      std::error_code said_by_the_writer;
+      std::filesystem::create_directories(output.parent_path(), said_by_the_writer);
     }
-    writer.emplace(loaded.recipe.output);
+    with_place(loaded.source, "output", [&] { writer.emplace(output); });
   }
   std::vector<Json> rows;
-  Bench(loaded, quiet).run([&](const std::vector<Json>& measured) {
+  bench.run([&](const std::vector<Json>& measured) {
     if (writer) {
       for (const Json& row : measured) {
         writer->write(row);

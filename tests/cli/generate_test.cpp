@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -699,6 +700,49 @@ TEST_CASE("bench refuses a grid that there is not, with the recipe's line") {
   complains({"bench.expert_formats=[int5]"}, {"bench.expert_formats", "int5", "int4"});
   complains({"bench.expert_formats=[]"}, {"bench.expert_formats", "at least one"});
   complains({"bench.expert_formats=[bf16,int8]", "model.dtype=float32"}, {"bench.expert_formats", "int8", "float32"});
+}
+
+TEST_CASE("bench names the recipe's line of what is not there, and leaves nothing behind") {
+  const TemporaryFolder folder;
+  const std::string recipe = folder.path() / "bench.yaml";
+  const auto complains = [&](int code, const std::string& key, const std::string& value,
+                             std::vector<std::string> parts) {
+    std::map<std::string, std::string> values = {{"output", folder.path() / "runs/bench.jsonl"},
+                                                 {"path", "checkpoints/tiny"},
+                                                 {"device", "cpu"},
+                                                 {"slots", "[all, \"6\"]"},
+                                                 {"batch", "[1]"},
+                                                 {"new_tokens", "[3]"},
+                                                 {"trace", "\"\""}};
+    values[key] = value;
+    write_text_atomically(
+        recipe, "recipe_version: 1\ntask: bench\noutput: " + values["output"] + "\nmodel:\n  path: " + values["path"] +
+                    "\n  weights: random\n  device: " + values["device"] + "\nbench:\n  slots: " + values["slots"] +
+                    "\n  batch: " + values["batch"] + "\n  new_tokens: " + values["new_tokens"] +
+                    "\n  prompt_tokens: [2]\n  repeats: 1\nreplay:\n  trace: " + values["trace"] + "\n");
+    const std::map<std::string, int> lines = {{"output", 3}, {"path", 5},        {"device", 7}, {"slots", 9},
+                                              {"batch", 10}, {"new_tokens", 11}, {"trace", 15}};
+    parts.push_back("bench.yaml:" + std::to_string(lines.at(key)));
+    const Outcome outcome = hestia({"bench", recipe});
+    CHECK(outcome.code == code);
+    CAPTURE(key, value, outcome.err);
+    for (const std::string& part : parts) {
+      CHECK_THAT(outcome.err, Catch::Contains(part));
+    }
+    CHECK(outcome.out.empty());
+    CHECK_FALSE(std::filesystem::exists(folder.path() / "runs"));
+  };
+  const std::string missing = folder.path() / "missing";
+  complains(3, "trace", missing + ".csv", {"replay.trace", missing, "No such file"});
+  complains(3, "path", missing, {"model.path", missing, "No such file"});
+  complains(2, "device", "tpu", {"model.device", "tpu"});
+  complains(2, "slots", "[\"0\"]", {"bench.slots", "from 1 to 32"});
+  complains(2, "slots", "[]", {"bench.slots", "at least one"});
+  complains(2, "batch", "[0]", {"bench.batch", "got 0"});
+  complains(2, "batch", "[1, 33]", {"bench.batch", "32", "got 33"});
+  complains(2, "new_tokens", "[3, 4095]", {"bench.new_tokens", "reaches 4096", "4095 more"});
+  complains(1, "output", recipe + "/bench.jsonl", {"output", recipe + "/bench.jsonl", "Not a directory"});
+  complains(1, "output", folder.path(), {"output", "Is a directory"});
 }
 
 }  // namespace

@@ -78,9 +78,16 @@ struct BenchRecipe {
 [[nodiscard]] LoadedRecipe<BenchRecipe> load_bench_recipe(const std::filesystem::path& path,
                                                           const std::vector<std::string>& overrides);
 
-/// The trace to replay, folded where that is asked for (`fold` then says how), and known to fit the model. Throws what
-/// reading, folding and replay_of throw, UsageError for a trace without decode steps.
-[[nodiscard]] RoutingTrace bench_trace(const BenchReplayOptions& replay, const Architecture& architecture,
+/// Architecture of the recipe's model. Throws what reading it throws, with file:line.
+[[nodiscard]] Architecture bench_architecture(const LoadedRecipe<BenchRecipe>& loaded);
+
+/// Throws UsageError with file:line when prompt and new tokens are more than the model reaches.
+void check_bench_lengths(const LoadedRecipe<BenchRecipe>& loaded, const Architecture& architecture);
+
+/// The trace to replay, folded where that is asked for (`fold` then says how), and known to fit the model in the turns
+/// that the largest batch takes. Throws what reading, folding and replay_of throw, UsageError for a trace without
+/// decode steps, each with file:line.
+[[nodiscard]] RoutingTrace bench_trace(const LoadedRecipe<BenchRecipe>& loaded, const Architecture& architecture,
                                        std::string& fold);
 
 /// The experts that arms of `bench.start` preload begin with, per MoE layer, best first; empty for another start.
