@@ -382,16 +382,19 @@ TEST_CASE("a residency prior by weight needs no bundle, and loads less") {
         Json{{"score", "weight"}, {"lambda", 0.2}, {"layer_factors", Json::array()}, {"always_keep", 1}});
   CHECK(prior["cache"]["loads"] < plain["cache"]["loads"]);
   const Json none = Json::parse(done(hestia(generate({"--expert-slots", "5", "--residency-prior", "0,1,weight"}))));
-  const auto with_factors = [](const std::string& factors) {
-    return Json::parse(done(hestia(generate({"--expert-slots", "5", "--residency-prior", "0.2,1,weight," + factors}))));
+  const auto under = [](const std::string& rule) {
+    return Json::parse(done(hestia(generate({"--expert-slots", "5", "--residency-prior", rule}))));
   };
-  const Json same = with_factors("1,1,1,1,1,1");
-  CHECK(same["residency"]["layer_factors"] == Json{1, 1, 1, 1, 1, 1});
-  CHECK(same["tokens"] == prior["tokens"]);
-  CHECK(same["cache"]["loads"] == prior["cache"]["loads"]);
-  const Json some = with_factors("0,1,0,0,0,0");
-  CHECK(some["cache"]["loads"] < plain["cache"]["loads"]);
-  CHECK(some["cache"]["loads"] > prior["cache"]["loads"]);
+  const Json doubled = under("0.1,1,weight,2,2,2,2,2,2");
+  CHECK(doubled["residency"]["layer_factors"] == Json{2, 2, 2, 2, 2, 2});
+  CHECK(doubled["tokens"] == prior["tokens"]);
+  CHECK(doubled["cache"]["loads"] == prior["cache"]["loads"]);
+  const Json off = under("0.2,1,weight,0,0,0,0,0,0");
+  CHECK(off["tokens"] == plain["tokens"]);
+  CHECK(off["cache"]["loads"] == plain["cache"]["loads"]);
+  const Json half = under("0.2,1,weight,1,1,1,0,0,0");
+  CHECK(half["cache"]["loads"] > prior["cache"]["loads"]);
+  CHECK(half["cache"]["loads"] < plain["cache"]["loads"]);
   CHECK(none["residency"].is_null());
   CHECK(none["tokens"] == plain["tokens"]);
   CHECK(none["cache"]["loads"] == plain["cache"]["loads"]);

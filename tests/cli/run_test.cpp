@@ -162,8 +162,8 @@ TEST_CASE("finetune, export and evaluate, one after the other") {
   }
   Json results = read_json_file(project.path() / "runs/tuned/results.json");
   CHECK(keys_of(results) == std::vector<std::string>{"format_version", "kind", "version", "commit", "machine",
-                                                     "command", "device", "seconds", "degradations", "model", "bundle",
-                                                     "note", "arms", "delta"});
+                                                     "command", "device", "seconds", "degradations", "model", "split",
+                                                     "bundle", "note", "arms", "delta"});
   CHECK(results.at("command") == "hestia evaluate finetune.yaml");
   CHECK(results.at("degradations").empty());
   REQUIRE(results.at("arms").size() == 3);

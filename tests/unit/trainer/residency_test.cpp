@@ -113,7 +113,7 @@ TEST_CASE("a run in the residency loop differs from a plain one and resumes bit-
   }
 }
 
-TEST_CASE("in the loop, lambda may grow and slots take turns; evaluations have the rule itself, and resuming goes on") {
+TEST_CASE("in the loop, lambda may grow and slots take turns, evaluations have the rule itself, and resuming goes on") {
   const TemporaryFolder folder;
   const PackedData data = tiny_data(5, 40, 24);
   const auto scheduled = [&](MoeModel& model, const std::string& name) {
