@@ -123,6 +123,8 @@ FinetuneRecipe control_recipe(const FinetuneRecipe& recipe) {
   control.losses.set_all_weights(0.0);
   control.distillation.weight = 0.0;
   control.residency.in_loop = false;
+  control.residency.ramp_steps = 0;
+  control.residency.train_slots.clear();
   return control;
 }
 

@@ -149,6 +149,25 @@ TEST_CASE("residency in the loop: finetune keeps the rule, export hands it on, e
   CHECK_FALSE(std::filesystem::exists(project.path() / "runs/tuned/residency.json"));
 }
 
+TEST_CASE("with lambda that grows and slots that take turns, the rule stays, and the control's recipe is one to run") {
+  const SmallProject project;
+  project.pretrain();
+  project.write("loop.yaml", replaced(SmallProject::kFinetune, "control:",
+                                      "residency: {lambda: 0.3, always_keep: 1, slots: 3, in_loop: true, "
+                                      "calibration_tokens: 500, ramp_steps: 2, train_slots: [2, 5]}\ncontrol:"));
+  check_complaint(project.run({"finetune", "loop.yaml", "residency.train_slots=[2,9]"}), 2,
+                  {"residency.train_slots", "experts per layer (8), got 9"});
+  check_complaint(project.run({"finetune", "loop.yaml", "residency.in_loop=false"}), 2,
+                  {"residency.ramp_steps only counts in training", "residency.train_slots only counts in training"});
+  done(project.run({"finetune", "loop.yaml", "--quiet"}));
+  const Json rule = read_json_file(project.path() / "runs/tuned/residency.json");
+  CHECK(rule.at("lambda") == 0.3);
+  CHECK(rule.at("slots") == 3);
+  for (const std::string recipe : {"runs/tuned/recipe.yaml", "runs/tuned/control/recipe.yaml"}) {
+    CHECK(done(project.run({"validate", "--no-files", recipe})) == recipe + ": OK\n");
+  }
+}
+
 TEST_CASE("a prior needs no training: the arms of a run that never saw one") {
   const SmallProject project;
   project.pretrain();
