@@ -8,12 +8,22 @@
 using namespace hestia;
 using namespace hestia::testing;
 
-TEST_CASE("residency in the loop: finetune keeps the rule, export hands it on, evaluate serves every router under it") {
-  const SmallProject project;
+namespace {
+
+// A pretrained model, and loop.yaml, which tunes it in the residency loop; `more`: further keys of that section.
+void make_loop(const SmallProject& project, const std::string& more = "") {
   project.pretrain();
   project.write("loop.yaml", replaced(SmallProject::kFinetune, "control:",
                                       "residency: {lambda: 0.3, always_keep: 1, slots: 3, in_loop: true, "
-                                      "calibration_tokens: 500}\ncontrol:"));
+                                      "calibration_tokens: 500" +
+                                          more + "}\ncontrol:"));
+}
+
+}  // namespace
+
+TEST_CASE("residency in the loop: finetune keeps the rule, export hands it on, evaluate serves every router under it") {
+  const SmallProject project;
+  make_loop(project);
   check_complaint(project.run({"finetune", "loop.yaml", "residency.always_keep=2"}), 2,
                   {"residency.always_keep=2", "below the model's experts per token (2)"});
   check_complaint(project.run({"finetune", "loop.yaml", "residency.slots=9"}), 2,
@@ -151,10 +161,7 @@ TEST_CASE("residency in the loop: finetune keeps the rule, export hands it on, e
 
 TEST_CASE("with lambda that grows and slots that take turns, the rule stays, and the control's recipe is one to run") {
   const SmallProject project;
-  project.pretrain();
-  project.write("loop.yaml", replaced(SmallProject::kFinetune, "control:",
-                                      "residency: {lambda: 0.3, always_keep: 1, slots: 3, in_loop: true, "
-                                      "calibration_tokens: 500, ramp_steps: 2, train_slots: [2, 5]}\ncontrol:"));
+  make_loop(project, ", ramp_steps: 2, train_slots: [2, 5]");
   check_complaint(project.run({"finetune", "loop.yaml", "residency.train_slots=[2,9]"}), 2,
                   {"residency.train_slots", "experts per layer (8), got 9"});
   check_complaint(project.run({"finetune", "loop.yaml", "residency.in_loop=false"}), 2,

@@ -244,8 +244,9 @@ TORCH_MODULE(MoeModel);
 /// Loads a Hugging Face directory: config.json and safetensors (f32, bf16, f16; FP8 with block scales and MXFP4,
 /// widened to float32 and rounded to `dtype` once), sharded or not, straight into parameters of `dtype` on `device`
 /// (see `place_tensors`). A large one shows its progress unless `quiet`. With `expert_blobs_NB`, routed experts go
-/// there (see the constructor). `begins` is told the name of each part of the work as it begins, for whoever times
-/// them. Throws InputError listing every missing, extra or misshapen tensor.
+/// there (see the constructor). Memory of the model is taken by another thread while the files are opened and checked,
+/// and goes again when they are refused. `begins` is told the name of each part of the work as it begins, for whoever
+/// times them. Throws InputError listing every missing, extra or misshapen tensor.
 [[nodiscard]] MoeModel load_model(const std::filesystem::path& directory, torch::Dtype dtype, torch::Device device,
                                   bool quiet = false, const torch::Tensor& expert_blobs_NB = {},
                                   const std::function<void(std::string_view part)>& begins = {});
