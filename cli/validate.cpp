@@ -11,6 +11,7 @@
 #include "hestia/architecture/architecture.hpp"
 #include "hestia/core/error.hpp"
 #include "hestia/core/safetensors.hpp"
+#include "hestia/data/choice_questions.hpp"
 #include "hestia/data/tokenizer.hpp"
 #include "hestia/evaluation/comparison.hpp"
 #include "hestia/evaluation/throughput.hpp"
@@ -61,8 +62,17 @@ class Complaints {
   bool wrong_recipe_ = false;
 };
 
-void check_corpora(const DataOptions& data, Complaints& complaints) {
+void check_corpora(const DataOptions& data, const std::vector<TaskOptions>& tasks, Complaints& complaints) {
   std::set<std::string> domains(data.train.begin(), data.train.end());
+  for (std::size_t i = 0; i < tasks.size(); ++i) {
+    if (!tasks[i].domain.empty()) {
+      domains.insert(tasks[i].domain);
+    } else {
+      complaints.collect([&] {
+        static_cast<void>(read_choice_questions(tasks[i].choices, tasks[i].limit, fmt::format("evaluate.tasks.{}", i)));
+      });
+    }
+  }
   domains.insert(data.evaluate.begin(), data.evaluate.end());
   for (const std::string& domain : domains) {
     complaints.collect([&] {
@@ -138,14 +148,14 @@ void check_recipe(const std::string& path, const std::vector<std::string>& overr
       if (!recipe.tokenizer.path.empty()) {
         complaints.collect([&] { static_cast<void>(open_tokenizer(recipe.tokenizer.path)); });
       }
-      check_corpora(recipe.data, complaints);
+      check_corpora(recipe.data, {}, complaints);
     }
     return;
   }
   const auto loaded = load_finetune_recipe(path, overrides);
   if (with_files) {
     check_model(loaded, complaints);
-    check_corpora(loaded.recipe.data, complaints);
+    check_corpora(loaded.recipe.data, loaded.recipe.evaluate.tasks, complaints);
   }
 }
 

@@ -376,17 +376,23 @@ ChatPrompt chat_prompt(const std::string& format, const std::string& system, con
   messages.push_back({Role::kAssistant, ""});
   Document document;
   render_messages(format, messages, document);
-  const FlatTokens answered = flatten(document, tokenizer);
-  const auto answer =
-      std::find_if(document.pieces.begin(), document.pieces.end(), [](const Piece& piece) { return piece.completion; });
-  document.pieces.erase(answer, document.pieces.end());
-  FlatTokens flat = flatten(document, tokenizer);
+  return answer_prompt(document, tokenizer);
+}
+
+ChatPrompt answer_prompt(const Document& document, const Tokenizer& tokenizer) {
+  const auto is_answer = [](const Piece& piece) { return piece.completion; };
+  const auto answer = std::find_if(document.pieces.begin(), document.pieces.end(), is_answer);
+  Document part = document;
+  part.pieces.assign(document.pieces.begin(), answer);
+  FlatTokens flat = flatten(part, tokenizer);
   FlatTokens prompt = begin_of(document, tokenizer, flat);
   prompt.append(flat, 0, flat.size());
   ChatPrompt chat;
   chat.tokens = prompt.ids;
+  part.pieces.assign(answer, std::find_if_not(answer, document.pieces.end(), is_answer));
+  const FlatTokens answered = flatten(part, tokenizer);
   for (std::size_t i = 0; i < answered.size(); ++i) {
-    if (answered.completion[i] != 0 && answered.text[i] == 0) {
+    if (answered.text[i] == 0) {
       chat.ends.push_back(answered.ids[i]);
     }
   }

@@ -173,6 +173,28 @@ FieldList ResidencyPriorOptions::fields() {
   return list;
 }
 
+FieldList TaskOptions::fields() {
+  FieldList list;
+  list.add("name", name, "label in every report").required();
+  list.add("kind", kind, "what counts: the text that greedy decoding writes, or the most likely choice",
+           {"exact_match", "multiple_choice"})
+      .required();
+  list.add("limit", limit, "examples, from the first on; 0: all", {.low = 0});
+  list.add("batch", batch, "rows that run together", {.low = 1, .high = 4096});
+  list.add("domain", domain, "exact_match: domain of data.corpora that prompts and answers come from");
+  list.add("split", split, "exact_match: which of its documents; all: a domain that is not trained on",
+           {"held_out", "train", "all"});
+  list.add("max_new_tokens", max_new_tokens, "exact_match: longest continuation", {.low = 1, .high = 1 << 20});
+  list.add("stop", stop, "exact_match: texts that end a continuation, beside the end of sequence");
+  list.add("answer_after", answer_after, "exact_match: the answer is what follows this on its line; empty: all text");
+  list.add("paths", choices.paths, "multiple_choice: files of JSON lines, folders or globs");
+  list.add("prompt", choices.prompt, "multiple_choice: {field} is a field of the line; empty: Question: ... Answer:");
+  list.add("choices", choices.choices, "multiple_choice: the field with their list, or a field for each; empty: known");
+  list.add("answer", choices.answer,
+           "multiple_choice: field with number, letter or label of the right one; empty: known");
+  return list;
+}
+
 FieldList EvaluateOptions::fields() {
   FieldList list;
   list.add("tokens_per_domain", tokens_per_domain, "tokens per domain", {.low = 1});
@@ -186,6 +208,7 @@ FieldList EvaluateOptions::fields() {
            {.low = 0});
   list.add("agreement", agreement, "also how far each router agrees with the base's; false saves its CPU time");
   list.add_section("residency_prior", residency_prior.fields(), "arms under residency-aware routing");
+  list.add_list("tasks", tasks, "what every router is to answer: accuracy beside the likelihood of text");
   return list;
 }
 
@@ -355,6 +378,103 @@ void check_data(const DataOptions& data, const RecipeSource& source, Problems& p
   }
 }
 
+// True when the field `name` holds something else than in a default-constructed struct.
+bool is_changed(const FieldList& now, const FieldList& plain, const std::string& name) {
+  const auto field_of = [&name](const FieldList& list) {
+    return std::find_if(list.fields().begin(), list.fields().end(),
+                        [&](const Field& candidate) { return candidate.name == name; });
+  };
+  const auto& target = field_of(now)->target;
+  const auto& other = field_of(plain)->target;
+  const auto differs = [&](auto* type) {
+    using Pointer = decltype(type);
+    return std::holds_alternative<Pointer>(target) && *std::get<Pointer>(target) != *std::get<Pointer>(other);
+  };
+  return differs(static_cast<std::string*>(nullptr)) || differs(static_cast<std::int64_t*>(nullptr)) ||
+         differs(static_cast<std::vector<std::string>*>(nullptr));
+}
+
+// The corpus of a task has questions, and none that the run trains on unless it is asked for.
+void check_task_domain(const TaskOptions& task, const std::string& key, const DataOptions& data,
+                       const RecipeSource& source, Problems& problems) {
+  const std::string domain_key = key + ".domain";
+  const auto corpus = std::find_if(data.corpora.begin(), data.corpora.end(),
+                                   [&](const CorpusOptions& candidate) { return candidate.domain == task.domain; });
+  if (corpus == data.corpora.end()) {
+    std::vector<std::string> known;
+    std::transform(data.corpora.begin(), data.corpora.end(), std::back_inserter(known),
+                   [](const CorpusOptions& candidate) { return candidate.domain; });
+    const std::string near = nearest_name(task.domain, known);
+    problems.add(task.domain.empty()
+                     ? fmt::format("{}: {} is missing; name the domain of data.corpora that the prompts come from",
+                                   source.location(domain_key), domain_key)
+                     : fmt::format("{}: {} names the domain \"{}\", which data.corpora does not define{}",
+                                   source.location(domain_key), domain_key, task.domain,
+                                   near.empty() ? "" : fmt::format("; did you mean \"{}\"?", near)));
+    return;
+  }
+  if (corpus->format == "text" || (corpus->format == "jsonl" && corpus->prompt_field.empty())) {
+    problems.add(
+        fmt::format("{}: {} must name a domain with prompts and answers, got \"{}\" of plain text (format {}{})",
+                    source.location(domain_key), domain_key, task.domain, corpus->format,
+                    corpus->format == "jsonl" ? " without prompt_field" : ""));
+  }
+  const bool trained = std::find(data.train.begin(), data.train.end(), task.domain) != data.train.end();
+  if (task.split == "all" && trained) {
+    problems.add(fmt::format(
+        "{}: {}.split must be held_out or train for a domain that data.train names, got all of \"{}\"; documents that "
+        "were trained on would stand among the others",
+        source.location(key + ".split"), key, task.domain));
+  }
+}
+
+void check_tasks(const std::vector<TaskOptions>& tasks, const DataOptions& data, const RecipeSource& source,
+                 Problems& problems) {
+  const std::vector<std::pair<std::string, std::vector<std::string>>> keys_of_kinds = {
+      {"exact_match", {"domain", "split", "max_new_tokens", "stop", "answer_after"}},
+      {"multiple_choice", {"paths", "prompt", "choices", "answer"}}};
+  std::set<std::string> names;
+  for (std::size_t i = 0; i < tasks.size(); ++i) {
+    const std::string key = fmt::format("evaluate.tasks.{}", i);
+    TaskOptions task = tasks[i];
+    TaskOptions defaults;
+    if (!task.name.empty() && !names.insert(task.name).second) {
+      problems.add(fmt::format("{}: {}.name repeats \"{}\"; give each task its own name",
+                               source.location(key + ".name"), key, task.name));
+    }
+    const bool generates = task.kind == "exact_match";
+    if (!generates && task.kind != "multiple_choice") {
+      continue;  // told already
+    }
+    for (const auto& [kind, keys] : keys_of_kinds) {
+      for (const std::string& name : keys) {
+        if (kind != task.kind && is_changed(task.fields(), defaults.fields(), name)) {
+          problems.add(fmt::format("{}: {}.{} is for kind {} only, got kind {}; remove the key or change the kind",
+                                   source.location(fmt::format("{}.{}", key, name)), key, name, kind, task.kind));
+        }
+      }
+    }
+    if (generates) {
+      check_task_domain(task, key, data, source, problems);
+      if (std::find(task.stop.begin(), task.stop.end(), "") != task.stop.end()) {
+        problems.add(fmt::format("{}: {}.stop must hold texts that are not empty, got \"\"; remove it",
+                                 source.location(key + ".stop"), key));
+      }
+      continue;
+    }
+    if (task.choices.paths.empty()) {
+      problems.add(fmt::format("{}: {}.paths is missing; give the files of the questions",
+                               source.location(key + ".paths"), key));
+    }
+    const std::string problem =
+        task.choices.prompt.empty() ? std::string() : choice_prompt_problem(task.choices.prompt);
+    if (!problem.empty()) {
+      problems.add(fmt::format("{}: {}.prompt {}, got \"{}\"; mend it", source.location(key + ".prompt"), key, problem,
+                               task.choices.prompt));
+    }
+  }
+}
+
 // Of two keys that say the same, the one on the command line counts; the other becomes 0.
 template <class First, class Second>
 void settle(First& first, const std::string& first_key, Second& second, const std::string& second_key,
@@ -505,6 +625,7 @@ LoadedRecipe<FinetuneRecipe> load_finetune_recipe(const std::filesystem::path& p
     problems.add(fmt::format("{}: evaluate.residency_prior.always_keep must name at least one value, got none",
                              loaded.source.location("evaluate.residency_prior.always_keep")));
   }
+  check_tasks(recipe.evaluate.tasks, recipe.data, loaded.source, problems);
   if (recipe.data.evaluate.empty()) {
     problems.add(fmt::format("{}: data.evaluate must name at least one domain, got none",
                              loaded.source.location("data.evaluate")));

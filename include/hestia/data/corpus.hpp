@@ -41,6 +41,8 @@ struct Document {
   [[nodiscard]] std::string text() const;
   [[nodiscard]] std::int64_t num_bytes() const;  ///< Of that text.
   [[nodiscard]] bool has_prompt() const;
+  /// Text of the completion up to the next prompt; of a conversation, its first answer. Special tokens left out.
+  [[nodiscard]] std::string first_answer() const;
 };
 
 /// One corpus of a recipe.

@@ -84,6 +84,10 @@ struct ChatPrompt {
 [[nodiscard]] ChatPrompt chat_prompt(const std::string& format, const std::string& system, const std::string& user,
                                      const Tokenizer& tokenizer, const std::string& option);
 
+/// The tokens of an example up to where its first answer begins, as in training but never cut, and the tokens that end
+/// this answer. Throws RunError when the document needs a token that the vocabulary lacks.
+[[nodiscard]] ChatPrompt answer_prompt(const Document& document, const Tokenizer& tokenizer);
+
 /// Draws rows for training: sequences in a seeded shuffle per epoch, packed first-fit into rows of `row_length`; a
 /// sequence is never split over two rows. Every state change is in `position`, so resume is exact.
 class PackedSampler {

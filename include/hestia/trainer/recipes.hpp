@@ -7,6 +7,7 @@
 
 #include "hestia/architecture/architecture.hpp"
 #include "hestia/core/recipe.hpp"
+#include "hestia/data/choice_questions.hpp"
 #include "hestia/data/corpus.hpp"
 #include "hestia/data/packing.hpp"
 #include "hestia/routing/cache_policy.hpp"
@@ -154,6 +155,23 @@ struct ResidencyPriorOptions {
   FieldList fields();
 };
 
+/// One entry of `evaluate.tasks`: what `hestia evaluate` has every router answer (docs/recipes.md).
+struct TaskOptions {
+  std::string name;         ///< Label in every report.
+  std::string kind;         ///< exact_match | multiple_choice
+  std::int64_t limit = 0;   ///< Examples, from the first on; 0: all.
+  std::int64_t batch = 32;  ///< Rows that run together.
+  // exact_match: a greedy continuation of each prompt is compared with the answer.
+  std::string domain;              ///< Of data.corpora, whatever the lists of `data` name; its documents have prompts.
+  std::string split = "held_out";  ///< held_out | train | all: documents of the domain.
+  std::int64_t max_new_tokens = 256;
+  std::vector<std::string> stop;  ///< Texts that end a continuation beside the end of sequence, not part of it.
+  std::string answer_after;       ///< The answer is what follows this on its line; empty: the whole text.
+  // multiple_choice: the choice with the highest likelihood counts.
+  ChoiceFormat choices;  ///< Keys `paths`, `prompt`, `choices`, `answer` of the entry.
+  FieldList fields();
+};
+
 /// Section `evaluate`: the comparison of baseline, control and tuned router.
 struct EvaluateOptions {
   std::int64_t tokens_per_domain = 16384;
@@ -165,6 +183,7 @@ struct EvaluateOptions {
   std::vector<std::int64_t> static_set = {0};     ///< C of the static-set test; 0: E/4, at least K; empty: none.
   bool agreement = true;                          ///< Compare every router with the base's (CPU time of its own).
   ResidencyPriorOptions residency_prior;
+  std::vector<TaskOptions> tasks;
   FieldList fields();
 };
 

@@ -430,7 +430,40 @@ TEST_CASE(
       CHECK(chat.tokens ==
             std::vector<std::int32_t>(sequence.tokens.begin(), sequence.tokens.begin() + sequence.num_prompt_tokens));
       CHECK(chat.ends == std::vector<std::int32_t>{sequence.tokens.back()});
+      const ChatPrompt example = answer_prompt(read_in_order(corpus_of(path, "chat", name)).at(0), *tokenizer);
+      CHECK(example.tokens == chat.tokens);
+      CHECK(example.ends == chat.ends);
     }
+  }
+}
+
+TEST_CASE("the first answer of a conversation has its own prompt, text and end") {
+  const TemporaryFolder folder;
+  const auto path = folder.path() / "a.jsonl";
+  const auto tokenizer = chat_tokenizer(folder.path());
+  SplitMix64 random(29);
+  for (const std::string& name : template_names()) {
+    INFO(name);
+    const std::string user = random_line(random, 5);
+    const std::string answer = random_line(random, 7);
+    const Json messages = {{{"role", "user"}, {"content", user}},
+                           {{"role", "assistant"}, {"content", answer}},
+                           {{"role", "user"}, {"content", random_line(random, 4)}},
+                           {{"role", "assistant"}, {"content", random_line(random, 6)}}};
+    put_file(path, Json({{"messages", messages}}).dump() + "\n");
+    const Document document = read_in_order(corpus_of(path, "chat", name)).at(0);
+    CHECK_THAT(document.first_answer(), Catch::EndsWith(answer));
+    CHECK(document.first_answer().size() <= answer.size() + 1);  // with the space that some templates put before it
+    PackedData data;
+    tokenize_documents({document}, *tokenizer, 1024, 0, 1, data);
+    const TokenSequence& sequence = data.sequences.at(0);
+    const ChatPrompt prompt = answer_prompt(document, *tokenizer);
+    CHECK(prompt.tokens ==
+          std::vector<std::int32_t>(sequence.tokens.begin(), sequence.tokens.begin() + sequence.num_prompt_tokens));
+    const auto end = static_cast<std::size_t>(sequence.later_prompts.at(0).begin);
+    // Where an answer that another turn follows has no end of its own, the next prompt begins with one.
+    CHECK(prompt.ends ==
+          (name == "harmony" ? std::vector<std::int32_t>() : std::vector<std::int32_t>{sequence.tokens.at(end - 1)}));
   }
 }
 

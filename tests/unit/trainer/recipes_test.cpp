@@ -300,3 +300,77 @@ TEST_CASE("what spans keys of losses and corpora is checked without any file") {
   CHECK_NOTHROW(load("{domain: beta, paths: [b.txt]}",
                      "{domain: beta, paths: [b.txt], format: chat, template: chatml, overlong: drop}"));
 }
+
+TEST_CASE("tasks of an evaluation read, are saved and read again") {
+  const TemporaryFolder folder;
+  const std::string text = replaced(kGood, "    - {domain: beta, paths: [b.txt]}\n",
+                                    "    - {domain: beta, paths: [b.jsonl], format: question_answer}\n") +
+                           R"(evaluate:
+  tasks:
+    - {name: sums, kind: exact_match, domain: beta, split: all, max_new_tokens: 40, stop: ["\n\n", "Q: \"x\""], answer_after: "####"}
+    - {name: doors, kind: multiple_choice, paths: [doors.jsonl], limit: 7, batch: 3}
+    - name: doors by hand
+      kind: multiple_choice
+      paths: [a, b]
+      prompt: "{question.stem} {{sic}}\nAnswer:"
+      choices: [question.choices.text]
+      answer: answerKey
+)";
+  auto loaded = load_finetune_recipe(write_recipe(folder, text), {"evaluate.tasks.1.limit=9"});
+  const std::vector<TaskOptions>& tasks = loaded.recipe.evaluate.tasks;
+  REQUIRE(tasks.size() == 3);
+  CHECK(tasks[0].kind == "exact_match");
+  CHECK(tasks[0].domain == "beta");
+  CHECK(tasks[0].stop == std::vector<std::string>{"\n\n", "Q: \"x\""});
+  CHECK(tasks[0].answer_after == "####");
+  CHECK(tasks[0].batch == 32);
+  CHECK(tasks[1].limit == 9);
+  CHECK(tasks[1].choices.paths == std::vector<std::string>{"doors.jsonl"});
+  CHECK(tasks[2].choices.prompt == "{question.stem} {{sic}}\nAnswer:");
+  const std::string saved = save_recipe(loaded.recipe.fields());
+  auto again = load_finetune_recipe(write_recipe(folder, saved), {});
+  CHECK(save_recipe(again.recipe.fields()) == saved);
+  CHECK(again.recipe.evaluate.tasks.at(0).stop == tasks[0].stop);
+  CHECK(again.recipe.evaluate.tasks.at(2).choices.choices == tasks[2].choices.choices);
+}
+
+TEST_CASE("mistakes in tasks are told at their lines") {
+  const TemporaryFolder folder;
+  const auto path = write_recipe(folder, replaced(kGood, "    - {domain: beta, paths: [b.txt]}\n",
+                                                  R"(    - {domain: beta, paths: [b.jsonl], format: question_answer}
+    - {domain: lines, paths: [c.jsonl], format: jsonl}
+)") + R"(evaluate:
+  tasks:
+    - {name: a, kind: exact_mach, domain: beta}
+    - {name: b, kind: exact_match, domain: betta}
+    - {name: b, kind: exact_match}
+    - {name: c, kind: exact_match, domain: alpha}
+    - {name: d, kind: exact_match, domain: lines, stop: [""]}
+    - {name: e, kind: multiple_choice, answer_after: "####", max_new_tokens: 3}
+    - {name: f, kind: exact_match, domain: beta, paths: [x], prompt: "{x}"}
+    - {name: g, kind: multiple_choice, paths: [x], prompt: "{x"}
+    - {name: h, kind: multiple_choice, paths: [x], promt: "{x}"}
+    - {kind: multiple_choice, paths: [x]}
+)");
+  CHECK_THROWS_WITH(
+      load_finetune_recipe(path, {"data.train=[alpha,beta]", "evaluate.tasks.6.split=all"}),
+      Catch::Contains(":22: evaluate.tasks.0.kind must be one of exact_match, multiple_choice, got \"exact_mach\"") &&
+          Catch::Contains(
+              ":23: evaluate.tasks.1.domain names the domain \"betta\", which data.corpora does not define; "
+              "did you mean \"beta\"?") &&
+          Catch::Contains(":24: evaluate.tasks.2.name repeats \"b\"") &&
+          Catch::Contains(":24: evaluate.tasks.2.domain is missing") &&
+          Catch::Contains(":25: evaluate.tasks.3.domain must name a domain with prompts and answers, got \"alpha\" of "
+                          "plain text (format text)") &&
+          Catch::Contains(":26: evaluate.tasks.4.domain must name") && Catch::Contains("jsonl without prompt_field") &&
+          Catch::Contains(":26: evaluate.tasks.4.stop must hold texts that are not empty") &&
+          Catch::Contains(":27: evaluate.tasks.5.answer_after is for kind exact_match only") &&
+          Catch::Contains(":27: evaluate.tasks.5.max_new_tokens is for kind exact_match only") &&
+          Catch::Contains(":27: evaluate.tasks.5.paths is missing") &&
+          Catch::Contains(":28: evaluate.tasks.6.paths is for kind multiple_choice only") &&
+          Catch::Contains(":28: evaluate.tasks.6.prompt is for kind multiple_choice only") &&
+          Catch::Contains("evaluate.tasks.6.split must be held_out or train for a domain that data.train names") &&
+          Catch::Contains(":29: evaluate.tasks.7.prompt has a { without its }, got \"{x\"") &&
+          Catch::Contains("unknown key \"evaluate.tasks.8.promt\"; did you mean \"evaluate.tasks.8.prompt\"?") &&
+          Catch::Contains("the key \"evaluate.tasks.9.name\" is missing"));
+}
