@@ -170,6 +170,24 @@ torch::Tensor nll_sum(MoeModel& model, const torch::Tensor& hidden_BSD, const to
   return ChunkedNll::apply(hidden_ND, at::TensorList(head), labels_N, wants_gradient(hidden_ND, head));
 }
 
+torch::Tensor label_log_probabilities(MoeModel& model, const torch::Tensor& hidden_BSD,
+                                      const torch::Tensor& labels_BS) {
+  const torch::NoGradGuard no_grad;
+  const torch::Tensor labels_T = labels_BS.reshape({-1});
+  const torch::Tensor rows = labels_T.ge(0).nonzero().squeeze(1);
+  const torch::Tensor hidden_ND = hidden_BSD.reshape({-1, hidden_BSD.size(-1)}).index_select(0, rows);
+  const torch::Tensor labels_N1 = labels_T.index_select(0, rows).unsqueeze(1);
+  const std::vector<torch::Tensor> head = head_parameters(model);
+  const std::int64_t chunk = head_chunk_rows(hidden_ND, head);
+  torch::Tensor found_N = torch::zeros({rows.size(0)}, hidden_BSD.options().dtype(torch::kFloat32));
+  for (std::int64_t begin = 0; begin < rows.size(0); begin += chunk) {
+    const std::int64_t length = std::min(chunk, rows.size(0) - begin);
+    const torch::Tensor log_probabilities = head_log_softmax(hidden_ND.narrow(0, begin, length), head);
+    found_N.narrow(0, begin, length).copy_(log_probabilities.gather(1, labels_N1.narrow(0, begin, length)).squeeze(1));
+  }
+  return torch::zeros(labels_T.sizes(), found_N.options()).index_copy_(0, rows, found_N).view_as(labels_BS);
+}
+
 QualityResult measure(MoeModel& model, const PackedData& data, const std::vector<PackedBatch>& batches,
                       bool with_probabilities, const std::function<void(SequenceRouting&&)>& visit,
                       const std::function<void(std::int64_t tokens)>& progress,

@@ -22,6 +22,11 @@ namespace hestia {
 /// sum.
 [[nodiscard]] torch::Tensor nll_sum(MoeModel& model, const torch::Tensor& hidden_BSD, const torch::Tensor& labels_BS);
 
+/// log p(label) of every labelled position and 0 elsewhere, float32 [B, S], nats: hidden [B, S, D] and labels as in
+/// `nll_sum`, and chunks as there. No gradient.
+[[nodiscard]] torch::Tensor label_log_probabilities(MoeModel& model, const torch::Tensor& hidden_BSD,
+                                                    const torch::Tensor& labels_BS);
+
 /// Quality of a model on one set of batches.
 struct QualityResult {
   double nll_sum = 0.0;  ///< nats
