@@ -1,5 +1,8 @@
 #include <iostream>
 #include <memory>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include <fmt/format.h>
 
@@ -41,13 +44,18 @@ void add_evaluate(CLI::App& app) {
     if (arguments->json) {
       std::cout << comparison_json(comparison).dump(2) << "\n";
     } else {
-      std::cout << comparison_table(comparison) << std::flush;
+      const std::string tasks = task_table(comparison);
+      std::cout << comparison_table(comparison) << (tasks.empty() ? "" : "\n") << tasks << std::flush;
     }
     const std::string& run_dir = loaded.recipe.run_dir;
-    log_block("Files", {{"results", run_dir + "/results.json"},
-                        {arguments->target.checkpoint ? "checkpoint" : "router bundle", comparison.bundle},
-                        {"training log", run_dir + "/metrics.jsonl"},
-                        {"checkpoints", run_dir + "/checkpoints"}});
+    std::vector<std::pair<std::string, std::string>> files = {{"results", run_dir + "/results.json"}};
+    if (!loaded.recipe.evaluate.tasks.empty()) {
+      files.emplace_back("answers", run_dir + "/answers.jsonl");
+    }
+    files.emplace_back(arguments->target.checkpoint ? "checkpoint" : "router bundle", comparison.bundle);
+    files.emplace_back("training log", run_dir + "/metrics.jsonl");
+    files.emplace_back("checkpoints", run_dir + "/checkpoints");
+    log_block("Files", files);
   });
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cctype>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -31,6 +32,8 @@ namespace hestia {
 namespace {
 
 constexpr std::int64_t kResultsFormat = 1;
+constexpr const char* kAnswersFile = "answers.jsonl";
+constexpr const char* kMultipleChoice = "multiple_choice";
 
 // E/8, E/4, E/2 unless the recipe names slots.
 std::vector<std::int64_t> slots_of(const EvaluateOptions& options, std::int64_t num_experts) {
@@ -269,6 +272,66 @@ Json domain_json(const DomainFigures& figures) {
           {"cache", cells}};
 }
 
+Json number_or_null(double value) {
+  return std::isfinite(value) ? Json(value) : Json();
+}
+
+Json task_json(const TaskFigures& task) {
+  Json json = {{"task", task.name},
+               {"kind", task.kind},
+               {"count", task.outcomes.size()},
+               {"accuracy", task.accuracy()},
+               {"standard_error", number_or_null(task.standard_error())}};
+  if (task.kind == kMultipleChoice) {
+    json["accuracy_by_bytes"] = task.accuracy(true);
+    json["standard_error_by_bytes"] = number_or_null(task.standard_error(true));
+  }
+  return json;
+}
+
+// What the tuned router changed, task by task.
+Json task_delta_json(const Comparison& comparison) {
+  Json delta = Json::array();
+  const ArmFigures* tuned = find_arm(comparison, kTunedArm);
+  if (tuned == nullptr) {
+    return delta;
+  }
+  for (const TaskFigures& task : tuned->tasks) {
+    Json entry = {{"task", task.name}};
+    for (const auto& [name, other] : {std::pair("baseline", kBaselineArm), std::pair("control", kControlArm)}) {
+      const ArmFigures* arm = find_arm(comparison, other);
+      const TaskFigures* before = arm == nullptr ? nullptr : find_task(*arm, task.name);
+      for (const bool by_bytes : {false, true}) {
+        if (before != nullptr && (!by_bytes || task.kind == kMultipleChoice)) {
+          const TaskDifference difference = task_difference(task, *before, by_bytes);
+          entry[fmt::format("points{}_against_{}", by_bytes ? "_by_bytes" : "", name)] = {
+              {"value", difference.points}, {"standard_error", number_or_null(difference.standard_error)}};
+        }
+      }
+    }
+    delta.push_back(entry);
+  }
+  return delta;
+}
+
+// Every answer of every router.
+void write_answers(const Comparison& comparison, const std::filesystem::path& path) {
+  std::string lines;
+  for (const ArmFigures& arm : comparison.arms) {
+    for (const TaskFigures& task : arm.tasks) {
+      for (const TaskOutcome& outcome : task.outcomes) {
+        Json line = {{"arm", arm.name}, {"task", task.name}, {"id", outcome.id}, {"right", outcome.right}};
+        if (task.kind == kMultipleChoice) {
+          line["right_by_bytes"] = outcome.right_by_bytes;
+        }
+        line.update(outcome.detail);
+        lines += line.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n";
+      }
+    }
+  }
+  write_text_atomically(path, lines);
+}
+
 // What the tuned router changed, domain by domain.
 Json delta_json(const Comparison& comparison) {
   Json delta = Json::array();
@@ -317,6 +380,12 @@ const ArmFigures* find_arm(const Comparison& comparison, const std::string& name
   const auto found = std::find_if(comparison.arms.begin(), comparison.arms.end(),
                                   [&](const ArmFigures& arm) { return arm.name == name; });
   return found == comparison.arms.end() ? nullptr : &*found;
+}
+
+const TaskFigures* find_task(const ArmFigures& arm, const std::string& name) {
+  const auto found =
+      std::find_if(arm.tasks.begin(), arm.tasks.end(), [&](const TaskFigures& task) { return task.name == name; });
+  return found == arm.tasks.end() ? nullptr : &*found;
 }
 
 ArmFigures measure_arm(MoeModel& model, const std::string& name, const PackedData& held_out,
@@ -469,8 +538,13 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const Evalua
     }
     origin = latest->second;
   }
-  check_evaluate_fits(loaded, read_architecture(recipe.model.path));
+  const Architecture architecture = read_architecture(recipe.model.path);
+  check_evaluate_fits(loaded, architecture);
   const std::unique_ptr<Tokenizer> tokenizer = open_tokenizer(recipe.model.path);
+  std::vector<TaskExamples> tasks;
+  for (std::size_t i = 0; i < recipe.evaluate.tasks.size(); ++i) {
+    tasks.push_back(load_task(loaded, i, *tokenizer, architecture));
+  }
   const PackedData held_out = evaluation_data(recipe, *tokenizer, at::get_num_threads());
   MoeModel model = load_model(recipe.model.path, dtype_from_recipe(recipe.model.dtype),
                               device_from_recipe(recipe.model.device), quiet);
@@ -514,10 +588,20 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const Evalua
       }
     }
   }
+  // Greedy decoding runs token by token, and the selector of a rule knows a whole sequence only.
+  const auto measure_tasks = [&](ArmFigures& figures) {
+    for (const TaskExamples& task : tasks) {
+      if (!figures.residency || task.options.kind == kMultipleChoice) {
+        figures.tasks.push_back(
+            measure_task(model, *tokenizer, task, fmt::format("{}, {}", figures.name, task.options.name), quiet));
+      }
+    }
+  };
   std::vector<ArmFigures> under_rules;
   const auto arm = [&](const char* name, bool against_baseline = true) {
     comparison.arms.push_back(measure_arm(model, name, held_out, recipe.data.train, options,
                                           recipe.data.sequence_length, quiet, against_baseline && options.agreement));
+    measure_tasks(comparison.arms.back());
     EvaluateOptions under_rule_options = options;
     under_rule_options.static_set.clear();  // a selector of its own, which knows no residents
     for (const ResidencyRule& rule : rules) {
@@ -532,6 +616,7 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const Evalua
                                         under_rule_options, recipe.data.sequence_length, quiet, options.agreement));
       under_rules.back().router = name;
       under_rules.back().residency = rule;
+      measure_tasks(under_rules.back());
     }
     model->set_selector(std::make_shared<TopKSelector>());
   };
@@ -578,6 +663,11 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const Evalua
     comparison.command += fmt::format(" --only {}", target.only);
   }
   write_text_atomically(run_dir / "results.json", comparison_json(comparison).dump(2) + "\n");
+  if (tasks.empty()) {
+    std::filesystem::remove(run_dir / kAnswersFile);  // an earlier evaluation's
+  } else {
+    write_answers(comparison, run_dir / kAnswersFile);
+  }
   return comparison;
 }
 
@@ -618,8 +708,19 @@ Json comparison_json(const Comparison& comparison) {
                             {"adapters", arm.adapters},
                             {"residency", arm.residency ? residency_json(*arm.residency) : Json()},
                             {"domains", domains}});
+    if (!arm.tasks.empty()) {
+      Json tasks = Json::array();
+      for (const TaskFigures& task : arm.tasks) {
+        tasks.push_back(task_json(task));
+      }
+      json["arms"].back()["tasks"] = tasks;
+    }
   }
   json["delta"] = delta_json(comparison);
+  if (std::any_of(comparison.arms.begin(), comparison.arms.end(),
+                  [](const ArmFigures& arm) { return !arm.tasks.empty(); })) {
+    json["task_delta"] = task_delta_json(comparison);
+  }
   return json;
 }
 

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 
 #include <fmt/format.h>
 
@@ -116,7 +117,70 @@ std::string aligned(const std::vector<Column>& columns) {
   return out + "\n";
 }
 
+constexpr double kPercent = 100.0;
+
+// "43.2 +- 1.4" of a mean and its standard error, both in points.
+std::string with_error(double value, double error, bool sign) {
+  const std::string text = sign ? fmt::format("{:+.1f}", value) : fmt::format("{:.1f}", value);
+  return std::isnan(error) ? text : fmt::format("{} +- {:.1f}", text, error);
+}
+
 }  // namespace
+
+std::string task_table(const Comparison& comparison) {
+  const ArmFigures* baseline = find_arm(comparison, kBaselineArm);
+  const ArmFigures* control = find_arm(comparison, kControlArm);
+  std::vector<Column> columns(6);
+  const std::vector<std::string> heads = {"task", "router", "n", "right %", "by bytes %", "points on baseline"};
+  for (std::size_t i = 0; i < columns.size(); ++i) {
+    columns[i].cells.push_back(heads[i]);
+    columns[i].left = i < 2;
+  }
+  if (control != nullptr) {
+    columns.emplace_back().cells.emplace_back("points on control");
+  }
+  bool by_bytes = false;
+  const std::vector<TaskFigures> tasks =
+      comparison.arms.empty() ? std::vector<TaskFigures>() : comparison.arms.front().tasks;
+  for (const TaskFigures& first : tasks) {
+    for (const ArmFigures& arm : comparison.arms) {
+      const TaskFigures* task = find_task(arm, first.name);
+      if (task == nullptr) {
+        continue;
+      }
+      const auto against = [&](const ArmFigures* other) {
+        const TaskFigures* before = other == nullptr || other == &arm ? nullptr : find_task(*other, task->name);
+        if (before == nullptr) {
+          return std::string("-");
+        }
+        const TaskDifference difference = task_difference(*task, *before);
+        return with_error(difference.points, difference.standard_error, true);
+      };
+      const bool choices = task->kind == "multiple_choice";
+      by_bytes = by_bytes || choices;
+      columns[0].cells.push_back(&arm == &comparison.arms.front() ? task->name : "");
+      columns[1].cells.push_back(arm.name);
+      columns[2].cells.push_back(std::to_string(task->outcomes.size()));
+      columns[3].cells.push_back(with_error(kPercent * task->accuracy(), kPercent * task->standard_error(), false));
+      columns[4].cells.push_back(
+          choices ? with_error(kPercent * task->accuracy(true), kPercent * task->standard_error(true), false) : "-");
+      columns[5].cells.push_back(against(baseline));
+      if (control != nullptr) {
+        columns[6].cells.push_back(against(control));
+      }
+    }
+  }
+  if (columns[0].cells.size() == 1) {
+    return "";
+  }
+  if (!by_bytes) {
+    columns.erase(columns.begin() + 4);
+  }
+  const std::string text = aligned(columns);
+  return text.substr(text.find('\n') + 1) +  // no groups above these columns
+         fmt::format("+- standard error{}; of points: of the differences example by example\n",
+                     by_bytes ? "; by bytes: choices by likelihood per byte" : "");
+}
 
 std::string comparison_table(const Comparison& comparison) {
   if (comparison.arms.empty() || comparison.arms.front().domains.empty()) {

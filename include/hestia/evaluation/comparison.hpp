@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "hestia/core/json_lines.hpp"
+#include "hestia/evaluation/task_scores.hpp"
 #include "hestia/routing/metrics.hpp"
 #include "hestia/routing/residency.hpp"
 #include "hestia/routing/simulator.hpp"
@@ -73,6 +74,7 @@ struct ArmFigures {
   std::int64_t top_k = 0;  ///< Experts per token that it was served with.
   bool adapters = false;   ///< The experts had adapters: another expert store than the baseline's.
   std::vector<DomainFigures> domains;
+  std::vector<TaskFigures> tasks;  ///< Of `evaluate.tasks`, in that order, those that were measured.
 };
 
 /// A whole comparison.
@@ -94,6 +96,8 @@ struct Comparison {              // NOLINT(bugprone-exception-escape): the check
 /// The cell of `figures` for a policy and slot count; nullptr when it was not simulated.
 [[nodiscard]] const CacheFigures* find_cache(const DomainFigures& figures, const std::string& policy,
                                              std::int64_t slots);
+/// The task called `name`; nullptr when the arm was not measured on it.
+[[nodiscard]] const TaskFigures* find_task(const ArmFigures& arm, const std::string& name);
 /// The arm called `name`; nullptr when the comparison has none.
 [[nodiscard]] const ArmFigures* find_arm(const Comparison& comparison, const std::string& name);
 
@@ -122,13 +126,16 @@ struct EvaluateTarget {
 
 /// `hestia evaluate`: baseline, control (when the run has one) and tuned router on the held-out split of
 /// `data.evaluate`, or the one that `evaluate.split` names, then each of them under the residency rules of
-/// `evaluate.residency_prior` and of the bundle (without one: of the run); writes run_dir/results.json and returns the
-/// comparison. Throws InputError when the bundle is missing (names the export command), UsageError when the checkpoint
-/// is (the run is not finished).
+/// `evaluate.residency_prior` and of the bundle (without one: of the run), and all of them on `evaluate.tasks` (under a
+/// rule without the exact-match ones); writes run_dir/results.json, with tasks also run_dir/answers.jsonl, and returns
+/// the comparison. Throws InputError when the bundle is missing (names the export command), UsageError when the
+/// checkpoint is (the run is not finished).
 Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const EvaluateTarget& target, bool quiet);
 
 /// The aligned table that `hestia evaluate` prints.
 [[nodiscard]] std::string comparison_table(const Comparison& comparison);
+/// The table of tasks that follows it; empty without tasks.
+[[nodiscard]] std::string task_table(const Comparison& comparison);
 /// Every number, machine, commit, command, degraded modes; format version 1.
 [[nodiscard]] Json comparison_json(const Comparison& comparison);
 

@@ -401,3 +401,83 @@ TEST_CASE("the program knows its version and its machine") {
   CHECK(machine.at("memory_bytes").get<std::int64_t>() > 100'000'000);
   CHECK_FALSE(machine.at("cpu").get<std::string>().empty());
 }
+
+namespace {
+
+// Right and wrong answers of two tasks for every arm; the second one is of choices.
+void add_tasks(Comparison& comparison, std::uint64_t seed) {
+  SplitMix64 random(seed);
+  for (ArmFigures& arm : comparison.arms) {
+    for (const char* kind : {"exact_match", "multiple_choice"}) {
+      TaskFigures task;
+      task.name = std::string(kind) + " task";
+      task.kind = kind;
+      for (int i = 0; i < 50; ++i) {
+        TaskOutcome outcome;
+        outcome.id = std::to_string(i);
+        outcome.right = random.uniform() < 0.5;
+        outcome.right_by_bytes = random.uniform() < 0.3;
+        task.outcomes.push_back(outcome);
+      }
+      arm.tasks.push_back(task);
+    }
+  }
+}
+
+}  // namespace
+
+TEST_CASE("tasks have a table of their own, accuracies and points against the others") {
+  Comparison comparison = random_comparison(71, Layout());
+  CHECK(task_table(comparison).empty());
+  CHECK_FALSE(comparison_json(comparison).contains("task_delta"));
+  CHECK_FALSE(comparison_json(comparison).at("arms").at(0).contains("tasks"));
+  add_tasks(comparison, 72);
+  const std::vector<std::string> lines = lines_of(task_table(comparison));
+  REQUIRE(lines.size() == 1 + 6 + 1);  // heads, rows, what it means
+  CHECK(words_of(lines[0]) == "task router n right % by bytes % points on baseline points on control ");
+  const TaskFigures& tuned = comparison.arms[2].tasks[1];
+  const TaskFigures& base = comparison.arms[0].tasks[1];
+  const TaskFigures& control = comparison.arms[1].tasks[1];
+  const TaskDifference on_base = task_difference(tuned, base);
+  const TaskDifference on_control = task_difference(tuned, control);
+  CHECK(words_of(lines[6]) ==
+        fmt::format("tuned 50 {:.1f} +- {:.1f} {:.1f} +- {:.1f} {:+.1f} +- {:.1f} {:+.1f} +- {:.1f} ",
+                    100.0 * tuned.accuracy(), 100.0 * tuned.standard_error(), 100.0 * tuned.accuracy(true),
+                    100.0 * tuned.standard_error(true), on_base.points, on_base.standard_error, on_control.points,
+                    on_control.standard_error));
+  const TaskFigures& first = comparison.arms[0].tasks[0];
+  const TaskDifference back = task_difference(first, comparison.arms[1].tasks[0]);
+  CHECK(words_of(lines[1]) == fmt::format("exact_match task baseline 50 {:.1f} +- {:.1f} - - {:+.1f} +- {:.1f} ",
+                                          100.0 * first.accuracy(), 100.0 * first.standard_error(), back.points,
+                                          back.standard_error));
+  const Json json = comparison_json(comparison);
+  const Json& figures = json.at("arms").at(2).at("tasks").at(1);
+  CHECK(figures.at("count") == 50);
+  CHECK(figures.at("accuracy") == tuned.accuracy());
+  CHECK(figures.at("accuracy_by_bytes") == tuned.accuracy(true));
+  CHECK(figures.at("standard_error_by_bytes") == tuned.standard_error(true));
+  const Json& delta = json.at("task_delta").at(1);
+  CHECK(delta.at("task") == "multiple_choice task");
+  CHECK(delta.at("points_against_baseline").at("value") == on_base.points);
+  CHECK(delta.at("points_against_control").at("standard_error") == on_control.standard_error);
+  CHECK(delta.at("points_by_bytes_against_baseline").at("value") == task_difference(tuned, base, true).points);
+  CHECK_FALSE(json.at("task_delta").at(0).contains("points_by_bytes_against_baseline"));
+}
+
+TEST_CASE("a task that was not measured under a rule is not in the table") {
+  Layout layout;
+  layout.arms = {kBaselineArm, kTunedArm, "tuned, lambda 0.1, J 2"};
+  Comparison comparison = random_comparison(73, layout);
+  add_tasks(comparison, 74);
+  comparison.arms[2].tasks.erase(comparison.arms[2].tasks.begin());
+  const std::vector<std::string> lines = lines_of(task_table(comparison));
+  REQUIRE(lines.size() == 1 + 5 + 1);
+  CHECK_THAT(lines[2], !Catch::Contains("lambda"));
+  CHECK_THAT(lines[5], Catch::Contains("tuned, lambda 0.1, J 2"));
+  CHECK_THAT(lines[0], !Catch::Contains("control"));
+  // Exact matches alone have no column of bytes.
+  for (ArmFigures& arm : comparison.arms) {
+    arm.tasks.resize(arm.tasks.size() - 1);
+  }
+  CHECK_THAT(task_table(comparison), !Catch::Contains("bytes"));
+}
