@@ -77,7 +77,7 @@ struct GreedyOptions {
                                                              const std::function<void(std::int64_t)>& progress = {});
 
 /// What became of one example.
-struct TaskOutcome {
+struct TaskOutcome {  // NOLINT(bugprone-exception-escape): the check takes Json's move for one that throws
   std::string id;
   bool right = false;
   bool right_by_bytes = false;  ///< multiple_choice: by log-likelihood per byte of the choice.
