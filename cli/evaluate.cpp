@@ -44,8 +44,9 @@ void add_evaluate(CLI::App& app) {
     if (arguments->json) {
       std::cout << comparison_json(comparison).dump(2) << "\n";
     } else {
+      const std::string domains = comparison_table(comparison);
       const std::string tasks = task_table(comparison);
-      std::cout << comparison_table(comparison) << (tasks.empty() ? "" : "\n") << tasks << std::flush;
+      std::cout << domains << (tasks.empty() || domains.ends_with("\n\n") ? "" : "\n") << tasks << std::flush;
     }
     const std::string& run_dir = loaded.recipe.run_dir;
     std::vector<std::pair<std::string, std::string>> files = {{"results", run_dir + "/results.json"}};

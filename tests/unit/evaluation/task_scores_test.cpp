@@ -316,3 +316,24 @@ TEST_CASE("accuracies are compared example by example") {
   now.outcomes.back().id = "other";
   CHECK_THROWS_AS(task_difference(now, before), std::invalid_argument);
 }
+
+TEST_CASE("the CUDA model answers and weighs choices as the CPU's", "[gpu]") {
+  if (!torch::hasCUDA()) {
+    WARN("no GPU: skipped");
+    return;
+  }
+  at::set_num_threads(1);
+  MoeModel host = tiny_model(13);
+  MoeModel device = tiny_model(13, torch::kFloat32, torch::kCUDA);
+  const std::vector<AnswerExample> examples = random_prompts(67, 19);
+  GreedyOptions options;
+  options.max_new_tokens = 9;
+  options.rows = 5;
+  CHECK(greedy_continuations(device, examples, options) == greedy_continuations(host, examples, options));
+  const std::vector<TokenSequence> sequences = random_examples(71, 21);
+  const std::vector<double> expected = completion_log_likelihoods(host, sequences, 8);
+  const std::vector<double> found = completion_log_likelihoods(device, sequences, 8);
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    CHECK(found[i] == Approx(expected[i]).epsilon(1e-4));
+  }
+}
