@@ -562,7 +562,8 @@ class Bench {
   /// serving and fetching in between. The experts of a layer's steps slide over all experts by `misses` each, so that
   /// as many are missing every time.
   struct StepMemory {
-    std::shared_ptr<DeviceMemory> slots, cache, answer, workspace, hidden, scores, steps, forced, router_workspace;
+    std::shared_ptr<DeviceMemory> slots, cache, answer, workspace, hidden, products, scores, steps, forced,
+        router_workspace;
   };
 
   void add_steps() {
@@ -580,6 +581,8 @@ class Bench {
     memory.workspace = on_device(std::vector<unsigned char>(decode_fetch_workspace()));
     memory.hidden = on_device(
         random_words(static_cast<std::size_t>(options_.hidden + options_.top_k * options_.expert_hidden) * 2, 6));
+    memory.products =
+        std::make_shared<DeviceMemory>(static_cast<std::size_t>(options_.top_k * options_.hidden) * sizeof(float));
     memory.scores = std::make_shared<DeviceMemory>(65536);
     const DecodeRouterShape router{.num_tokens = 1,
                                    .hidden_size = options_.hidden,
@@ -686,9 +689,10 @@ class Bench {
       fetch.workspace = memory.workspace->as<void>();
       fetch.copiers = copiers;
       fetch.poll_ns = poll;
-      decode_fetch_gate_up_cuda(sizes, fetch, normal, pool, h, stream_);
+      auto* const y = memory.products->as<float>();
+      decode_fetch_gate_up_cuda(sizes, fetch, normal, pool, h, down ? y : nullptr, stream_);
       if (down) {
-        decode_down_combine_cuda(sizes, h, fetch.answer.slots, pool, mixing, nullptr, nullptr, normal + options_.hidden,
+        decode_down_combine_cuda(sizes, h, fetch.answer.slots, pool, mixing, y, nullptr, normal + options_.hidden,
                                  stream_, hit_slots);
       }
     };

@@ -1,17 +1,15 @@
 #include "hestia/kernels/decode_experts.hpp"
 
 #include "decode_dot.cuh"
-#include "decode_gate_up.cuh"
 #include "decode_grouped.hpp"
 #include "decode_pairs.cuh"
 #include "decode_quantised.hpp"
+#include "decode_rows.cuh"
 #include "dependent.cuh"
 #include "launch.cuh"
 
 namespace hestia {
 namespace {
-
-constexpr int kDownRows = 2;  // of down per warp
 
 /// Calls body.operator()<R>(first) for runs of up to 8 pairs, R the smallest of 1, 2, 4, 8 that holds the run.
 template <bool kGrouped, class Body>
@@ -71,41 +69,6 @@ __device__ void prefetch_down(const DecodeSizes& sizes, const std::uint16_t* dow
   }
 }
 
-/// Products of rows [i, i + kDownRows) of down with R vectors; a row past the last repeats it.
-template <int R>
-__device__ void down_dots(const DecodeSizes& sizes, const std::uint16_t* down, int i,
-                          const std::uint16_t* const (&rows)[R], float (&sums)[kDownRows][R]) {
-  const std::uint16_t* weights[kDownRows];
-#pragma unroll
-  for (int m = 0; m < kDownRows; ++m) {
-    weights[m] = down + static_cast<std::size_t>(min(i + m, sizes.hidden - 1)) * sizes.expert_hidden;
-  }
-  warp_dots<kDownRows, R, 4>(weights, rows, sizes.expert_hidden, sums);
-}
-
-template <int R>
-__device__ void down_rows(const DecodeSizes& sizes, const std::uint16_t* h, const std::uint16_t* down, const int* pairs,
-                          int first, int count, int i, float* y) {
-  const std::uint16_t* rows[R];
-#pragma unroll
-  for (int r = 0; r < R; ++r) {
-    rows[r] = h + static_cast<std::size_t>(pairs[min(first + r, count - 1)]) * sizes.expert_hidden;
-  }
-  float sums[kDownRows][R];
-  down_dots<R>(sizes, down, i, rows, sums);
-  if (threadIdx.x % kDecodeWarp == 0) {
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-#pragma unroll
-      for (int m = 0; m < kDownRows; ++m) {
-        if (first + r < count && i + m < sizes.hidden) {
-          y[static_cast<std::size_t>(pairs[first + r]) * sizes.hidden + i + m] = sums[m][r];
-        }
-      }
-    }
-  }
-}
-
 /// Grid: (tiles of kWarps * kDownRows rows, T * K).
 template <bool kGrouped>
 __global__ void __launch_bounds__(kWarps* kDecodeWarp)
@@ -144,24 +107,24 @@ __global__ void combine_kernel(DecodeSizes sizes, const float* y, const float* w
   out[at] = with_residual(sum, residual, at);
 }
 
-/// Grid: (tiles of kDownRows rows, T); block: one warp per expert of the token.
+/// Grid: (tiles of kDownRows rows, T); block: one warp per expert of the token. hit_slots: null, or as
+/// decode_down_combine_cuda has them.
 __global__ void __launch_bounds__(kDecodeMaxTopK* kDecodeWarp)
     down_combine_kernel(DecodeSizes sizes, const std::uint16_t* h, const std::int32_t* slots, const void* pool,
                         const float* weights, const float* y, const std::uint16_t* residual, std::uint16_t* out,
-                        const std::int32_t* early_slots) {
+                        const std::int32_t* hit_slots) {
   __shared__ float products[kDownRows][kDecodeMaxTopK];
   const int k = static_cast<int>(threadIdx.x) / kDecodeWarp;
   const int lane = static_cast<int>(threadIdx.x) % kDecodeWarp;
   const int i = static_cast<int>(blockIdx.x) * kDownRows;
   const std::size_t first = static_cast<std::size_t>(blockIdx.y) * sizes.top_k;
-  int slot = early_slots[first + k];
-  if (slot >= 0) {
-    prefetch_down(sizes, matrix(pool, sizes, slot, sizes.blob.down), i);
+  const int early_slot = (hit_slots == nullptr ? slots : hit_slots)[first + k];
+  const bool has_hits = y != nullptr && hits_are_done(hit_slots, sizes.top_k);
+  if (early_slot >= 0 && !has_hits) {
+    prefetch_down(sizes, matrix(pool, sizes, early_slot, sizes.blob.down), i);
   }
   after_kernel_before();
-  if (early_slots != slots) {
-    slot = slots[first + k];
-  }
+  const int slot = has_hits && early_slot >= 0 ? -1 : slots[first + k];
   if (slot >= 0) {
     const std::uint16_t* const rows[1] = {h + (first + k) * sizes.expert_hidden};
     float sums[kDownRows][1];
@@ -236,9 +199,9 @@ void decode_combine_cuda(const DecodeExpertsShape& shape, const float* y, const 
 
 void decode_down_combine_cuda(const DecodeExpertsShape& shape, const std::uint16_t* h, const std::int32_t* slots,
                               const void* pool, const float* weights, const float* y, const std::uint16_t* residual,
-                              std::uint16_t* out, void* stream, const std::int32_t* early_slots) {
+                              std::uint16_t* out, void* stream, const std::int32_t* hit_slots) {
   if (shape.format != ExpertFormat::kBfloat16) {
-    quantised_down_combine(shape, h, slots, pool, weights, y, residual, out, stream);
+    quantised_down_combine(shape, h, slots, pool, weights, y, residual, out, stream, hit_slots);
     return;
   }
   if (shape.num_tokens >= shape.tensor_rows) {
@@ -248,8 +211,7 @@ void decode_down_combine_cuda(const DecodeExpertsShape& shape, const std::uint16
   const DecodeSizes sizes = decode_sizes(shape);
   const dim3 grid(tiles(sizes.hidden, kDownRows), static_cast<unsigned>(shape.num_tokens));
   launch_kernel("down_combine_kernel", down_combine_kernel, grid, static_cast<unsigned>(sizes.top_k * kDecodeWarp), 0,
-                stream, shape.dependent, sizes, h, slots, pool, weights, y, residual, out,
-                early_slots == nullptr ? slots : early_slots);
+                stream, shape.dependent, sizes, h, slots, pool, weights, y, residual, out, hit_slots);
 }
 
 }  // namespace hestia

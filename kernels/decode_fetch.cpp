@@ -33,7 +33,7 @@ std::size_t fetch_own_bytes(const ExpertBlob& blob) {
 }
 
 void decode_fetch_gate_up_cpu(const DecodeExpertsShape& shape, const DecodeFetch& fetch, const std::uint16_t* x,
-                              void* pool, std::uint16_t* h) {
+                              void* pool, std::uint16_t* h, float* y) {
   check_decode_fetch(shape, fetch);
   slot_cache_serve_cpu(fetch.cache, fetch.state, fetch.layer, fetch.selected, 1, shape.top_k, fetch.answer);
   const ExpertStoreShape store{fetch.cache.num_layers, fetch.cache.num_experts, expert_blob(shape).bytes};
@@ -41,6 +41,9 @@ void decode_fetch_gate_up_cpu(const DecodeExpertsShape& shape, const DecodeFetch
     expert_fetch_cpu(store, fetch.store, fetch.layer, fetch.answer.step, fetch.answer.loads, 1, pool);
   }
   decode_gate_up_cpu(shape, x, fetch.answer.slots, pool, h);
+  if (y != nullptr && std::any_of(fetch.hit_slots, fetch.hit_slots + shape.top_k, [](auto slot) { return slot < 0; })) {
+    decode_down_cpu(shape, h, fetch.hit_slots, pool, y);
+  }
 }
 
 }  // namespace hestia

@@ -1,8 +1,11 @@
 #include "hestia/kernels/decode_fetch.hpp"
 
+#include <algorithm>
+#include <iterator>
+
 #include "decode_checks.hpp"
-#include "decode_gate_up.cuh"
 #include "decode_quantised.hpp"
+#include "decode_rows.cuh"
 #include "dependent.cuh"
 #include "expert_arrival.cuh"
 #include "launch.cuh"
@@ -10,26 +13,42 @@
 namespace hestia {
 namespace {
 
-/// Grid: the copiers, then the tiles of kWarps rows of each pair.
+constexpr int kDownRuns = 4;  // of kDownRows rows of down, per warp
+
+/// Grid: the copiers, then those of expert_arrival.cuh: tiles of kWarps rows of gate and up, or of kWarps * kDownRuns *
+/// kDownRows rows of down.
 __global__ void __launch_bounds__(kWarps* kDecodeWarp)
-    fetch_gate_up_kernel(DecodeSizes sizes, FetchStep step, const std::uint16_t* x, uint4* pool, std::uint16_t* h) {
+    fetch_gate_up_kernel(DecodeSizes sizes, FetchStep step, const std::uint16_t* x, uint4* pool, std::uint16_t* h,
+                         float* y) {
+  using Work = arrival::Turn::Work;
   __shared__ int shared_slot;
   after_kernel_before();
   if (blockIdx.x < step.copiers) {
     arrival::serve_and_copy(step, pool);
     return;
   }
-  const unsigned number = blockIdx.x - step.copiers;
-  const unsigned turn = number / step.blocks_per_pair;
-  bool hit = false;
-  const int pair = arrival::pair_of_turn(step, static_cast<int>(turn), hit);
-  const int slot = hit ? step.hit_slots[pair] : arrival::arrived_slot(step, pair, &shared_slot);
-  const int f =
-      static_cast<int>(number - turn * step.blocks_per_pair) * kWarps + static_cast<int>(threadIdx.x) / kDecodeWarp;
-  if (f < sizes.expert_hidden) {
-    const std::size_t row = static_cast<std::size_t>(f) * sizes.hidden;
-    gate_up_rows<1, true>(sizes, x, matrix(pool, sizes, slot, sizes.blob.gate) + row,
-                          matrix(pool, sizes, slot, sizes.blob.up) + row, &pair, 0, 1, f, h);
+  const arrival::Turn turn = arrival::turn_of(step, blockIdx.x - step.copiers);
+  const int warp = static_cast<int>(threadIdx.x) / kDecodeWarp;
+  if (turn.work == Work::kDownOfHit) {
+    arrival::wait_through(step, turn.pair);
+    const std::uint16_t* const down = matrix(pool, sizes, step.hit_slots[turn.pair], sizes.blob.down);
+    const int first = (static_cast<int>(turn.block) * kWarps + warp) * kDownRuns * kDownRows;
+#pragma unroll 1
+    for (int i = first; i < min(first + kDownRuns * kDownRows, sizes.hidden); i += kDownRows) {
+      down_rows<1>(sizes, h, down, &turn.pair, 0, 1, i, y);
+    }
+  } else if (turn.work != Work::kNothing) {
+    const bool hit = turn.work == Work::kHit;
+    const int slot = hit ? step.hit_slots[turn.pair] : arrival::arrived_slot(step, turn, &shared_slot);
+    const int f = static_cast<int>(turn.block) * kWarps + warp;
+    if (f < sizes.expert_hidden) {
+      const std::size_t row = static_cast<std::size_t>(f) * sizes.hidden;
+      gate_up_rows<1, true>(sizes, x, matrix(pool, sizes, slot, sizes.blob.gate) + row,
+                            matrix(pool, sizes, slot, sizes.blob.up) + row, &turn.pair, 0, 1, f, h);
+    }
+    if (hit && turn.is_waited_for) {
+      arrival::tell_through(step, turn.pair);
+    }
   }
 }
 
@@ -43,7 +62,8 @@ std::uint32_t* decode_fetch_flags(void* workspace) {
   return static_cast<FetchWorkspace*>(workspace)->copied;
 }
 
-FetchStep fetch_step(const DecodeExpertsShape& shape, const DecodeFetch& fetch, unsigned blocks_per_pair) {
+FetchStep fetch_step(const DecodeExpertsShape& shape, const DecodeFetch& fetch, unsigned blocks_per_pair,
+                     unsigned down_blocks_per_pair) {
   const ExpertBlob blob = expert_blob(shape);
   const std::size_t words = blob.bytes / sizeof(uint4);
   FetchStep step{};
@@ -64,22 +84,24 @@ FetchStep fetch_step(const DecodeExpertsShape& shape, const DecodeFetch& fetch, 
   step.copiers = static_cast<unsigned>(fetch.copiers);
   step.poll_ns = static_cast<unsigned>(fetch.poll_ns);
   step.blocks_per_pair = blocks_per_pair;
+  step.down_blocks_per_pair = down_blocks_per_pair;
+  std::copy(std::begin(fetch.ahead), std::end(fetch.ahead), std::begin(step.ahead));
   return step;
 }
 
 void decode_fetch_gate_up_cuda(const DecodeExpertsShape& shape, const DecodeFetch& fetch, const std::uint16_t* x,
-                               void* pool, std::uint16_t* h, void* stream) {
+                               void* pool, std::uint16_t* h, float* y, void* stream) {
   check_decode_fetch(shape, fetch);
   if (shape.format != ExpertFormat::kBfloat16) {
-    quantised_fetch_gate_up(shape, fetch, x, pool, h, stream);
+    quantised_fetch_gate_up(shape, fetch, x, pool, h, y, stream);
     return;
   }
   const DecodeSizes sizes = decode_sizes(shape);
-  const FetchStep step = fetch_step(shape, fetch, tiles(sizes.expert_hidden, kWarps));
-  const dim3 grid(step.copiers + step.blocks_per_pair * static_cast<unsigned>(sizes.num_pairs));
-  launch_kernel("fetch_gate_up_kernel", fetch_gate_up_kernel, grid, kWarps * kDecodeWarp,
+  const unsigned downs = y != nullptr ? tiles(sizes.hidden, kWarps * kDownRuns * kDownRows) : 0;
+  const FetchStep step = fetch_step(shape, fetch, tiles(sizes.expert_hidden, kWarps), downs);
+  launch_kernel("fetch_gate_up_kernel", fetch_gate_up_kernel, dim3(fetch_blocks(step)), kWarps * kDecodeWarp,
                 serving::bytes_of_bits(fetch.cache), stream, shape.dependent, sizes, step, x, static_cast<uint4*>(pool),
-                h);
+                h, y);
 }
 
 }  // namespace hestia

@@ -71,6 +71,13 @@ __device__ int pairs_of_block(const std::int32_t* slots, int num_pairs, int slot
   }
 }
 
+/// Whether the kernel before has computed down of the hits among the K pairs (decode_down_combine_cuda): where
+/// something is missing.
+__device__ inline bool hits_are_done(const std::int32_t* hit_slots, int top_k) {
+  const int lane = static_cast<int>(threadIdx.x) % kDecodeWarp;
+  return hit_slots != nullptr && __any_sync(~0U, lane < top_k && hit_slots[lane] < 0) != 0;
+}
+
 __device__ inline std::uint16_t with_residual(float sum, const std::uint16_t* residual, std::size_t at) {
   return bfloat16_bits(residual == nullptr ? sum : __fadd_rn(bfloat16_value(residual[at]), sum));
 }

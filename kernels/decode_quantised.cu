@@ -21,7 +21,12 @@ constexpr int kColumns = 8;  // activation rows of one product
 constexpr int kSteps = 8;    // products of 16 inputs in a tile
 constexpr int kThreads = kSplits * kDecodeWarp;
 constexpr int kRowTiles = 2;     // that a block works on together: gate and up, or two of down
+constexpr int kDownRuns = 2;     // of row tiles of down, that a block of the fetching kernel computes
 constexpr int kFusedWarps = 32;  // of down_combine
+
+__device__ unsigned row_tiles(int rows) {
+  return static_cast<unsigned>((rows + kTileRows - 1) / kTileRows);
+}
 
 /// A matrix of integers.
 struct Matrix {
@@ -275,47 +280,23 @@ __global__ void __launch_bounds__(kThreads, 2)
   __shared__ int pairs[kGrouped ? kMaxPairs : 1];
   __shared__ int shared_count;
   __shared__ float partial[kSplits][kRowTiles][kColumns][kTileRows];
+  after_kernel_before();
   const int slot = slots[blockIdx.y];
   const int count = pairs_of_block<kGrouped>(slots, sizes.num_pairs, slot, pairs, &shared_count);
   gate_up_tile<kFormat, false>(sizes, x, pool, slot, pairs, count, blockIdx.x, partial, h);
 }
 
-/// Grid: the copiers, then the row tiles of gate and up of each pair.
+/// One block: row tiles `tile` to tile + kRowTiles of down of the expert in `slot`, for `count` pairs. `partial` is the
+/// block's.
 template <ExpertFormat kFormat>
-__global__ void __launch_bounds__(kThreads, 2)
-    quantised_fetch_gate_up_kernel(DecodeSizes sizes, FetchStep step, const std::uint16_t* x, uint4* pool,
-                                   std::uint16_t* h) {
-  __shared__ int shared_slot;
-  __shared__ float partial[kSplits][kRowTiles][kColumns][kTileRows];
-  after_kernel_before();
-  if (blockIdx.x < step.copiers) {
-    arrival::serve_and_copy(step, pool);
-    return;
-  }
-  const unsigned number = blockIdx.x - step.copiers;
-  const unsigned turn = number / step.blocks_per_pair;
-  bool hit = false;
-  const int pair = arrival::pair_of_turn(step, static_cast<int>(turn), hit);
-  const int slot = hit ? step.hit_slots[pair] : arrival::arrived_slot(step, pair, &shared_slot);
-  gate_up_tile<kFormat, true>(sizes, x, pool, slot, &pair, 1, number - turn * step.blocks_per_pair, partial, h);
-}
-
-/// Grid: (runs of kRowTiles row tiles of down, T * K).
-template <ExpertFormat kFormat, bool kGrouped>
-__global__ void __launch_bounds__(kThreads, 2)
-    quantised_down_kernel(DecodeSizes sizes, const std::uint16_t* h, const std::int32_t* slots, const void* pool,
-                          float* y) {
-  __shared__ int pairs[kGrouped ? kMaxPairs : 1];
-  __shared__ int shared_count;
-  __shared__ float partial[kSplits][kRowTiles][kColumns][kTileRows];
-  const int slot = slots[blockIdx.y];
-  const int count = pairs_of_block<kGrouped>(slots, sizes.num_pairs, slot, pairs, &shared_count);
+__device__ void down_tiles(const DecodeSizes& sizes, const std::uint16_t* h, const void* pool, int slot,
+                           const int* pairs, int count, unsigned tile,
+                           float (&partial)[kSplits][kRowTiles][kColumns][kTileRows], float* y) {
   const int thread = static_cast<int>(threadIdx.x);
   const Matrix down = matrix(pool, sizes, slot, sizes.blob.down, sizes.blob.down_scales);
   const Matrix of[kRowTiles] = {down, down};
   const std::size_t groups = (sizes.expert_hidden + kTileInputs - 1) / kTileInputs;
-  const unsigned last = static_cast<unsigned>((sizes.hidden + kTileRows - 1) / kTileRows) - 1;
-  const unsigned tile = blockIdx.x * kRowTiles;
+  const unsigned last = row_tiles(sizes.hidden) - 1;
   const std::size_t first_tiles[kRowTiles] = {tile * groups, min(tile + 1, last) * groups};
   for (int first = 0; first < count; first += kColumns) {
     const int column = first + thread % kDecodeWarp / 4;
@@ -334,21 +315,69 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
+/// Grid: the copiers, then those of expert_arrival.cuh: row tiles of gate and up, or kDownRuns runs of down's.
+template <ExpertFormat kFormat>
+__global__ void __launch_bounds__(kThreads, 2)
+    quantised_fetch_gate_up_kernel(DecodeSizes sizes, FetchStep step, const std::uint16_t* x, uint4* pool,
+                                   std::uint16_t* h, float* y) {
+  using Work = arrival::Turn::Work;
+  __shared__ int shared_slot;
+  __shared__ float partial[kSplits][kRowTiles][kColumns][kTileRows];
+  after_kernel_before();
+  if (blockIdx.x < step.copiers) {
+    arrival::serve_and_copy(step, pool);
+    return;
+  }
+  const arrival::Turn turn = arrival::turn_of(step, blockIdx.x - step.copiers);
+  if (turn.work == Work::kDownOfHit) {
+    arrival::wait_through(step, turn.pair);
+    const unsigned end = min((turn.block + 1) * kDownRuns * kRowTiles, row_tiles(sizes.hidden));
+#pragma unroll 1
+    for (unsigned tile = turn.block * kDownRuns * kRowTiles; tile < end; tile += kRowTiles) {
+      down_tiles<kFormat>(sizes, h, pool, step.hit_slots[turn.pair], &turn.pair, 1, tile, partial, y);
+    }
+  } else if (turn.work != Work::kNothing) {
+    const bool hit = turn.work == Work::kHit;
+    const int slot = hit ? step.hit_slots[turn.pair] : arrival::arrived_slot(step, turn, &shared_slot);
+    gate_up_tile<kFormat, true>(sizes, x, pool, slot, &turn.pair, 1, turn.block, partial, h);
+    if (hit && turn.is_waited_for) {
+      arrival::tell_through(step, turn.pair);
+    }
+  }
+}
+
+/// Grid: (runs of kRowTiles row tiles of down, T * K).
+template <ExpertFormat kFormat, bool kGrouped>
+__global__ void __launch_bounds__(kThreads, 2)
+    quantised_down_kernel(DecodeSizes sizes, const std::uint16_t* h, const std::int32_t* slots, const void* pool,
+                          float* y) {
+  __shared__ int pairs[kGrouped ? kMaxPairs : 1];
+  __shared__ int shared_count;
+  __shared__ float partial[kSplits][kRowTiles][kColumns][kTileRows];
+  after_kernel_before();
+  const int slot = slots[blockIdx.y];
+  const int count = pairs_of_block<kGrouped>(slots, sizes.num_pairs, slot, pairs, &shared_count);
+  down_tiles<kFormat>(sizes, h, pool, slot, pairs, count, blockIdx.x * kRowTiles, partial, y);
+}
+
 /// Grid: (row tiles of down, T). Warps take the splits of the token's experts by turns.
 template <ExpertFormat kFormat>
 __global__ void __launch_bounds__(kFusedWarps* kDecodeWarp)
     quantised_down_combine_kernel(DecodeSizes sizes, const std::uint16_t* h, const std::int32_t* slots,
                                   const void* pool, const float* weights, const float* y, const std::uint16_t* residual,
-                                  std::uint16_t* out) {
+                                  std::uint16_t* out, const std::int32_t* hit_slots) {
   __shared__ float partial[kDecodeMaxTopK][kSplits][kTileRows];
   __shared__ float products[kDecodeMaxTopK][kTileRows];
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % kDecodeWarp;
   const std::size_t first_pair = static_cast<std::size_t>(blockIdx.y) * sizes.top_k;
   const std::size_t groups = (sizes.expert_hidden + kTileInputs - 1) / kTileInputs;
+  after_kernel_before();
+  const bool has_hits = y != nullptr && hits_are_done(hit_slots, sizes.top_k);
+  const auto slot_of = [&](int k) { return has_hits && hit_slots[k] >= 0 ? -1 : slots[first_pair + k]; };
   for (int item = thread / kDecodeWarp; item < sizes.top_k * kSplits; item += kFusedWarps) {
     const int k = item / kSplits;
-    const int slot = slots[first_pair + k];
+    const int slot = slot_of(k);
     if (slot >= 0) {
       const Matrix of[1] = {matrix(pool, sizes, slot, sizes.blob.down, sizes.blob.down_scales)};
       const std::size_t first_tiles[1] = {blockIdx.x * groups};
@@ -366,7 +395,7 @@ __global__ void __launch_bounds__(kFusedWarps* kDecodeWarp)
     const int k = at / kTileRows;
     const int row = at % kTileRows;
     const int i = static_cast<int>(blockIdx.x) * kTileRows + row;
-    if (slots[first_pair + k] >= 0) {
+    if (slot_of(k) >= 0) {
       products[k][row] = sum_of_splits(&partial[k][0][row], kTileRows);
     } else if (y != nullptr && i < sizes.hidden) {
       products[k][row] = y[(first_pair + k) * sizes.hidden + i];
@@ -404,26 +433,23 @@ void quantised_gate_up(const DecodeExpertsShape& shape, const std::uint16_t* x, 
                        const void* pool, std::uint16_t* h, void* stream) {
   const DecodeSizes sizes = decode_sizes(shape);
   const dim3 grid(tiles(sizes.expert_hidden, kTileRows), static_cast<unsigned>(sizes.num_pairs));
-  const auto on = static_cast<cudaStream_t>(stream);
   for_format(shape.format, [&]<ExpertFormat kFormat>() {
-    if (shape.num_tokens == 1) {
-      quantised_gate_up_kernel<kFormat, false><<<grid, kThreads, 0, on>>>(sizes, x, slots, pool, h);
-    } else {
-      quantised_gate_up_kernel<kFormat, true><<<grid, kThreads, 0, on>>>(sizes, x, slots, pool, h);
-    }
+    auto* const kernel =
+        shape.num_tokens == 1 ? quantised_gate_up_kernel<kFormat, false> : quantised_gate_up_kernel<kFormat, true>;
+    launch_kernel("quantised_gate_up_kernel", kernel, grid, kThreads, 0, stream, shape.dependent, sizes, x, slots, pool,
+                  h);
   });
-  check_launch("quantised_gate_up_kernel");
 }
 
 void quantised_fetch_gate_up(const DecodeExpertsShape& shape, const DecodeFetch& fetch, const std::uint16_t* x,
-                             void* pool, std::uint16_t* h, void* stream) {
+                             void* pool, std::uint16_t* h, float* y, void* stream) {
   const DecodeSizes sizes = decode_sizes(shape);
-  const FetchStep step = fetch_step(shape, fetch, tiles(sizes.expert_hidden, kTileRows));
-  const dim3 grid(step.copiers + step.blocks_per_pair * static_cast<unsigned>(sizes.num_pairs));
+  const unsigned downs = y != nullptr ? tiles(sizes.hidden, kDownRuns * kRowTiles * kTileRows) : 0;
+  const FetchStep step = fetch_step(shape, fetch, tiles(sizes.expert_hidden, kTileRows), downs);
   for_format(shape.format, [&]<ExpertFormat kFormat>() {
-    launch_kernel("quantised_fetch_gate_up_kernel", quantised_fetch_gate_up_kernel<kFormat>, grid, kThreads,
-                  serving::bytes_of_bits(fetch.cache), stream, shape.dependent, sizes, step, x,
-                  static_cast<uint4*>(pool), h);
+    launch_kernel("quantised_fetch_gate_up_kernel", quantised_fetch_gate_up_kernel<kFormat>, dim3(fetch_blocks(step)),
+                  kThreads, serving::bytes_of_bits(fetch.cache), stream, shape.dependent, sizes, step, x,
+                  static_cast<uint4*>(pool), h, y);
   });
 }
 
@@ -431,27 +457,24 @@ void quantised_down(const DecodeExpertsShape& shape, const std::uint16_t* h, con
                     const void* pool, float* y, void* stream) {
   const DecodeSizes sizes = decode_sizes(shape);
   const dim3 grid(tiles(sizes.hidden, kRowTiles * kTileRows), static_cast<unsigned>(sizes.num_pairs));
-  const auto on = static_cast<cudaStream_t>(stream);
   for_format(shape.format, [&]<ExpertFormat kFormat>() {
-    if (shape.num_tokens == 1) {
-      quantised_down_kernel<kFormat, false><<<grid, kThreads, 0, on>>>(sizes, h, slots, pool, y);
-    } else {
-      quantised_down_kernel<kFormat, true><<<grid, kThreads, 0, on>>>(sizes, h, slots, pool, y);
-    }
+    auto* const kernel =
+        shape.num_tokens == 1 ? quantised_down_kernel<kFormat, false> : quantised_down_kernel<kFormat, true>;
+    launch_kernel("quantised_down_kernel", kernel, grid, kThreads, 0, stream, shape.dependent, sizes, h, slots, pool,
+                  y);
   });
-  check_launch("quantised_down_kernel");
 }
 
 void quantised_down_combine(const DecodeExpertsShape& shape, const std::uint16_t* h, const std::int32_t* slots,
                             const void* pool, const float* weights, const float* y, const std::uint16_t* residual,
-                            std::uint16_t* out, void* stream) {
+                            std::uint16_t* out, void* stream, const std::int32_t* hit_slots) {
   const DecodeSizes sizes = decode_sizes(shape);
   const dim3 grid(tiles(sizes.hidden, kTileRows), static_cast<unsigned>(shape.num_tokens));
   for_format(shape.format, [&]<ExpertFormat kFormat>() {
-    quantised_down_combine_kernel<kFormat><<<grid, kFusedWarps * kDecodeWarp, 0, static_cast<cudaStream_t>(stream)>>>(
-        sizes, h, slots, pool, weights, y, residual, out);
+    launch_kernel("quantised_down_combine_kernel", quantised_down_combine_kernel<kFormat>, grid,
+                  kFusedWarps * kDecodeWarp, 0, stream, shape.dependent, sizes, h, slots, pool, weights, y, residual,
+                  out, hit_slots);
   });
-  check_launch("quantised_down_combine_kernel");
 }
 
 }  // namespace hestia

@@ -9,8 +9,9 @@
 
 // How the blocks of one kernel serve a step, copy its misses and compute with what is there (decode_fetch.hpp). The
 // first block serves and says so; the first `copiers` blocks copy, whose warps are counted down per miss and part;
-// the others compute: with hits at once, with a miss when the counter of its first part is down. Blocks start in the
-// order of their numbers, so copiers run before anyone waits for them.
+// the others compute: gate and up of hits at once, then, in a step with misses, down of the hits whose gate and up are
+// through, then gate and up of a miss when the counter of its first part is down. Blocks start in the order of their
+// numbers, so whoever is waited for runs before those that wait.
 
 namespace hestia {
 
@@ -18,6 +19,7 @@ namespace hestia {
 struct FetchWorkspace {
   unsigned served;                              ///< 1 + loads, once the step is served
   unsigned ended;                               ///< blocks that wait for nothing any more
+  unsigned through[kDecodeMaxTopK];             ///< blocks that have written gate and up of each hit
   unsigned left[kDecodeMaxTopK * kFetchParts];  ///< warps that still copy of each part of each load
   unsigned copied[kDecodeMaxTopK];              ///< 1: the host thread has not copied its share of the load yet
 };
@@ -39,11 +41,19 @@ struct FetchStep {
   std::size_t first_words;  ///< gate and up: part 0; down is part 1
   unsigned copiers;
   unsigned poll_ns;
-  unsigned blocks_per_pair;
+  unsigned blocks_per_pair;       ///< that compute gate and up of one expert
+  unsigned down_blocks_per_pair;  ///< that compute down of a hit; 0: nobody does
+  FetchAhead ahead[kFetchAhead];
 };
 
-/// `fetch` as the kernels take it; blocks_per_pair: those that compute with one expert (decode_fetch.cu).
-FetchStep fetch_step(const DecodeExpertsShape& shape, const DecodeFetch& fetch, unsigned blocks_per_pair);
+/// `fetch` as the kernels take it (decode_fetch.cu).
+FetchStep fetch_step(const DecodeExpertsShape& shape, const DecodeFetch& fetch, unsigned blocks_per_pair,
+                     unsigned down_blocks_per_pair);
+
+/// Blocks of a launch.
+inline unsigned fetch_blocks(const FetchStep& step) {
+  return step.copiers + static_cast<unsigned>(step.top_k) * (step.blocks_per_pair + step.down_blocks_per_pair);
+}
 
 namespace arrival {
 
@@ -80,51 +90,151 @@ __device__ inline unsigned wait_served(const FetchStep& step, unsigned poll_ns) 
   return said - 1;
 }
 
-/// Which of the K pairs has turn `turn`: hits in their order, then misses.
-__device__ inline int pair_of_turn(const FetchStep& step, int turn, bool& hit) {
+/// A bit per pair that is a hit; by whole warps.
+__device__ inline unsigned hits_of(const FetchStep& step) {
   const int lane = static_cast<int>(threadIdx.x) % kDecodeWarp;
-  const unsigned all = step.top_k == kDecodeWarp ? ~0U : (1U << step.top_k) - 1U;
-  const unsigned hits = __ballot_sync(~0U, lane < step.top_k && step.hit_slots[lane] >= 0);
-  hit = turn < __popc(hits);
-  unsigned rest = hit ? hits : all & ~hits;
-  for (int skip = hit ? turn : turn - __popc(hits); skip > 0; --skip) {
-    rest &= rest - 1U;
-  }
-  return __ffs(static_cast<int>(rest)) - 1;
+  return __ballot_sync(~0U, lane < step.top_k && step.hit_slots[lane] >= 0);
 }
 
-/// The block reads no counter any more; the last such block puts them back. By thread 0.
+/// What a block behind the copiers does.
+struct Turn {
+  enum class Work { kNothing, kHit, kDownOfHit, kMiss };
+  Work work = Work::kNothing;
+  int pair = 0;
+  unsigned block = 0;          ///< of those that share the pair's work
+  bool is_waited_for = false;  ///< a hit whose down this kernel computes
+};
+
+/// The turn of block `number` behind the copiers: gate and up of the hits in their order, their down, the misses.
+__device__ inline Turn turn_of(const FetchStep& step, unsigned number) {
+  const unsigned all = step.top_k == kDecodeWarp ? ~0U : (1U << step.top_k) - 1U;
+  const unsigned hits = hits_of(step);
+  const unsigned misses = all & ~hits;
+  const auto num_hits = static_cast<unsigned>(__popc(hits));
+  const unsigned downs = misses != 0 ? step.down_blocks_per_pair : 0;
+  Turn turn;
+  unsigned per_pair = step.blocks_per_pair;
+  unsigned rest = hits;
+  turn.work = Turn::Work::kHit;
+  turn.is_waited_for = downs > 0;
+  if (number >= num_hits * per_pair) {
+    number -= num_hits * per_pair;
+    turn.work = Turn::Work::kDownOfHit;
+    per_pair = downs;
+    if (number >= num_hits * downs) {
+      number -= num_hits * downs;
+      turn.work = Turn::Work::kMiss;
+      per_pair = step.blocks_per_pair;
+      rest = misses;
+      if (number >= static_cast<unsigned>(__popc(misses)) * per_pair) {
+        return {};
+      }
+    }
+  }
+  for (unsigned skip = number / per_pair; skip > 0; --skip) {
+    rest &= rest - 1U;
+  }
+  turn.pair = __ffs(static_cast<int>(rest)) - 1;
+  turn.block = number % per_pair;
+  return turn;
+}
+
+/// The block reads no counter any more; the last such block puts them back. By one thread.
 __device__ inline void leave(const FetchStep& step) {
-  unsigned waiting = step.copiers;
+  unsigned misses = 0;
   for (int k = 0; k < step.top_k; ++k) {
-    waiting += step.hit_slots[k] < 0 ? step.blocks_per_pair : 0;
+    misses += step.hit_slots[k] < 0 ? 1 : 0;
+  }
+  unsigned waiting = step.copiers + misses * step.blocks_per_pair;
+  if (misses > 0) {
+    waiting += (static_cast<unsigned>(step.top_k) - misses) * step.down_blocks_per_pair;
   }
   if (atomicAdd(&step.workspace->ended, 1U) == waiting - 1) {
     step.workspace->served = 0;
     step.workspace->ended = 0;
+    for (int k = 0; k < step.top_k; ++k) {
+      step.workspace->through[k] = 0;
+    }
   }
 }
 
-/// Waits until part `part` of load `load` is there; by one thread.
+/// What the block wrote of h for `pair`, a hit, is seen by those that wait_through; the whole block.
+__device__ inline void tell_through(const FetchStep& step, int pair) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(&step.workspace->through[pair]) : "memory");
+  }
+}
+
+/// Waits until h of `pair`, a hit, is whole; the whole block.
+__device__ inline void wait_through(const FetchStep& step, int pair) {
+  if (threadIdx.x == 0) {
+    while (load_acquire(&step.workspace->through[pair]) != step.blocks_per_pair) {
+      __nanosleep(100);
+    }
+    leave(step);
+  }
+  __syncthreads();
+}
+
+__device__ inline bool has_arrived(const FetchStep& step, unsigned load, unsigned part) {
+  return load_acquire(&step.workspace->left[load * kFetchParts + part]) == 0 &&
+         (step.request == nullptr || load_acquire_system(&step.workspace->copied[load]) == 0);
+}
+
+/// Waits until part `part` of load `load` is there; by one thread, or a warp.
 __device__ inline void wait_arrived(const FetchStep& step, unsigned load, unsigned part, unsigned poll_ns) {
-  while (load_acquire(&step.workspace->left[load * kFetchParts + part]) != 0 ||
-         (step.request != nullptr && load_acquire_system(&step.workspace->copied[load]) != 0)) {
+  while (!has_arrived(step, load, part)) {
     __nanosleep(poll_ns);
   }
 }
 
-/// The slot of pair `pair`, a miss, once its gate and up are there; the whole block, `shared` is its.
-__device__ inline int arrived_slot(const FetchStep& step, int pair, int* shared) {
-  if (threadIdx.x == 0) {
+/// Brings the share of block `block` of what is read next into L2, one warp, once the hits are through and no other
+/// load can push it out again; not at all when `last`, the last load, is there before.
+__device__ inline void bring_ahead(const FetchStep& step, unsigned last, unsigned block) {
+  constexpr std::size_t kLine = 128;
+  if (step.ahead[0].bytes == 0) {
+    return;
+  }
+  const auto others = static_cast<unsigned>(__popc(hits_of(step))) * step.down_blocks_per_pair;
+  const auto is_time = [&] {
+    return load_acquire(&step.workspace->ended) >= others && (last == 0 || has_arrived(step, last - 1, 0));
+  };
+  while (!__any_sync(~0U, is_time())) {
+    if (__any_sync(~0U, has_arrived(step, last, 0))) {
+      return;
+    }
+    __nanosleep(step.poll_ns);
+  }
+  for (const FetchAhead& what : step.ahead) {
+    const auto* const data = static_cast<const unsigned char*>(what.data);
+    const std::size_t stride = std::size_t{step.blocks_per_pair} * kDecodeWarp * kLine;
+    for (std::size_t at = (std::size_t{block} * kDecodeWarp + threadIdx.x % kDecodeWarp) * kLine; at < what.bytes;
+         at += stride) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(data + at));
+    }
+  }
+}
+
+/// The slot of `turn`'s pair, a miss, once its gate and up are there; the whole block, `shared` is its.
+__device__ inline int arrived_slot(const FetchStep& step, const Turn& turn, int* shared) {
+  if (threadIdx.x < kDecodeWarp) {
     const unsigned loads = wait_served(step, step.poll_ns);
-    const int slot = static_cast<const volatile std::int32_t*>(step.answer.slots)[pair];
+    const int slot = static_cast<const volatile std::int32_t*>(step.answer.slots)[turn.pair];
     unsigned load = 0;
     while (load + 1 < loads && static_cast<const volatile SlotCacheLoad*>(step.answer.loads)[load].slot != slot) {
       ++load;
     }
+    __syncwarp();
+    if (load + 1 == loads) {
+      bring_ahead(step, load, turn.block);
+    }
     wait_arrived(step, load, 0, step.poll_ns);
-    leave(step);
-    *shared = slot;
+    __syncwarp();
+    if (threadIdx.x == 0) {
+      leave(step);
+      *shared = slot;
+    }
   }
   __syncthreads();
   return *shared;
@@ -148,18 +258,24 @@ __device__ inline void serve_and_copy(const FetchStep& step, uint4* pool) {
     }
     if (asks && thread < loads) {
       step.workspace->copied[thread] = 1;
-      const int blob = step.layer * static_cast<int>(step.cache.num_experts) + step.answer.loads[thread].expert;
-      volatile CopyRequest::Load& load = step.request->loads[thread];
-      load.blob = blob;
-      load.slot = step.answer.loads[thread].slot;
-      __threadfence_system();
     }
     __syncthreads();
     if (thread == 0) {
-      if (asks) {
+      store_release(&step.workspace->served, 1 + loads);
+    }
+    // Behind it: the other copiers need not wait for the way to the host.
+    if (asks && thread < kDecodeWarp) {
+      if (thread < loads) {
+        const SlotCacheLoad& what = step.answer.loads[thread];
+        volatile CopyRequest::Load& load = step.request->loads[thread];
+        load.blob = step.layer * static_cast<int>(step.cache.num_experts) + what.expert;
+        load.slot = what.slot;
+        __threadfence_system();
+      }
+      __syncwarp();
+      if (thread == 0) {
         store_release_system(&step.request->count, loads);
       }
-      store_release(&step.workspace->served, 1 + loads);
     }
   }
   if (thread == 0) {

@@ -168,7 +168,7 @@ std::uint32_t* decode_fetch_flags(void*) {
 }
 
 void decode_fetch_gate_up_cuda(const DecodeExpertsShape&, const DecodeFetch&, const std::uint16_t*, void*,
-                               std::uint16_t*, void*) {
+                               std::uint16_t*, float*, void*) {
   refuse();
 }
 

@@ -182,7 +182,12 @@ struct FusedStep::Impl {
                         weights.mutable_data_ptr<float>(),
                         in.slot_of != nullptr ? hit_slots_BK.mutable_data_ptr<std::int32_t>() : nullptr},
                        router_workspace.mutable_data_ptr(), stream);
-    slots->decode(normal_TD, selected, weights, hit_slots_BK, hidden_TD, index);
+    std::vector<Tensor> ahead;
+    if (index + 1 < a.num_layers) {
+      const Layer& next = layers[static_cast<std::size_t>(index) + 1];
+      ahead = {next.query_key_value, part(next.parts, P::kAttentionOutput)};
+    }
+    slots->decode(normal_TD, selected, weights, hit_slots_BK, hidden_TD, index, ahead);
   }
 };
 

@@ -335,7 +335,7 @@ struct SlotExecutor::Impl {
   // Serves, copies and computes a step of one token in two kernels.
   void run_together(const DecodeExpertsShape& sizes, const std::uint16_t* x, const std::int32_t* selected,
                     const std::int32_t* hit_slots, const float* weights, const std::uint16_t* residual,
-                    std::uint16_t* out, std::int64_t moe_layer) {
+                    std::uint16_t* out, std::int64_t moe_layer, std::span<const Tensor> ahead) {
     DecodeFetch fetch{.cache = *shape,
                       .state = state,
                       .layer = moe_layer,
@@ -346,16 +346,20 @@ struct SlotExecutor::Impl {
                       .workspace = fetch_workspace.data_ptr()};
     fetch.answer.wave_slots = nullptr;
     fetch.request = asks ? proxy->request() : nullptr;
+    for (std::size_t i = 0; i < std::min(ahead.size(), kFetchAhead); ++i) {
+      fetch.ahead[i] = {ahead[i].const_data_ptr(), ahead[i].nbytes()};
+    }
     auto* const pool = slots_SB.mutable_data_ptr<std::uint8_t>();
-    decode_fetch_gate_up_cuda(sizes, fetch, x, pool, mutable_bits(hidden_TKF), stream());
-    decode_down_combine_cuda(sizes, bits(hidden_TKF), fetch.answer.slots, pool, weights, nullptr, residual, out,
+    auto* const products = product_TKD.mutable_data_ptr<float>();
+    decode_fetch_gate_up_cuda(sizes, fetch, x, pool, mutable_bits(hidden_TKF), products, stream());
+    decode_down_combine_cuda(sizes, bits(hidden_TKF), fetch.answer.slots, pool, weights, products, residual, out,
                              stream(), hit_slots);
   }
 
   // hit_slots: null where nobody looked them up.
   void run_kernels(const Tensor& x_TD, const Tensor& selected_TK, const Tensor& weights_TK,
                    const std::int32_t* hit_slots, const std::uint16_t* residual, std::uint16_t* out,
-                   std::int64_t moe_layer) {
+                   std::int64_t moe_layer, std::span<const Tensor> ahead) {
     const std::int64_t tokens = x_TD.size(0);
     const DecodeExpertsShape sizes{.num_tokens = tokens,
                                    .top_k = top_k,
@@ -372,7 +376,7 @@ struct SlotExecutor::Impl {
       return;
     }
     if (hit_slots != nullptr && (fetch_path == FetchPath::kTogether || fetch_path == FetchPath::kCopies)) {
-      run_together(sizes, bits(x_TD), selected, hit_slots, weights, residual, out, moe_layer);
+      run_together(sizes, bits(x_TD), selected, hit_slots, weights, residual, out, moe_layer, ahead);
       return;
     }
     in_waves(selected, tokens, moe_layer, [&](const std::int32_t* slot, bool last) {
@@ -528,7 +532,7 @@ torch::Tensor SlotExecutor::run(const ExpertWeights& experts, const torch::Tenso
   }
   Tensor out_TD = torch::empty_like(x);
   impl.run_kernels(x, selected.to(torch::kInt32), weights_TK.to(torch::kFloat32).contiguous(), nullptr, nullptr,
-                   mutable_bits(out_TD), moe_layer);
+                   mutable_bits(out_TD), moe_layer, {});
   return out_TD;
 }
 
@@ -545,12 +549,13 @@ const std::int32_t* SlotExecutor::slot_of(std::int64_t moe_layer) const {
 }
 
 void SlotExecutor::decode(const torch::Tensor& x_TD, const torch::Tensor& selected_TK, const torch::Tensor& weights_TK,
-                          const torch::Tensor& hit_slots_TK, const torch::Tensor& out_TD, std::int64_t moe_layer) {
+                          const torch::Tensor& hit_slots_TK, const torch::Tensor& out_TD, std::int64_t moe_layer,
+                          std::span<const torch::Tensor> ahead) {
   if (!impl_->kernels) {
     throw std::logic_error("slot executor: the decode kernels do not take these experts");
   }
   impl_->run_kernels(x_TD, selected_TK, weights_TK, hit_slots_TK.const_data_ptr<std::int32_t>(), bits(out_TD),
-                     mutable_bits(out_TD), moe_layer);
+                     mutable_bits(out_TD), moe_layer, ahead);
 }
 
 FetchPath SlotExecutor::fetch_path() const noexcept {

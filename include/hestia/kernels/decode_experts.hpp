@@ -102,10 +102,12 @@ void decode_down_cuda(const DecodeExpertsShape& shape, const std::uint16_t* h, c
 void decode_combine_cuda(const DecodeExpertsShape& shape, const float* y, const float* weights,
                          const std::uint16_t* residual, std::uint16_t* out, void* stream);
 /// One warp per expert and two rows of down, or one block per 32 rows or 16 of integers; every row reads its experts
-/// for itself, so it is for T = 1 or few. early_slots: int32 [T, K], those of the slots that the kernel right before
-/// does not write, negative elsewhere; null: all of them.
+/// for itself, so it is for T = 1 or few. hit_slots: null where `slots` and what lies in them was there before the
+/// kernel right before this one; else, behind decode_fetch_gate_up, its int32 [K]: those of the slots that were,
+/// negative elsewhere, and y, where it is not null, holds the products of the hits if and only if one of them is
+/// negative.
 void decode_down_combine_cuda(const DecodeExpertsShape& shape, const std::uint16_t* h, const std::int32_t* slots,
                               const void* pool, const float* weights, const float* y, const std::uint16_t* residual,
-                              std::uint16_t* out, void* stream, const std::int32_t* early_slots = nullptr);
+                              std::uint16_t* out, void* stream, const std::int32_t* hit_slots = nullptr);
 
 }  // namespace hestia

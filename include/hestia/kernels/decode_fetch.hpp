@@ -28,6 +28,14 @@ inline constexpr std::int64_t kFetchParts = 2;
 /// first part.
 [[nodiscard]] std::size_t fetch_own_bytes(const ExpertBlob& blob);
 
+/// Weights that kernels behind this one will read.
+struct FetchAhead {
+  const void* data = nullptr;  ///< On the device.
+  std::size_t bytes = 0;
+};
+/// Most of them.
+inline constexpr std::size_t kFetchAhead = 2;
+
 /// The slot cache of a layer and where its misses come from, in a step of one token. Pointers lie on the device.
 struct DecodeFetch {
   SlotCacheShape cache;
@@ -47,6 +55,9 @@ struct DecodeFetch {
   CopyRequest* request = nullptr;
   std::int64_t copiers = kFetchCopiers;  ///< Blocks that copy.
   std::int64_t poll_ns = 2000;           ///< Time between looks of the blocks that wait for a miss.
+  /// What blocks that wait for the last miss bring into L2 once the hits are through: memory has nothing else to do
+  /// then. Changes no result. Ignored by the CPU.
+  FetchAhead ahead[kFetchAhead] = {};
 };
 
 /// Bytes of DecodeFetch::workspace.
@@ -56,19 +67,21 @@ struct DecodeFetch {
 
 /// slot_cache_serve, expert_fetch and decode_gate_up of one step in one: serves `fetch.selected`, copies the misses
 /// into their slots of `pool`, and works out h = silu(gate x) * (up x) for every k, of the hits meanwhile and of a miss
-/// once its gate and up are there. Then every expert of the step lies where `fetch.answer.slots` says. shape: one
-/// token; x: bfloat16 [H]; pool: slot_cache_num_slots(cache) blobs; h: bfloat16 [K, F]. The result has the bits of the
-/// three one after the other. CPU, synchronous, one thread. Throws std::invalid_argument for more than one token, a
-/// policy or slots with which misses may pass by the cache (`static`, fewer slots than experts of a token), and as the
-/// three do.
+/// once its gate and up are there. Then every expert of the step lies where `fetch.answer.slots` says. In a step with
+/// misses also decode_down of the hits, y[k] = down h[k], while the misses are on their way; other rows of y stay, and
+/// all of them where nothing is missing (decode_down_combine takes it from there, given `hit_slots`). shape: one token;
+/// x: bfloat16 [H]; pool: slot_cache_num_slots(cache) blobs; h: bfloat16 [K, F]; y: float32 [K, H], null: no down. The
+/// result has the bits of the functions one after the other. CPU, synchronous, one thread. Throws std::invalid_argument
+/// for more than one token, a policy or slots with which misses may pass by the cache (`static`, fewer slots than
+/// experts of a token), and as those do.
 void decode_fetch_gate_up_cpu(const DecodeExpertsShape& shape, const DecodeFetch& fetch, const std::uint16_t* x,
-                              void* pool, std::uint16_t* h);
+                              void* pool, std::uint16_t* h, float* y);
 
 /// The same on the GPU, asynchronous on `stream` (a cudaStream_t) of the current device, one kernel, no allocation, no
 /// word to the host, fit for capture in a graph. Its first block serves, and copies with the next ones; the others
 /// compute. `dependent` as decode_gate_up_cuda. Throws RunError with the CUDA error when the launch fails, or when
 /// Hestia was built without its CUDA kernels.
 void decode_fetch_gate_up_cuda(const DecodeExpertsShape& shape, const DecodeFetch& fetch, const std::uint16_t* x,
-                               void* pool, std::uint16_t* h, void* stream);
+                               void* pool, std::uint16_t* h, float* y, void* stream);
 
 }  // namespace hestia

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -100,10 +101,12 @@ class SlotExecutor : public Executor {
   [[nodiscard]] const std::int32_t* slot_of(std::int64_t moe_layer) const;
   /// One step of a layer in the decode kernels, with the residual in place: out_TD += the experts' mixed outputs,
   /// rounded once. x_TD, out_TD: bfloat16 [T, D]; selected_TK: int32; weights_TK: float32; hit_slots_TK: int32, slot_of
-  /// the selected, not looked at when all are resident; all contiguous, on the GPU. Throws std::logic_error unless
-  /// runs_kernels().
+  /// the selected, not looked at when all are resident; all contiguous, on the GPU. ahead: weights that are read next,
+  /// up to kFetchAhead, which a kernel that waits for misses brings into L2 meanwhile; no result depends on them.
+  /// Throws std::logic_error unless runs_kernels().
   void decode(const torch::Tensor& x_TD, const torch::Tensor& selected_TK, const torch::Tensor& weights_TK,
-              const torch::Tensor& hit_slots_TK, const torch::Tensor& out_TD, std::int64_t moe_layer);
+              const torch::Tensor& hit_slots_TK, const torch::Tensor& out_TD, std::int64_t moe_layer,
+              std::span<const torch::Tensor> ahead = {});
 
   /// Empties the cache, counts included, as before the first step of `sequence` (which seeds `random`), and loads the
   /// first slots of `preload` when it is not empty: experts per MoE layer, best first. In one pool the best of each

@@ -14,6 +14,8 @@ namespace {
 
 using Bytes = std::vector<std::uint8_t>;
 
+constexpr float kUntouched = -7.0F;
+
 struct Case {
   DecodeExpertsShape shape;
   SlotCacheShape cache;
@@ -50,6 +52,8 @@ class Side {
         pool_(slots, gpu),
         store_(c.store, gpu),
         h_(Bits(top_k() * static_cast<std::size_t>(c.shape.expert_hidden_size), 0x7fc0), gpu),
+        y_(std::vector<float>(top_k() * static_cast<std::size_t>(c.shape.hidden_size), kUntouched), gpu),
+        out_(Bits(static_cast<std::size_t>(c.shape.hidden_size), 0x7fc0), gpu),
         workspace_(Bytes(gpu ? decode_fetch_workspace() : 1), gpu) {
     const std::vector<std::uint64_t> seeds(static_cast<std::size_t>(c.cache.num_layers / c.cache.layers_per_group), 5);
     Guarded<std::uint64_t> seed_memory(seeds, gpu);
@@ -61,9 +65,12 @@ class Side {
     }
   }
 
-  /// All in one, or one kernel after the other.
-  void run(const std::vector<std::int32_t>& selected, std::int64_t layer, const Bits& x, bool together) {
+  /// Up to the mix of the experts: fetching and gate and up in one, or one kernel after the other. with_down: down of
+  /// the hits comes before that of the misses.
+  void run(const std::vector<std::int32_t>& selected, std::int64_t layer, const Bits& x,
+           const std::vector<float>& mixing, bool together, bool with_down) {
     Guarded<std::int32_t> ids(selected, gpu_);
+    Guarded<float> weights(mixing, gpu_);
     Guarded<std::uint16_t> input(x, gpu_);
     const std::vector<std::int32_t> table = slot_table();
     std::vector<std::int32_t> hits;
@@ -73,8 +80,10 @@ class Side {
     Guarded<std::int32_t> hit_slots(hits, gpu_);
     SlotCacheAnswer answer{step_.data(), loads_.data(), slot_of_.data(), wave_of_.data(), wave_slots_.data()};
     const ExpertStoreShape from{case_.cache.num_layers, case_.cache.num_experts, expert_blob(case_.shape).bytes};
+    const DecodeExpertsShape& shape = case_.shape;
     if (together) {
       answer.wave_slots = nullptr;
+      float* const y = with_down ? y_.data() : nullptr;
       const DecodeFetch fetch{.cache = case_.cache,
                               .state = state_,
                               .layer = layer,
@@ -82,23 +91,41 @@ class Side {
                               .hit_slots = hit_slots.data(),
                               .store = store_.data(),
                               .answer = answer,
-                              .workspace = workspace_.data()};
+                              .workspace = workspace_.data(),
+                              .ahead = {{store_.data(), case_.store.size()}, {input.data(), x.size() * 2}}};
       if (gpu_) {
-        decode_fetch_gate_up_cuda(case_.shape, fetch, input.data(), pool_.data(), h_.data(), nullptr);
+        decode_fetch_gate_up_cuda(shape, fetch, input.data(), pool_.data(), h_.data(), y, nullptr);
+        decode_down_combine_cuda(shape, h_.data(), slot_of_.data(), pool_.data(), weights.data(), y, nullptr,
+                                 out_.data(), nullptr, hit_slots.data());
         require_cuda(cudaDeviceSynchronize());
       } else {
-        decode_fetch_gate_up_cpu(case_.shape, fetch, input.data(), pool_.data(), h_.data());
+        decode_fetch_gate_up_cpu(shape, fetch, input.data(), pool_.data(), h_.data(), y);
+        decode_down_combine_cpu(shape, h_.data(), slot_of_.data(), pool_.data(), weights.data(), nullptr, nullptr,
+                                out_.data());
       }
-    } else if (gpu_) {
-      slot_cache_serve_cuda(case_.cache, state_, layer, ids.data(), 1, case_.shape.top_k, answer, nullptr);
+      return;
+    }
+    with_down = with_down && std::any_of(hits.begin(), hits.end(), [](auto slot) { return slot < 0; });
+    if (gpu_) {
+      slot_cache_serve_cuda(case_.cache, state_, layer, ids.data(), 1, shape.top_k, answer, nullptr);
       expert_fetch_cuda(from, store_.data(), layer, step_.data(), loads_.data(), 1, pool_.data(), kExpertFetchBlocks,
                         nullptr);
-      decode_gate_up_cuda(case_.shape, input.data(), slot_of_.data(), pool_.data(), h_.data(), nullptr);
+      decode_gate_up_cuda(shape, input.data(), slot_of_.data(), pool_.data(), h_.data(), nullptr);
+      if (with_down) {
+        decode_down_cuda(shape, h_.data(), hit_slots.data(), pool_.data(), y_.data(), nullptr);
+      }
+      decode_down_combine_cuda(shape, h_.data(), slot_of_.data(), pool_.data(), weights.data(), nullptr, nullptr,
+                               out_.data(), nullptr);
       require_cuda(cudaDeviceSynchronize());
     } else {
-      slot_cache_serve_cpu(case_.cache, state_, layer, ids.data(), 1, case_.shape.top_k, answer);
+      slot_cache_serve_cpu(case_.cache, state_, layer, ids.data(), 1, shape.top_k, answer);
       expert_fetch_cpu(from, store_.data(), layer, step_.data(), loads_.data(), 1, pool_.data());
-      decode_gate_up_cpu(case_.shape, input.data(), slot_of_.data(), pool_.data(), h_.data());
+      decode_gate_up_cpu(shape, input.data(), slot_of_.data(), pool_.data(), h_.data());
+      if (with_down) {
+        decode_down_cpu(shape, h_.data(), hit_slots.data(), pool_.data(), y_.data());
+      }
+      decode_down_combine_cpu(shape, h_.data(), slot_of_.data(), pool_.data(), weights.data(), nullptr, nullptr,
+                              out_.data());
     }
   }
 
@@ -115,6 +142,8 @@ class Side {
 
   void require_equal(const Side& other) const {
     REQUIRE(h_.values() == other.h_.values());
+    REQUIRE(y_.values() == other.y_.values());
+    REQUIRE(out_.values() == other.out_.values());
     REQUIRE(pool_.values() == other.pool_.values());
     REQUIRE(memory_.values() == other.memory_.values());
     REQUIRE(slot_of_.values() == other.slot_of_.values());
@@ -124,8 +153,9 @@ class Side {
     REQUIRE(std::all_of(left.begin(), left.end(), [](auto byte) { return byte == 0; }));
   }
   [[nodiscard]] bool guards_whole() const {
-    return h_.guards_whole() && pool_.guards_whole() && memory_.guards_whole() && slot_of_.guards_whole() &&
-           step_.guards_whole() && loads_.guards_whole() && wave_of_.guards_whole() && workspace_.guards_whole();
+    return h_.guards_whole() && y_.guards_whole() && out_.guards_whole() && pool_.guards_whole() &&
+           memory_.guards_whole() && slot_of_.guards_whole() && step_.guards_whole() && loads_.guards_whole() &&
+           wave_of_.guards_whole() && workspace_.guards_whole();
   }
   [[nodiscard]] std::int32_t loads() const { return step_.values().front().loads; }
 
@@ -144,6 +174,8 @@ class Side {
   Guarded<std::uint8_t> pool_;
   Guarded<std::uint8_t> store_;
   Guarded<std::uint16_t> h_;
+  Guarded<float> y_;
+  Guarded<std::uint16_t> out_;
   Guarded<std::uint8_t> workspace_;
 };
 
@@ -169,8 +201,11 @@ void check_steps(SplitMix64& random, const DecodeExpertsShape& shape, const Slot
     const auto layer = static_cast<std::int64_t>(random.below(static_cast<std::uint64_t>(cache.num_layers)));
     const Bits x = random_bits(random, static_cast<std::size_t>(shape.hidden_size), 1.0);
     CAPTURE(step, layer, selected);
-    together.run(selected, layer, x, true);
-    apart.run(selected, layer, x, false);
+    std::vector<float> mixing(selected.size());
+    std::generate(mixing.begin(), mixing.end(), [&] { return static_cast<float>(random.uniform()); });
+    const bool with_down = random.below(4) != 0;
+    together.run(selected, layer, x, mixing, true, with_down);
+    apart.run(selected, layer, x, mixing, false, with_down);
     together.require_equal(apart);
     (apart.loads() == 0 ? all_hits : with_misses) += 1;
   }
@@ -234,7 +269,8 @@ TEST_CASE("decode fetch: what it does not take is refused by name") {
     DecodeFetch fetch;
     fetch.cache = cache;
     change(sizes, fetch);
-    CHECK_THROWS_WITH(decode_fetch_gate_up_cpu(sizes, fetch, nullptr, nullptr, nullptr), Catch::Contains(text));
+    CHECK_THROWS_WITH(decode_fetch_gate_up_cpu(sizes, fetch, nullptr, nullptr, nullptr, nullptr),
+                      Catch::Contains(text));
   };
   refused([](auto& s, auto&) { s.num_tokens = 2; }, "takes one token, got 2");
   refused([](auto&, auto& f) { f.cache.slots = 3; }, "at least as many slots as a token has experts, got 3 for 4");

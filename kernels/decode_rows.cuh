@@ -6,11 +6,12 @@
 #include "decode_dot.cuh"
 #include "decode_pairs.cuh"
 
-// gate and up in bfloat16, for the kernels that work them out.
+// Rows of gate, up and down in bfloat16, for the kernels that work them out.
 
 namespace hestia {
 
-constexpr int kWarps = 8;  // of a block: a row each
+constexpr int kWarps = 8;     // of a block: a row each of gate and up
+constexpr int kDownRows = 2;  // of down per warp
 
 __device__ inline const std::uint16_t* matrix(const void* pool, const DecodeSizes& sizes, int slot,
                                               std::size_t offset) {
@@ -37,6 +38,41 @@ __device__ void gate_up_rows(const DecodeSizes& sizes, const std::uint16_t* x, c
         const float silu = __fdiv_rn(sums[0][r], __fadd_rn(1.0F, expf(-sums[0][r])));
         h[static_cast<std::size_t>(pairs[first + r]) * sizes.expert_hidden + f] =
             bfloat16_bits(__fmul_rn(silu, sums[1][r]));
+      }
+    }
+  }
+}
+
+/// Products of rows [i, i + kDownRows) of down with R vectors; a row past the last repeats it.
+template <int R>
+__device__ void down_dots(const DecodeSizes& sizes, const std::uint16_t* down, int i,
+                          const std::uint16_t* const (&rows)[R], float (&sums)[kDownRows][R]) {
+  const std::uint16_t* weights[kDownRows];
+#pragma unroll
+  for (int m = 0; m < kDownRows; ++m) {
+    weights[m] = down + static_cast<std::size_t>(min(i + m, sizes.hidden - 1)) * sizes.expert_hidden;
+  }
+  warp_dots<kDownRows, R, 4>(weights, rows, sizes.expert_hidden, sums);
+}
+
+template <int R>
+__device__ void down_rows(const DecodeSizes& sizes, const std::uint16_t* h, const std::uint16_t* down, const int* pairs,
+                          int first, int count, int i, float* y) {
+  const std::uint16_t* rows[R];
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    rows[r] = h + static_cast<std::size_t>(pairs[min(first + r, count - 1)]) * sizes.expert_hidden;
+  }
+  float sums[kDownRows][R];
+  down_dots<R>(sizes, down, i, rows, sums);
+  if (threadIdx.x % kDecodeWarp == 0) {
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+#pragma unroll
+      for (int m = 0; m < kDownRows; ++m) {
+        if (first + r < count && i + m < sizes.hidden) {
+          y[static_cast<std::size_t>(pairs[first + r]) * sizes.hidden + i + m] = sums[m][r];
+        }
       }
     }
   }
