@@ -13,8 +13,8 @@
 namespace hestia {
 namespace {
 
-std::int64_t position_of(const DecodeAttentionShape& shape, const std::int64_t* position, std::int64_t t,
-                         std::int64_t most) {
+std::int64_t position_of(const DecodeAttentionShape& shape, const std::int64_t* position, std::int64_t t) {
+  const std::int64_t most = std::min(shape.capacity, shape.num_rotations);
   const std::int64_t at = position[shape.one_position ? 0 : t];
   if (at < 0 || at >= most) {
     throw std::invalid_argument("decode attention: the position of row " + std::to_string(t) + " must be from 0 to " +
@@ -55,48 +55,12 @@ void norm_and_clamp(const DecodeAttentionShape& shape, const std::uint16_t* weig
   }
 }
 
-}  // namespace
-
-void check_decode_attention(const DecodeAttentionShape& shape) {
-  constexpr std::int64_t kMost = std::int64_t{1} << 24;
-  check_decode_range("decode attention", "rows of a step", shape.num_tokens, kDecodeMaxRows);
-  check_decode_range("decode attention", "key-value heads", shape.num_key_value_heads, 1024);
-  check_decode_range("decode attention", "heads", shape.num_heads, 1024);
-  check_decode_multiple("decode attention", "heads", shape.num_heads, shape.num_key_value_heads);
-  check_decode_multiple("decode attention", "the head dimension", shape.head_dim, 8);
-  check_decode_range("decode attention", "the head dimension", shape.head_dim, 256);
-  check_decode_range("decode attention", "the cache's tokens", shape.capacity, kMost);
-}
-
-void check_decode_append(const DecodeAttentionShape& shape) {
-  check_decode_attention(shape);
-  check_decode_range("decode attention", "rotations", shape.num_rotations, std::numeric_limits<std::int32_t>::max());
-  if (!(shape.clip >= 0.0F && std::isfinite(shape.clip))) {
-    throw std::invalid_argument("decode attention: the clamp must be at least 0, got " + std::to_string(shape.clip));
-  }
-}
-
-void check_decode_scores(const DecodeAttentionShape& shape) {
-  check_decode_attention(shape);
-  if (!(shape.scale > 0.0F && std::isfinite(shape.scale))) {
-    throw std::invalid_argument("decode attention: the scale of scores must be above 0, got " +
-                                std::to_string(shape.scale));
-  }
-  if (shape.window < 0) {
-    throw std::invalid_argument("decode attention: the window must be at least 0, got " + std::to_string(shape.window));
-  }
-}
-
-void decode_append_cpu(const DecodeAttentionShape& shape, const DecodeAppendInputs& in, const DecodeKeyValues& cache,
-                       std::uint16_t* queries) {
-  check_decode_append(shape);
+/// Writes the new tokens' keys and values into the cache, and their queries: bfloat16 [T, A d].
+void append(const DecodeAttentionShape& shape, const DecodeAttentionInputs& in, const DecodeKeyValues& cache,
+            std::uint16_t* queries) {
   const std::int64_t d = shape.head_dim;
-  const std::int64_t most = std::min(shape.capacity, shape.num_rotations);
   for (std::int64_t t = 0; t < shape.num_tokens; ++t) {
-    (void)position_of(shape, in.position, t, most);
-  }
-  for (std::int64_t t = 0; t < shape.num_tokens; ++t) {
-    const std::int64_t at = position_of(shape, in.position, t, most);
+    const std::int64_t at = position_of(shape, in.position, t);
     const std::uint16_t* source = in.projected + t * (shape.num_heads + 2 * shape.num_key_value_heads) * d;
     // `target(h)`: where head h goes.
     const auto part = [&](std::int64_t heads, const std::uint16_t* weight, bool value, const auto& target) {
@@ -127,31 +91,59 @@ void decode_append_cpu(const DecodeAttentionShape& shape, const DecodeAppendInpu
   }
 }
 
-void decode_attention_cpu(const DecodeAttentionShape& shape, const std::uint16_t* queries, const DecodeKeyValues& cache,
-                          const std::int64_t* position, const std::uint16_t* sinks, std::uint16_t* out) {
-  check_decode_scores(shape);
-  const std::int64_t d = shape.head_dim;
-  for (std::int64_t t = 0; t < shape.num_tokens; ++t) {
-    (void)position_of(shape, position, t, shape.capacity);
+}  // namespace
+
+void check_decode_attention(const DecodeAttentionShape& shape) {
+  constexpr std::int64_t kMost = std::int64_t{1} << 24;
+  check_decode_range("decode attention", "rows of a step", shape.num_tokens, kDecodeMaxRows);
+  check_decode_range("decode attention", "key-value heads", shape.num_key_value_heads, 1024);
+  check_decode_range("decode attention", "heads", shape.num_heads, 1024);
+  check_decode_multiple("decode attention", "heads", shape.num_heads, shape.num_key_value_heads);
+  check_decode_multiple("decode attention", "the head dimension", shape.head_dim, 8);
+  check_decode_range("decode attention", "the head dimension", shape.head_dim, 256);
+  check_decode_range("decode attention", "the cache's tokens", shape.capacity, kMost);
+  check_decode_range("decode attention", "rotations", shape.num_rotations, std::numeric_limits<std::int32_t>::max());
+  if (!(shape.clip >= 0.0F && std::isfinite(shape.clip))) {
+    throw std::invalid_argument("decode attention: the clamp must be at least 0, got " + std::to_string(shape.clip));
   }
+  if (!(shape.scale > 0.0F && std::isfinite(shape.scale))) {
+    throw std::invalid_argument("decode attention: the scale of scores must be above 0, got " +
+                                std::to_string(shape.scale));
+  }
+  if (shape.window < 0) {
+    throw std::invalid_argument("decode attention: the window must be at least 0, got " + std::to_string(shape.window));
+  }
+}
+
+void decode_attention_cpu(const DecodeAttentionShape& shape, const DecodeAttentionInputs& in,
+                          const DecodeKeyValues& cache, std::uint16_t* out) {
+  check_decode_attention(shape);
+  for (std::int64_t t = 0; t < shape.num_tokens; ++t) {
+    (void)position_of(shape, in.position, t);
+  }
+  const std::int64_t d = shape.head_dim;
+  std::vector<std::uint16_t> queries(static_cast<std::size_t>(shape.num_tokens * shape.num_heads * d));
+  append(shape, in, cache, queries.data());
   for (std::int64_t row = 0; row < shape.num_tokens * shape.num_heads; ++row) {
     const std::int64_t t = row / shape.num_heads;
     const std::int64_t head = row % shape.num_heads;
-    const std::int64_t last = position_of(shape, position, t, shape.capacity);
+    const std::int64_t last = position_of(shape, in.position, t);
     const std::int64_t first = shape.window == 0 ? 0 : std::max<std::int64_t>(0, last + 1 - shape.window);
     const std::int64_t group = shape.num_heads / shape.num_key_value_heads;
     const std::int64_t begin = (t * shape.num_key_value_heads + head / group) * shape.capacity;
     std::vector<float> shares;
-    float largest = sinks == nullptr ? -std::numeric_limits<float>::infinity() : bfloat16_bits_to_float(sinks[head]);
+    float largest =
+        in.sinks == nullptr ? -std::numeric_limits<float>::infinity() : bfloat16_bits_to_float(in.sinks[head]);
     for (std::int64_t key = first; key <= last; ++key) {
       float sum = 0.0F;
       for (std::int64_t i = 0; i < d; ++i) {
-        sum += bfloat16_bits_to_float(queries[row * d + i]) * bfloat16_bits_to_float(cache.keys[(begin + key) * d + i]);
+        sum += bfloat16_bits_to_float(queries[static_cast<std::size_t>(row * d + i)]) *
+               bfloat16_bits_to_float(cache.keys[(begin + key) * d + i]);
       }
       shares.push_back(sum * shape.scale);
       largest = std::max(largest, shares.back());
     }
-    float total = sinks == nullptr ? 0.0F : std::exp(bfloat16_bits_to_float(sinks[head]) - largest);
+    float total = in.sinks == nullptr ? 0.0F : std::exp(bfloat16_bits_to_float(in.sinks[head]) - largest);
     for (float& share : shares) {
       share = std::exp(share - largest);
       total += share;

@@ -40,73 +40,6 @@ __device__ float rounded(float value) {
   return bfloat16_value(bfloat16_bits(value));
 }
 
-/// Grid: (A + 2 G, T). Thread i < d / 2 owns values i and i + d / 2 of the head.
-__global__ void __launch_bounds__(kThreads)
-    append_kernel(DecodeAttentionShape shape, DecodeAppendInputs in, DecodeKeyValues cache, std::uint16_t* queries) {
-  __shared__ float width_parts[kWarps];
-  __shared__ float head_parts[kWarps];
-  after_kernel_before();
-  const int thread = static_cast<int>(threadIdx.x);
-  const int d = static_cast<int>(shape.head_dim);
-  const int half = d / 2;
-  const auto num_heads = static_cast<int>(shape.num_heads);
-  const auto num_keys = static_cast<int>(shape.num_key_value_heads);
-  const int head = static_cast<int>(blockIdx.x);
-  const std::size_t t = blockIdx.y;
-  const std::int64_t at = in.position[shape.one_position ? 0 : t];
-  if (at < 0 || at >= shape.capacity || at >= shape.num_rotations) {
-    return;
-  }
-  const bool is_query = head < num_heads;
-  const bool is_value = head >= num_heads + num_keys;
-  const int first_head = is_query ? 0 : is_value ? num_heads + num_keys : num_heads;  // of all queries, keys or values
-  const int own = head - first_head;
-  const std::uint16_t* const row = in.projected + (t * (num_heads + 2 * num_keys) + first_head) * d;
-  const std::uint16_t* const weight = is_query ? in.query_norm : in.key_norm;
-  const bool active = thread < half;
-  float a = active ? bfloat16_value(row[own * d + thread]) : 0.0F;
-  float b = active ? bfloat16_value(row[own * d + half + thread]) : 0.0F;
-  const auto scale = [&](float inverse, int offset) {
-    if (active) {
-      a = rounded(__fmul_rn(rounded(__fmul_rn(a, inverse)), bfloat16_value(weight[offset + thread])));
-      b = rounded(__fmul_rn(rounded(__fmul_rn(b, inverse)), bfloat16_value(weight[offset + half + thread])));
-    }
-  };
-  if (!is_value && shape.norm == DecodeHeadNorm::kWidth) {
-    const int width = (is_query ? num_heads : num_keys) * d;
-    float squares = 0.0F;
-    for (int chunk = thread; chunk < width / 8; chunk += kThreads) {
-      const uint4 values = reinterpret_cast<const uint4*>(row)[chunk];
-      squares = add_products(values, values, squares);
-    }
-    scale(inverse_rms(block_sum(squares, width_parts), width, shape.norm_eps), own * d);
-  }
-  if (shape.clip > 0.0F) {
-    a = rounded(fminf(fmaxf(a, -shape.clip), shape.clip));
-    b = rounded(fminf(fmaxf(b, -shape.clip), shape.clip));
-  }
-  if (!is_value && shape.norm == DecodeHeadNorm::kHeads) {
-    const float squares = block_sum(__fmaf_rn(b, b, __fmul_rn(a, a)), head_parts);
-    scale(inverse_rms(squares, d, shape.norm_eps), 0);
-  }
-  if (!active) {
-    return;
-  }
-  if (!is_value) {
-    const float c = bfloat16_value(in.cosine[at * half + thread]);
-    const float s = bfloat16_value(in.sine[at * half + thread]);
-    const float turned = rounded(__fsub_rn(rounded(__fmul_rn(a, c)), __fmul_rn(b, s)));
-    b = rounded(__fadd_rn(rounded(__fmul_rn(b, c)), __fmul_rn(a, s)));
-    a = turned;
-  }
-  std::uint16_t* const target = is_query
-                                    ? queries + (t * num_heads + own) * d
-                                    : (is_value ? cache.values : cache.keys) +
-                                          ((t * num_keys + own) * static_cast<std::size_t>(shape.capacity) + at) * d;
-  target[thread] = bfloat16_bits(a);
-  target[half + thread] = bfloat16_bits(b);
-}
-
 /// How attention is cut into blocks; the same for every T.
 struct Cut {
   int heads;      // query heads of a block
@@ -141,9 +74,82 @@ struct Sizes {
   int d;
   Cut cut;
   std::int64_t capacity;
+  std::int64_t num_rotations;
   std::int64_t window;
   bool one_position;
   float scale;  // times log2(e): shares are powers of 2
+  DecodeHeadNorm norm;
+  float norm_eps;
+  float clip;
+};
+
+enum class Part { kQuery, kKey, kValue };
+
+/// Normed, clamped and rotated heads of the new token of row `t`; by the block. Thread i < d / 2 owns values i and i +
+/// d / 2 of a head.
+template <Part kPart>
+struct NewHeads {
+  const Sizes& sizes;
+  const DecodeAttentionInputs& in;
+  std::int64_t at;
+  const std::uint16_t* row;     // of all heads of the part
+  const std::uint16_t* weight;  // null: values
+  float inverse = 0.0F;         // of the norm over the width
+
+  __device__ NewHeads(const Sizes& all, const DecodeAttentionInputs& inputs, std::size_t t, std::int64_t position,
+                      float (&parts)[kWarps])
+      : sizes(all), in(inputs), at(position) {
+    const int first = kPart == Part::kQuery ? 0 : (kPart == Part::kKey ? all.num_heads : all.num_heads + all.num_keys);
+    row = in.projected + (t * (all.num_heads + 2 * all.num_keys) + first) * all.d;
+    weight = kPart == Part::kQuery ? in.query_norm : in.key_norm;
+    if (kPart != Part::kValue && all.norm == DecodeHeadNorm::kWidth) {
+      const int width = (kPart == Part::kQuery ? all.num_heads : all.num_keys) * all.d;
+      float squares = 0.0F;
+      for (int chunk = static_cast<int>(threadIdx.x); chunk < width / 8; chunk += kThreads) {
+        const uint4 values = reinterpret_cast<const uint4*>(row)[chunk];
+        squares = add_products(values, values, squares);
+      }
+      inverse = inverse_rms(block_sum(squares, parts), width, all.norm_eps);
+    }
+  }
+
+  /// Head `own` as bfloat16 to `to` [d], shared memory; `parts` as for block_sum.
+  __device__ void head(int own, std::uint16_t* to, float (&parts)[kWarps]) const {
+    const int thread = static_cast<int>(threadIdx.x);
+    const int half = sizes.d / 2;
+    const bool active = thread < half;
+    float a = active ? bfloat16_value(row[own * sizes.d + thread]) : 0.0F;
+    float b = active ? bfloat16_value(row[own * sizes.d + half + thread]) : 0.0F;
+    const auto scale = [&](float by, int offset) {
+      if (active) {
+        a = rounded(__fmul_rn(rounded(__fmul_rn(a, by)), bfloat16_value(weight[offset + thread])));
+        b = rounded(__fmul_rn(rounded(__fmul_rn(b, by)), bfloat16_value(weight[offset + half + thread])));
+      }
+    };
+    if (kPart != Part::kValue && sizes.norm == DecodeHeadNorm::kWidth) {
+      scale(inverse, own * sizes.d);
+    }
+    if (sizes.clip > 0.0F) {
+      a = rounded(fminf(fmaxf(a, -sizes.clip), sizes.clip));
+      b = rounded(fminf(fmaxf(b, -sizes.clip), sizes.clip));
+    }
+    if (kPart != Part::kValue && sizes.norm == DecodeHeadNorm::kHeads) {
+      const float squares = block_sum(__fmaf_rn(b, b, __fmul_rn(a, a)), parts);
+      scale(inverse_rms(squares, sizes.d, sizes.norm_eps), 0);
+    }
+    if (!active) {
+      return;
+    }
+    if (kPart != Part::kValue) {
+      const float c = bfloat16_value(in.cosine[at * half + thread]);
+      const float s = bfloat16_value(in.sine[at * half + thread]);
+      const float turned = rounded(__fsub_rn(rounded(__fmul_rn(a, c)), __fmul_rn(b, s)));
+      b = rounded(__fadd_rn(rounded(__fmul_rn(b, c)), __fmul_rn(a, s)));
+      a = turned;
+    }
+    to[thread] = bfloat16_bits(a);
+    to[half + thread] = bfloat16_bits(b);
+  }
 };
 
 /// 2^(score - largest); 0 for nothing at all.
@@ -176,17 +182,21 @@ struct Mix {
   float values[8] = {};
 };
 
-/// Grid: (stretches, G * groups, T). kLanes lanes hold a key, 8 values each; those past d hold zeros.
+/// Grid: (stretches, G * groups, T). kLanes lanes hold a key, 8 values each; those past d hold zeros. The keys of
+/// earlier tokens are on their way before the kernel before has ended; the new one is that of the last stretch.
 template <int kLanes, int kHeads>
 __global__ void __launch_bounds__(kThreads)
-    attention_kernel(Sizes sizes, const std::uint16_t* queries, DecodeKeyValues cache, const std::int64_t* position,
-                     const std::uint16_t* sinks, std::uint16_t* out, Workspace workspace) {
+    attention_kernel(Sizes sizes, DecodeAttentionInputs in, DecodeKeyValues cache, std::uint16_t* out,
+                     Workspace workspace) {
   constexpr int kTogether = kDecodeWarp / kLanes;  // keys that a warp reads at once
   constexpr int kStride = kWarps * kTogether;      // keys that the block does
+  __shared__ uint4 queries[kHeads][kLanes];
+  __shared__ uint4 new_key[kLanes];
+  __shared__ uint4 new_value[kLanes];
+  __shared__ float norm_parts[kHeads + 3][kWarps];
   __shared__ float mixed[kWarps][kHeads][kLanes * 8];
   __shared__ float2 softmax[kWarps][kHeads];
   __shared__ bool last;
-  after_kernel_before();
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / kDecodeWarp;
   const int lane = thread % kDecodeWarp;
@@ -199,8 +209,8 @@ __global__ void __launch_bounds__(kThreads)
   const int heads = min(kHeads, per_key - head_in_key);
   const std::size_t first_head = t * sizes.num_heads + key_head * per_key + head_in_key;
 
-  const std::int64_t at = position[sizes.one_position ? 0 : t];
-  const std::int64_t end = at < 0 || at >= sizes.capacity ? 0 : at + 1;
+  const std::int64_t at = in.position[sizes.one_position ? 0 : t];
+  const std::int64_t end = at < 0 || at >= sizes.capacity || at >= sizes.num_rotations ? 0 : at + 1;
   const std::int64_t begin = sizes.window > 0 && end > sizes.window ? end - sizes.window : 0;
   const int visible = static_cast<int>(end - begin);
   const int span = (visible + sizes.cut.stretches * kSpan - 1) / (sizes.cut.stretches * kSpan) * kSpan;
@@ -210,18 +220,55 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
   const int num_own = min(span, visible - stretch * span);
+  const bool has_new = visible > 0 && stretch == stretches - 1;
+  const int num_old = num_own - (has_new ? 1 : 0);
   const std::size_t first_key =
       (t * sizes.num_keys + key_head) * static_cast<std::size_t>(sizes.capacity) + begin + stretch * span;
   const int row_chunks = sizes.d / 8;
   const auto* const keys = reinterpret_cast<const uint4*>(cache.keys) + first_key * row_chunks;
   const auto* const values = reinterpret_cast<const uint4*>(cache.values) + first_key * row_chunks;
+  uint4 key_bits[kKeys];
+  uint4 value_bits[kKeys];
+  const auto key_of = [&](int base, int k) { return base + k * kStride + warp * kTogether + lane / kLanes; };
+  const auto load = [&](int base) {
+#pragma unroll
+    for (int k = 0; k < kKeys; ++k) {
+      const int key = key_of(base, k);
+      const bool there = active && key < num_old;
+      key_bits[k] = there ? keys[key * row_chunks + chunk] : make_uint4(0, 0, 0, 0);
+      value_bits[k] = there ? values[key * row_chunks + chunk] : make_uint4(0, 0, 0, 0);
+    }
+  };
+  load(0);
+  after_kernel_before();
 
+  if (visible > 0) {
+    const NewHeads<Part::kQuery> own(sizes, in, t, at, norm_parts[kHeads]);
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      own.head(key_head * per_key + head_in_key + min(h, heads - 1), reinterpret_cast<std::uint16_t*>(queries[h]),
+               norm_parts[h]);
+    }
+  }
+  if (has_new) {
+    auto* const key = reinterpret_cast<std::uint16_t*>(new_key);
+    auto* const value = reinterpret_cast<std::uint16_t*>(new_value);
+    NewHeads<Part::kKey>(sizes, in, t, at, norm_parts[kHeads + 1]).head(key_head, key, norm_parts[kHeads + 2]);
+    NewHeads<Part::kValue>(sizes, in, t, at, norm_parts[0]).head(key_head, value, norm_parts[0]);
+    const int half = sizes.d / 2;
+    if (head_in_key == 0 && thread < half) {  // what the thread has just written
+      const std::size_t to = (first_key + num_old) * sizes.d;
+      for (const int i : {thread, half + thread}) {
+        cache.keys[to + i] = key[i];
+        cache.values[to + i] = value[i];
+      }
+    }
+  }
+  __syncthreads();
   float query[kHeads][8];
 #pragma unroll
   for (int h = 0; h < kHeads; ++h) {
-    const std::size_t head = first_head + min(h, heads - 1);
-    unpack(active ? reinterpret_cast<const uint4*>(queries)[head * row_chunks + chunk] : make_uint4(0, 0, 0, 0),
-           query[h]);
+    unpack(active && visible > 0 ? queries[h][chunk] : make_uint4(0, 0, 0, 0), query[h]);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       query[h][i] = __fmul_rn(query[h][i], sizes.scale);
@@ -229,16 +276,18 @@ __global__ void __launch_bounds__(kThreads)
   }
   Mix mix[kHeads];
   for (int base = 0; base < num_own; base += kKeys * kStride) {
-    uint4 key_bits[kKeys];
-    uint4 value_bits[kKeys];
+    if (base > 0) {
+      load(base);
+    }
     bool there[kKeys];
 #pragma unroll
     for (int k = 0; k < kKeys; ++k) {
-      const int key = base + k * kStride + warp * kTogether + lane / kLanes;
+      const int key = key_of(base, k);
       there[k] = key < num_own;
-      const int source = min(key, num_own - 1) * row_chunks + chunk;
-      key_bits[k] = active ? keys[source] : make_uint4(0, 0, 0, 0);
-      value_bits[k] = active ? values[source] : make_uint4(0, 0, 0, 0);
+      if (active && key == num_old && has_new) {
+        key_bits[k] = new_key[chunk];
+        value_bits[k] = new_value[chunk];
+      }
     }
     float score[kHeads][kKeys];
 #pragma unroll
@@ -362,8 +411,9 @@ __global__ void __launch_bounds__(kThreads)
     const int h = index / sizes.d;
     const int i = index % sizes.d;
     const std::size_t from = (first_head + h) * sizes.cut.stretches;
-    const float sink =
-        sinks == nullptr ? kNothing : __fmul_rn(bfloat16_value(sinks[key_head * per_key + head_in_key + h]), kLog2E);
+    const float sink = in.sinks == nullptr
+                           ? kNothing
+                           : __fmul_rn(bfloat16_value(in.sinks[key_head * per_key + head_in_key + h]), kLog2E);
     float largest = sink;
     for (int part = 0; part < stretches; ++part) {
       largest = fmaxf(largest, __ldcg(workspace.softmax + from + part).x);
@@ -381,14 +431,13 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <int kLanes>
-void launch(const DecodeAttentionShape& shape, const Sizes& sizes, const std::uint16_t* queries,
-            const DecodeKeyValues& cache, const std::int64_t* position, const std::uint16_t* sinks, std::uint16_t* out,
-            const Workspace& workspace, void* stream) {
+void launch(const DecodeAttentionShape& shape, const Sizes& sizes, const DecodeAttentionInputs& in,
+            const DecodeKeyValues& cache, std::uint16_t* out, const Workspace& workspace, void* stream) {
   const dim3 grid(static_cast<unsigned>(sizes.cut.stretches), static_cast<unsigned>(sizes.num_keys * sizes.cut.groups),
                   static_cast<unsigned>(shape.num_tokens));
   const auto start = [&](auto* kernel) {
-    launch_kernel("attention_kernel", kernel, grid, kThreads, 0, stream, shape.dependent, sizes, queries, cache,
-                  position, sinks, out, workspace);
+    launch_kernel("attention_kernel", kernel, grid, kThreads, 0, stream, shape.dependent, sizes, in, cache, out,
+                  workspace);
   };
   switch (sizes.cut.heads) {
     case 1:
@@ -404,14 +453,6 @@ void launch(const DecodeAttentionShape& shape, const Sizes& sizes, const std::ui
 
 }  // namespace
 
-void decode_append_cuda(const DecodeAttentionShape& shape, const DecodeAppendInputs& in, const DecodeKeyValues& cache,
-                        std::uint16_t* queries, void* stream) {
-  check_decode_append(shape);
-  const dim3 grid(static_cast<unsigned>(shape.num_heads + 2 * shape.num_key_value_heads),
-                  static_cast<unsigned>(shape.num_tokens));
-  launch_kernel("append_kernel", append_kernel, grid, kThreads, 0, stream, shape.dependent, shape, in, cache, queries);
-}
-
 std::size_t decode_attention_workspace(const DecodeAttentionShape& shape) {
   check_decode_attention(shape);
   const std::size_t heads = static_cast<std::size_t>(shape.num_tokens) * static_cast<std::size_t>(shape.num_heads);
@@ -420,18 +461,21 @@ std::size_t decode_attention_workspace(const DecodeAttentionShape& shape) {
          parts * static_cast<std::size_t>(shape.head_dim) * sizeof(float);
 }
 
-void decode_attention_cuda(const DecodeAttentionShape& shape, const std::uint16_t* queries,
-                           const DecodeKeyValues& cache, const std::int64_t* position, const std::uint16_t* sinks,
-                           std::uint16_t* out, void* workspace, void* stream) {
-  check_decode_scores(shape);
+void decode_attention_cuda(const DecodeAttentionShape& shape, const DecodeAttentionInputs& in,
+                           const DecodeKeyValues& cache, std::uint16_t* out, void* workspace, void* stream) {
+  check_decode_attention(shape);
   const Sizes sizes{static_cast<int>(shape.num_heads),
                     static_cast<int>(shape.num_key_value_heads),
                     static_cast<int>(shape.head_dim),
                     cut_of(shape),
                     shape.capacity,
+                    shape.num_rotations,
                     shape.window,
                     shape.one_position,
-                    shape.scale * kLog2E};
+                    shape.scale * kLog2E,
+                    shape.norm,
+                    shape.norm_eps,
+                    shape.clip};
   const std::size_t heads = static_cast<std::size_t>(shape.num_tokens) * static_cast<std::size_t>(shape.num_heads);
   auto* const bytes = static_cast<unsigned char*>(workspace);
   const std::size_t softmax_at = aligned(heads * sizeof(unsigned));
@@ -439,9 +483,7 @@ void decode_attention_cuda(const DecodeAttentionShape& shape, const std::uint16_
       softmax_at + aligned(heads * static_cast<std::size_t>(sizes.cut.stretches) * sizeof(float2));
   const Workspace parts{reinterpret_cast<unsigned*>(bytes), reinterpret_cast<float2*>(bytes + softmax_at),
                         reinterpret_cast<float*>(bytes + mixed_at)};
-  const auto start = [&](auto* launcher) {
-    launcher(shape, sizes, queries, cache, position, sinks, out, parts, stream);
-  };
+  const auto start = [&](auto* launcher) { launcher(shape, sizes, in, cache, out, parts, stream); };
   if (sizes.d <= 32) {
     start(launch<4>);
   } else if (sizes.d <= 64) {

@@ -34,9 +34,7 @@ inline void check_decode_multiple(const char* kernel, const char* name, std::int
 void check_decode_router(const DecodeRouterShape& shape);
 void check_router_slots(const DecodeRouterInputs& in, const DecodeRouterOutputs& out);
 void check_decode_linear(const DecodeLinearShape& shape);
-void check_decode_attention(const DecodeAttentionShape& shape);  ///< The sizes that both kernels need.
-void check_decode_append(const DecodeAttentionShape& shape);
-void check_decode_scores(const DecodeAttentionShape& shape);
+void check_decode_attention(const DecodeAttentionShape& shape);
 
 void check_expert_fetch(const ExpertStoreShape& shape, const void* store, std::int64_t layer, std::int64_t wave,
                         const void* slots);

@@ -110,17 +110,12 @@ void decode_linear_cuda(const DecodeLinearShape&, const DecodeLinearInputs&, flo
   refuse();
 }
 
-void decode_append_cuda(const DecodeAttentionShape&, const DecodeAppendInputs&, const DecodeKeyValues&, std::uint16_t*,
-                        void*) {
-  refuse();
-}
-
 std::size_t decode_attention_workspace(const DecodeAttentionShape&) {
   return 0;
 }
 
-void decode_attention_cuda(const DecodeAttentionShape&, const std::uint16_t*, const DecodeKeyValues&,
-                           const std::int64_t*, const std::uint16_t*, std::uint16_t*, void*, void*) {
+void decode_attention_cuda(const DecodeAttentionShape&, const DecodeAttentionInputs&, const DecodeKeyValues&,
+                           std::uint16_t*, void*, void*) {
   refuse();
 }
 

@@ -109,7 +109,7 @@ struct FusedStep::Impl {
   Tensor cosine, sine;
   std::optional<Tensor> replayed;
   std::optional<ResidencyRule> rule;
-  Tensor hidden_TD, normal_TD, projected, queries, attended;
+  Tensor hidden_TD, normal_TD, projected, attended;
   Tensor probabilities_TE, router_logits_LBE, selected_LBK, weights_LBK, hit_slots_BK;
   Tensor router_workspace, attention_workspace;
 
@@ -143,12 +143,10 @@ struct FusedStep::Impl {
            mutable_bits(projected), stream);
     const DecodeKeyValues memory{mutable_bits(layer.keys), mutable_bits(layer.values)};
     const auto* position = position_1.const_data_ptr<std::int64_t>();
-    decode_append_cuda(layer.attention,
-                       {bits(projected), bits(part(layer.parts, P::kQueryNorm)), bits(part(layer.parts, P::kKeyNorm)),
-                        bits(cosine), bits(sine), position},
-                       memory, mutable_bits(queries), stream);
-    decode_attention_cuda(layer.attention, bits(queries), memory, position, nullptr, mutable_bits(attended),
-                          attention_workspace.mutable_data_ptr(), stream);
+    decode_attention_cuda(layer.attention,
+                          {bits(projected), bits(part(layer.parts, P::kQueryNorm)),
+                           bits(part(layer.parts, P::kKeyNorm)), bits(cosine), bits(sine), position, nullptr},
+                          memory, mutable_bits(attended), attention_workspace.mutable_data_ptr(), stream);
     linear(attended, {}, part(layer.parts, P::kAttentionOutput), part(layer.parts, P::kAttentionOutputBias), hidden_TD,
            mutable_bits(hidden_TD), stream);
 
@@ -238,8 +236,7 @@ FusedStep::FusedStep(MoeModel model, KeyValueCache& cache, std::shared_ptr<SlotE
   impl.normal_TD = torch::zeros({rows, a.hidden_size}, half);
   const std::int64_t heads = a.num_attention_heads + 2 * a.num_key_value_heads;
   impl.projected = torch::zeros({rows, heads * a.head_dim}, half);
-  impl.queries = torch::zeros({rows, a.num_attention_heads * a.head_dim}, half);
-  impl.attended = torch::zeros_like(impl.queries);
+  impl.attended = torch::zeros({rows, a.num_attention_heads * a.head_dim}, half);
   impl.probabilities_TE = torch::zeros({rows, a.num_experts}, floats);
   impl.router_logits_LBE = torch::zeros({a.num_layers, rows, a.num_experts}, floats);
   impl.selected_LBK = torch::zeros({a.num_layers, rows, a.top_k}, options.dtype(torch::kInt32));

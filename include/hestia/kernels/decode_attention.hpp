@@ -23,14 +23,12 @@ struct DecodeAttentionShape {
   /// The kernels may start before the one before them on the stream has ended; they await that end themselves. Compute
   /// capability 9.0 or higher; no effect on the CPU.
   bool dependent = false;
-  // decode_append
   DecodeHeadNorm norm = DecodeHeadNorm::kNone;
   float norm_eps = 1e-5F;
   float clip = 0.0F;               ///< Projections are clamped to [-clip, clip]; 0: not.
   std::int64_t num_rotations = 0;  ///< P, positions that the tables of rotations hold
-  // decode_attention
-  float scale = 0.0F;       ///< Of scores, most often 1 / sqrt(d).
-  std::int64_t window = 0;  ///< Keys seen at most, the newest ones; 0: all.
+  float scale = 0.0F;              ///< Of scores, most often 1 / sqrt(d).
+  std::int64_t window = 0;         ///< Keys seen at most, the newest ones; 0: all.
 };
 
 /// The key-value cache of a layer, written at the position and read up to it.
@@ -39,54 +37,43 @@ struct DecodeKeyValues {
   std::uint16_t* values = nullptr;  ///< bfloat16 [T, G, C, d]
 };
 
-/// What goes into decode_append. bfloat16 values are their bits.
-struct DecodeAppendInputs {
+/// What goes into decode_attention. bfloat16 values are their bits.
+struct DecodeAttentionInputs {
   const std::uint16_t* projected = nullptr;   ///< bfloat16 [T, (A + 2 G) d]: queries, keys, values
   const std::uint16_t* query_norm = nullptr;  ///< bfloat16 [d] or, over the width, [A d]
   const std::uint16_t* key_norm = nullptr;    ///< bfloat16 [d] or, over the width, [G d]
   const std::uint16_t* cosine = nullptr;      ///< bfloat16 [P, d / 2]
   const std::uint16_t* sine = nullptr;        ///< bfloat16 [P, d / 2]
   const std::int64_t* position = nullptr;     ///< int64 [T] or [1], from 0, below C and P
+  const std::uint16_t* sinks = nullptr;       ///< bfloat16 [A], null: none
 };
 
 // A row's results depend on the row alone, bit by bit: not on T or the other rows.
 
-/// Norms, clamps and rotates the queries and keys of the new tokens, and writes keys and values into the cache at the
-/// position. As the model's own attention rounds: n(x) = bfloat16(bfloat16(x * inverse) * weight) with inverse = 1 /
-/// sqrt(mean(x^2) + eps), over the width before the clamp and of heads behind it; with a and b the halves of a head
-/// (a, b) -> (bfloat16(bfloat16(a cos) - b sin), bfloat16(bfloat16(b cos) + a sin)). queries: bfloat16 [T, A d],
-/// written. CPU, synchronous, one thread. Throws std::invalid_argument when a size is none of the above or a position
-/// outside the cache or the tables.
-void decode_append_cpu(const DecodeAttentionShape& shape, const DecodeAppendInputs& in, const DecodeKeyValues& cache,
-                       std::uint16_t* queries);
-
-/// out = softmax(scale q K^T) V over the keys 0 to position of the row, the newest `window` of them if that is not 0;
-/// query head h reads key-value head h / (A / G). With sinks: bfloat16 [A] or null, head h has one score more, of a key
-/// that brings no value. Float32, rounded to bfloat16 once. queries, out: bfloat16 [T, A d], not the same. CPU,
-/// synchronous, one thread. Throws std::invalid_argument when a size is none of the above or a position outside the
-/// cache.
-void decode_attention_cpu(const DecodeAttentionShape& shape, const std::uint16_t* queries, const DecodeKeyValues& cache,
-                          const std::int64_t* position, const std::uint16_t* sinks, std::uint16_t* out);
-
-// The same on the GPU: device pointers (all but position and sinks aligned to 16), asynchronous on `stream` (a
-// cudaStream_t) of the current device, one kernel each, no allocation, fit for capture in a graph, which then follows
-// the positions in device memory. A position outside the cache or the tables writes nothing in decode_append, and NaN
-// in decode_attention. They throw RunError with the CUDA error when the launch fails, or when Hestia was built without
-// its CUDA kernels.
-
-/// One block per row and head.
-void decode_append_cuda(const DecodeAttentionShape& shape, const DecodeAppendInputs& in, const DecodeKeyValues& cache,
-                        std::uint16_t* queries, void* stream);
+/// Norms, clamps and rotates the queries and keys of the new tokens, writes keys and values into the cache at the
+/// position, and attends: out = softmax(scale q K^T) V over the keys 0 to position of the row, the newest `window` of
+/// them if that is not 0; query head h reads key-value head h / (A / G). As the model's own attention rounds: n(x) =
+/// bfloat16(bfloat16(x * inverse) * weight) with inverse = 1 / sqrt(mean(x^2) + eps), over the width before the clamp
+/// and of heads behind it; with a and b the halves of a head (a, b) -> (bfloat16(bfloat16(a cos) - b sin),
+/// bfloat16(bfloat16(b cos) + a sin)). With sinks head h has one score more, sinks[h], of a key that brings no value.
+/// The softmax is float32, rounded to bfloat16 once. out: bfloat16 [T, A d], not `projected`. CPU, synchronous, one
+/// thread. Throws std::invalid_argument when a size is none of the above or a position outside the cache or the tables,
+/// before anything is written.
+void decode_attention_cpu(const DecodeAttentionShape& shape, const DecodeAttentionInputs& in,
+                          const DecodeKeyValues& cache, std::uint16_t* out);
 
 /// Bytes of device memory that decode_attention_cuda works in, aligned to 16: zero before the first call; its counters,
 /// the first 4 T A bytes, are zero again after each, the rest need not be.
 [[nodiscard]] std::size_t decode_attention_workspace(const DecodeAttentionShape& shape);
 
-/// One block per row, key-value head with up to 4 of its query heads, and stretch of keys; the block that ends last
-/// joins the stretches in order. How many stretches there are depends on A, G and C, their length on the row's
-/// position.
-void decode_attention_cuda(const DecodeAttentionShape& shape, const std::uint16_t* queries,
-                           const DecodeKeyValues& cache, const std::int64_t* position, const std::uint16_t* sinks,
-                           std::uint16_t* out, void* workspace, void* stream);
+/// The same on the GPU: device pointers (all but position and sinks aligned to 16), asynchronous on `stream` (a
+/// cudaStream_t) of the current device, one kernel, no allocation, fit for capture in a graph, which then follows the
+/// positions in device memory. One block per row, key-value head with up to 4 of its query heads, and stretch of keys;
+/// the block that ends last joins the stretches in order. How many stretches there are depends on A, G and C, their
+/// length on the row's position. `dependent`: the kernel before must not write the position or what the cache holds of
+/// earlier tokens. A position outside the cache or the tables writes nothing into the cache and NaN to out. Throws
+/// RunError with the CUDA error when the launch fails, or when Hestia was built without its CUDA kernels.
+void decode_attention_cuda(const DecodeAttentionShape& shape, const DecodeAttentionInputs& in,
+                           const DecodeKeyValues& cache, std::uint16_t* out, void* workspace, void* stream);
 
 }  // namespace hestia
