@@ -173,7 +173,13 @@ def gsm8k_lines(path):
     return lines, size
 
 
-def make(out, gsm8k, packages_folder=None):
+def question_lines(path):
+    """GSM8K's problems one by one."""
+    text = path.read_text(encoding="utf-8")
+    return text.splitlines(), len(text.encode())
+
+
+def make(out, gsm8k, gsm8k_test, packages_folder=None):
     """Writes the corpus into the folder `out`; `packages_folder` keeps the packages for another time."""
     out.mkdir(parents=True, exist_ok=True)
     manifest = {"packages": {}, "domains": {}}
@@ -198,6 +204,7 @@ def make(out, gsm8k, packages_folder=None):
                 sys.exit(f"{domain.name}: no text in {', '.join(domain.packages)}; Debian 12's packages are needed")
             write(domain.name, lines, size)
     write("gsm8k", *gsm8k_lines(gsm8k))
+    write("gsm8k_test", *question_lines(gsm8k_test))
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 

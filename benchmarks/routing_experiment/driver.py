@@ -33,6 +33,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 SETS = ("router", "router+lora", "all")
 BASE_SET = "-"
+QUESTIONS = "gsm8k_test"  # a corpus of prompts and answers that is only ever answered
 SAVING_SECONDS = 45  # what an interrupted pretraining needs to write its checkpoint
 NLL_PREFIX = "nll"
 BASE_NAME = "base"
@@ -82,14 +83,25 @@ def read_arms(path):
 
 
 def domains_of(recipe):
-    """Domains of the recipe's corpora, in their order."""
+    """Domains of text of the recipe's corpora, in their order."""
+    return [domain for domain in corpora_of(recipe) if domain != QUESTIONS]
+
+
+def corpora_of(recipe):
     return re.findall(r"^ +- domain: (\S+)$", recipe.read_text(), flags=re.MULTILINE)
 
 
 def corpus_overrides(recipe, folder):
     return [
-        f"data.corpora.{number}.paths=[{folder}/{domain}.jsonl]" for number, domain in enumerate(domains_of(recipe))
+        f"data.corpora.{number}.paths=[{folder}/{domain}.jsonl]" for number, domain in enumerate(corpora_of(recipe))
     ]
+
+
+def task_overrides(problems):
+    """GSM8K's test problems as a task, laid out as its training text is; the first `problems` of them."""
+    task = {"name": "gsm8k", "kind": "exact_match", "domain": QUESTIONS, "split": "all", "answer_after": "####"}
+    task |= {"stop": ["\n\nQuestion:"], "max_new_tokens": 256, "limit": problems, "batch": problems}
+    return [f"evaluate.tasks={json.dumps([task])}"] if problems > 0 else []
 
 
 def merged(*lists):
@@ -231,6 +243,8 @@ def points_of(results):
         if rule and arm["residency"].get("layer_factors"):
             rule["layer_factors"] = arm["residency"]["layer_factors"]
         points.append({"residency": rule, "domains": {d["domain"]: figures_of(d) for d in arm["domains"]}})
+        if arm.get("tasks"):
+            points[-1]["tasks"] = arm["tasks"]
     return points
 
 
@@ -275,7 +289,7 @@ def run_arm(arm, options, programs, gpu, threads, facts):
     target = ["--only", "baseline"] if arm.trainable == BASE_SET else ["--only", "tuned", "--checkpoint"]
     points = []
     for domains, more in (
-        (tuned, [f"evaluate.tokens_per_domain={options.tuned_tokens}"]),
+        (tuned, [f"evaluate.tokens_per_domain={options.tuned_tokens}", *task_overrides(options.problems)]),
         (others, [f"evaluate.tokens_per_domain={options.other_tokens}", "evaluate.static_set=[]"]),
     ):
         program("evaluate", *merged(words, [f"data.evaluate=[{','.join(domains)}]"], more), *target)
@@ -678,7 +692,7 @@ def plot(options):
 
 
 def make_corpus(options):
-    corpus.make(options.out, options.gsm8k, options.packages)
+    corpus.make(options.out, options.gsm8k, options.gsm8k_test, options.packages)
     if options.archive:
         corpus.pack(options.out, options.archive)
         print(f"{options.archive}: {options.archive.stat().st_size / (1 << 20):.1f} MiB")
@@ -691,6 +705,7 @@ def main():
     verb.add_argument("--out", type=pathlib.Path, default=ROOT / "runs/routing_experiment/corpus")
     verb.add_argument("--archive", type=pathlib.Path, help="also pack it as FILE.tar.xz")
     verb.add_argument("--gsm8k", type=pathlib.Path, required=True, help="GSM8K's train.jsonl")
+    verb.add_argument("--gsm8k-test", type=pathlib.Path, required=True, help="its test.jsonl")
     verb.add_argument("--packages", type=pathlib.Path, help="folder that keeps the Debian packages")
     verb.set_defaults(act=make_corpus)
 
@@ -717,6 +732,7 @@ def main():
     verb.add_argument("--tuned", default="python,gsm8k", help="domains that get more text and the static-set test")
     verb.add_argument("--tuned-tokens", type=int, default=32768, help="held-out tokens of each of those")
     verb.add_argument("--other-tokens", type=int, default=8192, help="held-out tokens of each other domain")
+    verb.add_argument("--problems", type=int, default=0, help="GSM8K test problems that every arm answers, at most 1319")
     for verb in (add("table", table, "print loads against perplexity"), add("plot", plot, "draw it")):
         verb.add_argument("--domain", help="of the tuned ones; all of them by default")
         if verb.get_default("act") is table:

@@ -40,6 +40,7 @@ TOY_ARMS = (
     "evaluate.residency_prior.always_keep=[1] evaluate.residency_prior.lambdas=[0.5] residency.always_keep=1"
     " evaluate.residency_prior.weight_lambdas=[0.25]"
 ).split()
+SMALL = ("--tuned-tokens", 1500, "--other-tokens", 300, "--problems", 3)
 ARMS = """# a comment
 python - 1 base
 python router 1 nll_1e-2 train.learning_rate=1e-2
@@ -55,6 +56,8 @@ def toy_corpus(folder):
         words = ["".join(source.choices("abcdefghij", k=4)) for _ in range(12)]
         lines = [{"name": str(n), "text": " ".join(source.choices(words, k=150))} for n in range(80)]
         (folder / f"{domain}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    questions = [{"question": f"How many is {n}?", "answer": f"It is {n}.\n#### {n}"} for n in range(5)]
+    (folder / "gsm8k_test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in questions))
 
 
 class Experiment(unittest.TestCase):
@@ -78,8 +81,7 @@ class Experiment(unittest.TestCase):
         return done.stdout + done.stderr
 
     def run_arms(self, *more, code=0):
-        small = ["--tuned-tokens", 1500, "--other-tokens", 300]
-        return self.call("run", "--arms", self.out / "arms.txt", *small, *more, code=code)
+        return self.call("run", "--arms", self.out / "arms.txt", *SMALL, *more, code=code)
 
     def rows(self):
         return driver.read_rows(self.out / "results.jsonl")
@@ -95,7 +97,7 @@ class Experiment(unittest.TestCase):
         self.assertIn("0 arms done, 0 failed, 5 to go", self.run_arms("--seconds", 0.2))
         self.assertEqual(self.rows(), [])
         # Interrupted while arms run: what landed stays, the next call does the rest, once.
-        arguments = self.command("run", "--arms", self.out / "arms.txt", "--tuned-tokens", 1500, "--other-tokens", 300)
+        arguments = self.command("run", "--arms", self.out / "arms.txt", *SMALL)
         with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             for _ in range(600):
                 if self.rows():
@@ -114,6 +116,9 @@ class Experiment(unittest.TestCase):
 
         base = rows["python/-/base/seed1"]
         self.assertEqual([point["residency"] for point in base["points"]][0], None)
+        for row in rows.values():
+            task = row["points"][0]["tasks"][0]
+            self.assertEqual((task["task"], task["kind"], task["count"]), ("gsm8k", "exact_match", 3), row["arm"])
         self.assertEqual(base["points"][1]["residency"], {"lambda": 0.5, "always_keep": 1, "slots": 2})
         loop = rows["python/router+lora/loop/seed1"]
         self.assertEqual([p["residency"] and p["residency"]["lambda"] for p in loop["points"]], [None, 0.5, 0.25, 0.3])
