@@ -42,6 +42,7 @@ struct GenerateArguments {
   std::filesystem::path model;
   std::filesystem::path router;
   std::string prompt;
+  std::filesystem::path prompts;
   std::string chat;
   std::string system;
   std::string prompt_tokens;
@@ -68,6 +69,7 @@ struct GenerateArguments {
   std::filesystem::path record;
   std::vector<std::string> record_logits;  // a file, or nothing: into the trace
   bool logits_in_trace = false;
+  std::int64_t logits_sequences = 0;
   std::filesystem::path replay;
   bool fold = false;
   bool json = false;
@@ -179,8 +181,7 @@ struct Totals {
   std::int64_t requests = 0, hits = 0, cold = 0, loads = 0, evictions = 0;
 };
 
-Totals totals_of(const std::vector<SlotCacheCounts>& counts) {
-  Totals totals;
+void add_counts(Totals& totals, const std::vector<SlotCacheCounts>& counts) {
   for (const SlotCacheCounts& layer : counts) {
     totals.requests += layer.requests;
     totals.hits += layer.hits;
@@ -188,7 +189,10 @@ Totals totals_of(const std::vector<SlotCacheCounts>& counts) {
     totals.loads += layer.loads;
     totals.evictions += layer.evictions;
   }
-  return totals;
+}
+
+double rate_of(const DecodeTimes& times) {
+  return times.step_seconds > 0 ? static_cast<double>(times.steps) / times.step_seconds : 0.0;
 }
 
 double per(std::int64_t count, std::int64_t of) {
@@ -252,25 +256,28 @@ std::optional<Preload> preload_from(const GenerateArguments& arguments, const Ar
   return preload;
 }
 
-// Tells the decoder what to begin with. `preload` must outlive it.
+// Tells the decoder what to begin with. `preload` and `prompt`, the one that runs, must outlive it.
 void set_preload(Preload& preload, MoeModel& model, const std::vector<std::int64_t>& prompt, DecoderOptions& options) {
   if (preload.predictor) {
-    const torch::Tensor embedding_D = mean_embedding(token_embedding(model), prompt).contiguous();
-    const std::vector<float> guess = preload.predictor->predict(
-        {embedding_D.const_data_ptr<float>(), static_cast<std::size_t>(embedding_D.numel())});
-    preload.experts = preload_order(guess, preload.predictor->num_layers, preload.predictor->num_experts);
-  }
-  if (!preload.nearest) {
+    const torch::Tensor embedding_VD = token_embedding(model);
+    options.preload_of_prompt = [&preload, &prompt, embedding_VD](const torch::Tensor& /*prompt_count_LE*/) {
+      const torch::Tensor embedding_D = mean_embedding(embedding_VD, prompt).contiguous();
+      const std::vector<float> guess = preload.predictor->predict(
+          {embedding_D.const_data_ptr<float>(), static_cast<std::size_t>(embedding_D.numel())});
+      preload.experts = preload_order(guess, preload.predictor->num_layers, preload.predictor->num_experts);
+      return preload.experts;
+    };
+  } else if (preload.nearest) {
+    options.preload_of_prompt = [&preload](const torch::Tensor& prompt_count_LE) {
+      const torch::Tensor counts = prompt_count_LE.contiguous();
+      preload.found =
+          preload.nearest->find({counts.const_data_ptr<std::int64_t>(), static_cast<std::size_t>(counts.numel())});
+      preload.experts = preload.found.order;
+      return preload.experts;
+    };
+  } else {
     options.preload = preload.experts;
-    return;
   }
-  options.preload_of_prompt = [&preload](const torch::Tensor& prompt_count_LE) {
-    const torch::Tensor counts = prompt_count_LE.contiguous();
-    preload.found =
-        preload.nearest->find({counts.const_data_ptr<std::int64_t>(), static_cast<std::size_t>(counts.numel())});
-    preload.experts = preload.found.order;
-    return preload.experts;
-  };
 }
 
 bool is_packed(const std::filesystem::path& trace) {
@@ -278,54 +285,85 @@ bool is_packed(const std::filesystem::path& trace) {
   return extension == ".h5" || extension == ".hdf5";
 }
 
-void write_trace(const std::filesystem::path& path, const Decoder& decoder, const Architecture& architecture,
-                 std::int64_t expert_bytes, const std::string& model, const std::optional<Preload>& preload,
-                 bool with_logits) {
-  RoutingTrace trace;
-  append_sequence(trace, decoder.recorded());
-  const std::vector<std::int64_t> moe_layers = architecture.moe_layers();
-  trace.model = model;
-  trace.num_layers = architecture.num_layers;
-  for (std::size_t layer = 0; layer < trace.layers.size(); ++layer) {
-    trace.layers[layer].layer = moe_layers[layer];
-    trace.layers[layer].expert_bytes = expert_bytes;
-    if (preload) {
-      trace.layers[layer].preload = preload->experts.at(layer);
-    }
-  }
-  for (TraceEntry& entry : trace.entries) {
-    entry.layer = static_cast<std::int32_t>(moe_layers[static_cast<std::size_t>(entry.layer)]);
-  }
-  if (is_packed(path)) {
-    torch::Tensor logits_TLE;
-    if (with_logits) {
-      logits_TLE = torch::cat({decoder.recorded_prompt_logits(), decoder.recorded_logits()}, 1)
-                       .select(2, 0)
-                       .transpose(0, 1)
-                       .contiguous();
-    }
-    write_trace_hdf5(path, trace,
-                     with_logits ? std::span<const float>(logits_TLE.const_data_ptr<float>(),
-                                                          static_cast<std::size_t>(logits_TLE.numel()))
-                                 : std::span<const float>());
-  } else {
-    write_trace_csv(path, trace);
-  }
-  log_info(fmt::format("wrote {}: {} tokens, {} of them decoded", path.string(), decoder.recorded().num_tokens,
-                       decoder.times().steps));
-}
+// What was routed, sequence after sequence.
+class Recorder {
+ public:
+  explicit Recorder(const GenerateArguments& arguments) : arguments_(arguments) {}
 
-// In the form that `hestia score` reads.
-void write_logits(const std::filesystem::path& path, const Decoder& decoder, std::int64_t top_k) {
-  const torch::Tensor logits_LSE = decoder.recorded_logits().select(2, 0).contiguous();
-  const std::int64_t steps = logits_LSE.size(1);
-  write_tensors(path,
-                {{"router_logits", logits_LSE},
-                 {"sequence_ids", torch::zeros({steps}, torch::kInt64)},
-                 {"counted", torch::ones({steps}, torch::kUInt8)}},
-                {{"top_k", std::to_string(top_k)}});
-  log_info(fmt::format("wrote {}: router logits of {} steps", path.string(), steps));
-}
+  void add(const Decoder& decoder, std::int64_t sequence) {
+    steps_ += decoder.times().steps;
+    if (!arguments_.record.empty()) {
+      SequenceRouting routing = decoder.recorded();
+      routing.id = sequence;
+      tokens_ += routing.num_tokens;
+      append_sequence(trace_, routing);
+    }
+    const bool wanted = arguments_.logits_in_trace || !arguments_.record_logits.empty();
+    if (wanted && (arguments_.logits_sequences == 0 || sequence < arguments_.logits_sequences)) {
+      const torch::Tensor steps_LSE = decoder.recorded_logits().select(2, 0);
+      logits_LSE_.push_back(arguments_.logits_in_trace
+                                ? torch::cat({decoder.recorded_prompt_logits().select(2, 0), steps_LSE}, 1)
+                                : steps_LSE);
+      sequence_ids_.push_back(torch::full({steps_LSE.size(1)}, sequence, torch::kInt64));
+    }
+  }
+
+  void write(const Architecture& architecture, std::int64_t expert_bytes, const std::optional<Preload>& preload) {
+    if (!arguments_.record.empty()) {
+      write_trace(architecture, expert_bytes, preload);
+    }
+    if (!arguments_.record_logits.empty()) {
+      write_logits(arguments_.record_logits.front(), architecture.top_k);
+    }
+  }
+
+ private:
+  void write_trace(const Architecture& architecture, std::int64_t expert_bytes, const std::optional<Preload>& preload) {
+    const std::vector<std::int64_t> moe_layers = architecture.moe_layers();
+    trace_.model = arguments_.model.string();
+    trace_.num_layers = architecture.num_layers;
+    for (std::size_t layer = 0; layer < trace_.layers.size(); ++layer) {
+      trace_.layers[layer].layer = moe_layers[layer];
+      trace_.layers[layer].expert_bytes = expert_bytes;
+      if (preload) {
+        trace_.layers[layer].preload = preload->experts.at(layer);
+      }
+    }
+    for (TraceEntry& entry : trace_.entries) {
+      entry.layer = static_cast<std::int32_t>(moe_layers[static_cast<std::size_t>(entry.layer)]);
+    }
+    if (is_packed(arguments_.record)) {
+      torch::Tensor logits_TLE = torch::empty({0});
+      if (arguments_.logits_in_trace) {
+        logits_TLE = torch::cat(logits_LSE_, 1).transpose(0, 1).contiguous();
+      }
+      write_trace_hdf5(arguments_.record, trace_,
+                       {logits_TLE.const_data_ptr<float>(), static_cast<std::size_t>(logits_TLE.numel())});
+    } else {
+      write_trace_csv(arguments_.record, trace_);
+    }
+    log_info(fmt::format("wrote {}: {} tokens, {} of them decoded", arguments_.record.string(), tokens_, steps_));
+  }
+
+  // In the form that `hestia score` reads.
+  void write_logits(const std::filesystem::path& path, std::int64_t top_k) {
+    const torch::Tensor logits_LSE = torch::cat(logits_LSE_, 1).contiguous();
+    const std::int64_t steps = logits_LSE.size(1);
+    write_tensors(path,
+                  {{"router_logits", logits_LSE},
+                   {"sequence_ids", torch::cat(sequence_ids_)},
+                   {"counted", torch::ones({steps}, torch::kUInt8)}},
+                  {{"top_k", std::to_string(top_k)}});
+    log_info(fmt::format("wrote {}: router logits of {} steps", path.string(), steps));
+  }
+
+  const GenerateArguments& arguments_;
+  RoutingTrace trace_;
+  std::vector<torch::Tensor> logits_LSE_;  // [MoE layers, steps, E] of each sequence
+  std::vector<torch::Tensor> sequence_ids_;
+  std::int64_t tokens_ = 0;
+  std::int64_t steps_ = 0;
+};
 
 std::int64_t first_turn(const RoutingTrace& trace) {
   const std::vector<std::int64_t> turns = turns_of(trace);
@@ -335,11 +373,170 @@ std::int64_t first_turn(const RoutingTrace& trace) {
   return turns.front();
 }
 
-void run_generate(const GenerateArguments& arguments) {
-  if (arguments.prompt.empty() == arguments.prompt_tokens.empty()) {
-    throw UsageError("generate: give either --prompt TEXT or --prompt-tokens 1,2,3");
+struct Prompt {  // NOLINT(bugprone-exception-escape): the check takes Json's move for one that throws
+  std::vector<std::int64_t> tokens;
+  std::vector<std::int64_t> ends;  // of an answer, beside the model's own end token
+  std::string source;              // for messages: an option, or file and line
+  Json id;                         // of a line that has one
+};
+
+Prompt prompt_of_text(const GenerateArguments& arguments, const std::string& text, const std::string& source,
+                      const Architecture& stored, const Tokenizer& tokenizer) {
+  Prompt prompt;
+  prompt.source = source;
+  if (!arguments.chat.empty()) {
+    const ChatPrompt chat = chat_prompt(arguments.chat, arguments.system, text, tokenizer, "--chat");
+    prompt.tokens.assign(chat.tokens.begin(), chat.tokens.end());
+    prompt.ends.assign(chat.ends.begin(), chat.ends.end());
+  } else {
+    std::vector<std::int64_t>& tokens = prompt.tokens;
+    if (tokenizer.bos_id() >= 0 && stored.bos_token_id >= 0) {
+      tokens.push_back(tokenizer.bos_id());
+    }
+    for (const std::int32_t id : tokenizer.encode(text)) {
+      if (tokens.empty() || id != tokens.front() || tokens.size() > 1) {
+        tokens.push_back(id);
+      }
+    }
   }
-  if (arguments.prompt.empty() && !arguments.chat.empty()) {
+  if (prompt.tokens.empty()) {
+    throw UsageError(fmt::format("{}: must have at least one token, got \"{}\"", source, text));
+  }
+  return prompt;
+}
+
+// The lines of a file: {"prompt": "...", "id": ...}.
+std::vector<Prompt> prompts_of_file(const GenerateArguments& arguments, const Architecture& stored,
+                                    const Tokenizer& tokenizer) {
+  std::vector<Prompt> prompts;
+  read_json_lines(arguments.prompts, [&](std::int64_t line, const Json& object) {
+    const std::string source = fmt::format("{}:{}", arguments.prompts.string(), line);
+    if (!object.contains("prompt") || !object.at("prompt").is_string()) {
+      throw InputError(fmt::format("{}: \"prompt\" must be text, got {}; mend or remove this line", source,
+                                   object.contains("prompt") ? object.at("prompt").dump() : "none"));
+    }
+    prompts.push_back(prompt_of_text(arguments, object.at("prompt").get<std::string>(), source, stored, tokenizer));
+    if (object.contains("id")) {
+      prompts.back().id = object.at("id");
+    }
+  });
+  if (prompts.empty()) {
+    throw InputError(fmt::format("{}: there is no prompt; write one JSON object a line, {{\"prompt\": \"...\"}}",
+                                 arguments.prompts.string()));
+  }
+  return prompts;
+}
+
+std::vector<Prompt> prompts_of(const GenerateArguments& arguments, const Architecture& stored,
+                               std::optional<std::unique_ptr<Tokenizer>>& tokenizer) {
+  std::vector<Prompt> prompts;
+  if (arguments.prompt_tokens.empty()) {
+    tokenizer = open_tokenizer(arguments.model);
+    if (arguments.prompts.empty()) {
+      prompts.push_back(prompt_of_text(arguments, arguments.prompt, "--prompt", stored, **tokenizer));
+    } else {
+      prompts = prompts_of_file(arguments, stored, **tokenizer);
+    }
+  } else {
+    prompts.push_back({parse_token_list("--prompt-tokens", arguments.prompt_tokens), {}, "--prompt-tokens", {}});
+    check_token_list("--prompt-tokens", prompts.front().tokens, stored.vocab_size, arguments.model.string());
+  }
+  for (const Prompt& prompt : prompts) {
+    const auto length = static_cast<std::int64_t>(prompt.tokens.size());
+    if (length + arguments.max_tokens > stored.max_position_embeddings) {
+      throw UsageError(fmt::format("--max-tokens: the model reaches {} tokens, got a prompt of {} and {} more{}",
+                                   stored.max_position_embeddings, length, arguments.max_tokens,
+                                   arguments.prompts.empty() ? "" : fmt::format(" ({})", prompt.source)));
+    }
+  }
+  return prompts;
+}
+
+// Several prompts go with fewer options than one.
+void check_prompts_options(const GenerateArguments& arguments) {
+  const int given = (arguments.prompt.empty() ? 0 : 1) + (arguments.prompt_tokens.empty() ? 0 : 1) +
+                    (arguments.prompts.empty() ? 0 : 1);
+  if (given != 1) {
+    throw UsageError("generate: give either --prompt TEXT or --prompt-tokens 1,2,3 or --prompts FILE.jsonl");
+  }
+  if (arguments.logits_sequences < 0) {
+    throw UsageError(fmt::format("--record-logits-sequences: must be at least 0 (0 is all of them), got {}",
+                                 arguments.logits_sequences));
+  }
+  if (arguments.logits_sequences > 0 && !arguments.logits_in_trace && arguments.record_logits.empty()) {
+    throw UsageError(
+        fmt::format("--record-logits-sequences: only serves --record-logits, got {} without it; add --record-logits",
+                    arguments.logits_sequences));
+  }
+  if (arguments.prompts.empty()) {
+    return;
+  }
+  if (!arguments.replay.empty()) {
+    throw UsageError(
+        "--prompts: does not go with --replay, which serves one sequence of a trace; give --prompt, or "
+        "use hestia bench");
+  }
+  if (!arguments.record.empty() && (arguments.preload_by == "predictor" || arguments.preload_by == "nearest")) {
+    throw UsageError(
+        fmt::format("--record: a trace holds one list of pre-loaded experts, got --prompts with --preload-by {}, which "
+                    "makes one for each; leave --record out, or preload by aggregate",
+                    arguments.preload_by));
+  }
+}
+
+// What came out of one prompt.
+struct Generated {
+  std::vector<std::int64_t> tokens;
+  std::string stop = "length";  // or "eos", "interrupted"
+  std::string text;
+};
+
+// Runs one prompt to its end. Text, or where there is no tokenizer the ids, goes to stdout unless `quiet`.
+Generated generated_from(Decoder& decoder, const Prompt& prompt, std::int64_t sequence,
+                         const std::vector<std::int64_t>& eos, std::int64_t most_steps, const Tokenizer* tokenizer,
+                         bool quiet) {
+  Generated generated;
+  std::optional<Stream> stream;
+  if (tokenizer != nullptr) {
+    stream.emplace(*tokenizer, !quiet);
+  }
+  std::vector<std::int64_t>& tokens = generated.tokens;
+  decoder.begin(torch::tensor(prompt.tokens, torch::kInt64).unsqueeze(0), sequence);
+  while (true) {
+    const torch::Tensor chosen = decoder.tokens();
+    tokens.push_back(chosen[0][chosen.size(1) - 1].item<std::int64_t>());
+    if (std::find(eos.begin(), eos.end(), tokens.back()) != eos.end()) {
+      generated.stop = "eos";
+      break;
+    }
+    if (stream) {
+      stream->add(tokens.back());
+      stream->print(/*last=*/false);
+    } else if (!quiet) {
+      std::cout << (tokens.size() > 1 ? "," : "") << tokens.back() << std::flush;
+    }
+    if (decoder.times().steps >= most_steps) {
+      break;
+    }
+    if (interrupt_flag().load()) {
+      generated.stop = "interrupted";
+      break;
+    }
+    decoder.decode(1);
+  }
+  if (stream) {
+    stream->print(/*last=*/true);
+    generated.text = stream->text();
+  }
+  if (!quiet) {
+    std::cout << std::endl;
+  }
+  return generated;
+}
+
+void run_generate(const GenerateArguments& arguments) {
+  check_prompts_options(arguments);
+  if (!arguments.prompt_tokens.empty() && !arguments.chat.empty()) {
     throw UsageError("--chat: lays out the text of --prompt, got --prompt-tokens; give --prompt TEXT");
   }
   if (arguments.chat.empty() && !arguments.system.empty()) {
@@ -371,35 +568,8 @@ void run_generate(const GenerateArguments& arguments) {
   const Architecture stored = read_architecture(arguments.model);
   // Everything that can be wrong is looked at before the weights are read.
   std::optional<std::unique_ptr<Tokenizer>> tokenizer;
-  std::vector<std::int64_t> prompt;
-  std::vector<std::int64_t> ends;  // of an answer, beside the model's own end token
-  if (!arguments.chat.empty()) {
-    tokenizer = open_tokenizer(arguments.model);
-    const ChatPrompt chat = chat_prompt(arguments.chat, arguments.system, arguments.prompt, **tokenizer, "--chat");
-    prompt.assign(chat.tokens.begin(), chat.tokens.end());
-    ends.assign(chat.ends.begin(), chat.ends.end());
-  } else if (!arguments.prompt.empty()) {
-    tokenizer = open_tokenizer(arguments.model);
-    if ((*tokenizer)->bos_id() >= 0 && stored.bos_token_id >= 0) {
-      prompt.push_back((*tokenizer)->bos_id());
-    }
-    for (const std::int32_t id : (*tokenizer)->encode(arguments.prompt)) {
-      if (prompt.empty() || id != prompt.front() || prompt.size() > 1) {
-        prompt.push_back(id);
-      }
-    }
-  } else {
-    prompt = parse_token_list("--prompt-tokens", arguments.prompt_tokens);
-    check_token_list("--prompt-tokens", prompt, stored.vocab_size, arguments.model.string());
-  }
-  const auto prompt_length = static_cast<std::int64_t>(prompt.size());
-  if (prompt.empty()) {
-    throw UsageError(fmt::format("--prompt: must have at least one token, got \"{}\"", arguments.prompt));
-  }
-  if (prompt_length + arguments.max_tokens > stored.max_position_embeddings) {
-    throw UsageError(fmt::format("--max-tokens: the model reaches {} tokens, got a prompt of {} and {} more",
-                                 stored.max_position_embeddings, prompt_length, arguments.max_tokens));
-  }
+  const std::vector<Prompt> prompts = prompts_of(arguments, stored, tokenizer);
+  const bool many = !arguments.prompts.empty();
   std::optional<RoutingTrace> trace;
   std::string fold;
   if (!arguments.replay.empty()) {
@@ -428,7 +598,10 @@ void run_generate(const GenerateArguments& arguments) {
   }
   options.start = start_from_name(arguments.start);
   std::optional<Preload> preload = preload_from(arguments, stored);
-  options.capacity = prompt_length + arguments.max_tokens;
+  for (const Prompt& prompt : prompts) {
+    options.capacity =
+        std::max(options.capacity, static_cast<std::int64_t>(prompt.tokens.size()) + arguments.max_tokens);
+  }
   options.sampling = {arguments.temperature, arguments.top_p, arguments.seed};
   options.graph = !arguments.no_graph;
   options.record = !arguments.record.empty();
@@ -452,6 +625,7 @@ void run_generate(const GenerateArguments& arguments) {
   const Json expert_error = expert_error_json(offloaded.store);
   const Json expert_store = expert_store_json(offloaded.store);
   options.residency = residency_from(arguments.residency, manifest, stored.moe_layers().size());
+  std::vector<std::int64_t> prompt;  // the one that runs
   if (preload) {
     set_preload(*preload, offloaded.model, prompt, options);
   }
@@ -465,127 +639,131 @@ void run_generate(const GenerateArguments& arguments) {
     log_warning("replay: experts are the trace's, so speed and hits are real and the text is not the model's");
   }
 
-  const std::atomic<bool>& interrupted = interrupt_flag();
-  const bool text_known = tokenizer.has_value();
-  std::optional<Stream> stream;
-  if (text_known) {
-    stream.emplace(**tokenizer, !arguments.json);
-  }
-  std::vector<std::int64_t> eos;
-  if (!arguments.ignore_eos && !trace) {
-    eos = ends;
-    eos.push_back(architecture.eos_token_id);
-    if (text_known) {
-      eos.push_back((*tokenizer)->eos_id());
+  const Tokenizer* const text_of = tokenizer ? tokenizer->get() : nullptr;
+  const bool traced = options.record || options.record_logits;
+  const auto moe_layers = static_cast<std::int64_t>(architecture.moe_layers().size());
+  const auto result_of = [&](const Generated& generated, std::size_t prompt_length) {
+    const DecodeTimes& times = decoder.times();
+    Totals totals;
+    add_counts(totals, decoder.counts());
+    Json found = {
+        {"format_version", 1},
+        {"program", {{"version", program_version()}, {"commit", program_commit()}}},
+        {"machine", machine_info()},
+        {"model", arguments.model.string()},
+        {"router", arguments.router.empty() ? "base" : arguments.router.string()},
+        {"mode", trace ? "replay" : "live"},
+        {"chat", arguments.chat.empty() ? Json() : Json(arguments.chat)},
+        {"fold", fold.empty() ? Json() : Json(fold)},
+        {"random_weights", arguments.random_weights.has_value()},
+        {"device", device.str()},
+        {"dtype", arguments.dtype},
+        {"expert_format", stored_format_name(dtype, format)},
+        {"expert_bytes", blob_bytes},
+        {"expert_error", expert_error},
+        {"expert_store", expert_store},
+        {"prompt_tokens", prompt_length},
+        {"tokens", generated.tokens},
+        {"text", text_of != nullptr ? Json(generated.text) : Json()},
+        {"stop", generated.stop},
+        {"cuda_graph", decoder.in_graphs()},
+        {"kernels", decoder.in_kernels()},
+        {"traced", traced},
+        {"ttft_seconds", times.prompt_seconds},
+        {"decode_steps", times.steps},
+        {"tokens_per_second", rate_of(times)},
+    };
+    if (options.cache) {
+      const SlotCacheOptions& cache = *options.cache;
+      found["cache"] = {
+          {"slots_per_layer", cache.slots.per_layer},
+          {"pool_slots", cache.slots.pool},
+          {"slot_bytes", decoder.slots().slot_bytes()},
+          {"policy", arguments.policy},
+          {"fetch", fetch_path_name(decoder.fetch_path())},
+          {"start", arguments.start},
+          {"preload", preload ? preload_json(preload->source, preload->found) : Json()},
+          {"requests", totals.requests},
+          {"hits", totals.hits},
+          {"cold", totals.cold},
+          {"loads", totals.loads},
+          {"evictions", totals.evictions},
+          {"hit_rate", per(totals.hits, totals.requests)},
+          {"loads_per_token_and_layer", per(totals.loads, times.steps * moe_layers)},
+          {"bytes_per_token", per(totals.loads * blob_bytes, times.steps)},
+      };
+    } else {
+      found["cache"] = nullptr;
     }
-  }
-  decoder.begin(torch::tensor(prompt, torch::kInt64).unsqueeze(0));
-  std::vector<std::int64_t> tokens;
-  std::string stop = "length";
-  while (true) {
-    const torch::Tensor chosen = decoder.tokens();
-    tokens.push_back(chosen[0][chosen.size(1) - 1].item<std::int64_t>());
-    if (std::find(eos.begin(), eos.end(), tokens.back()) != eos.end()) {
-      stop = "eos";
+    found["residency"] = options.residency && options.residency->lambda > 0
+                             ? Json{{"score", residency_score_name(options.residency->score)},
+                                    {"lambda", options.residency->lambda},
+                                    {"layer_factors", options.residency->layer_factors},
+                                    {"always_keep", options.residency->always_keep}}
+                             : Json();
+    found["warnings"] = degradations();
+    return found;
+  };
+
+  Recorder recorder(arguments);
+  Totals totals;
+  DecodeTimes all;
+  std::int64_t prompt_tokens = 0;
+  std::int64_t new_tokens = 0;
+  std::string stop;
+  Json result;
+  std::int64_t sequence = 0;
+  for (const Prompt& next : prompts) {
+    prompt = next.tokens;
+    std::vector<std::int64_t> eos;
+    if (!arguments.ignore_eos && !trace) {
+      eos = next.ends;
+      eos.push_back(architecture.eos_token_id);
+      if (text_of != nullptr) {
+        eos.push_back(text_of->eos_id());
+      }
+    }
+    if (many && !arguments.json) {
+      std::cout << (sequence > 0 ? "\n" : "") << "--- sequence " << sequence
+                << (next.id.is_null() ? "" : fmt::format(", id {}", next.id.dump())) << std::endl;
+    }
+    const Generated generated = generated_from(decoder, next, sequence, eos, most_steps, text_of, arguments.json);
+    stop = generated.stop;
+    if (traced) {
+      recorder.add(decoder, sequence);
+    }
+    if (arguments.json) {
+      result = result_of(generated, prompt.size());
+    }
+    if (arguments.json && many) {
+      result["sequence"] = sequence;
+      result["id"] = next.id;
+      std::cout << result.dump() << std::endl;
+    }
+    add_counts(totals, decoder.counts());
+    all.prompt_seconds += decoder.times().prompt_seconds;
+    all.step_seconds += decoder.times().step_seconds;
+    all.steps += decoder.times().steps;
+    prompt_tokens += static_cast<std::int64_t>(prompt.size());
+    new_tokens += static_cast<std::int64_t>(generated.tokens.size());
+    ++sequence;
+    if (stop == "interrupted") {
       break;
     }
-    if (stream) {
-      stream->add(tokens.back());
-      stream->print(/*last=*/false);
-    } else if (!arguments.json) {
-      std::cout << (tokens.size() > 1 ? "," : "") << tokens.back() << std::flush;
-    }
-    if (decoder.times().steps >= most_steps) {
-      break;
-    }
-    if (interrupted.load()) {
-      stop = "interrupted";
-      break;
-    }
-    decoder.decode(1);
   }
-  if (stream) {
-    stream->print(/*last=*/true);
+  if (traced) {
+    recorder.write(architecture, blob_bytes, preload);
+  }
+  if (arguments.json && !many) {
+    std::cout << result.dump(2) << std::endl;
   }
   if (!arguments.json) {
-    std::cout << std::endl;
-  }
-  if (options.record) {
-    write_trace(arguments.record, decoder, architecture, blob_bytes, arguments.model.string(), preload,
-                arguments.logits_in_trace);
-  }
-  if (options.record_logits && !arguments.logits_in_trace) {
-    write_logits(arguments.record_logits.front(), decoder, architecture.top_k);
-  }
-
-  const DecodeTimes times = decoder.times();
-  const Totals totals = totals_of(decoder.counts());
-  const auto moe_layers = static_cast<std::int64_t>(architecture.moe_layers().size());
-  const double rate = times.step_seconds > 0 ? static_cast<double>(times.steps) / times.step_seconds : 0.0;
-  const bool traced = options.record || options.record_logits;
-  Json result = {
-      {"format_version", 1},
-      {"program", {{"version", program_version()}, {"commit", program_commit()}}},
-      {"machine", machine_info()},
-      {"model", arguments.model.string()},
-      {"router", arguments.router.empty() ? "base" : arguments.router.string()},
-      {"mode", trace ? "replay" : "live"},
-      {"chat", arguments.chat.empty() ? Json() : Json(arguments.chat)},
-      {"fold", fold.empty() ? Json() : Json(fold)},
-      {"random_weights", arguments.random_weights.has_value()},
-      {"device", device.str()},
-      {"dtype", arguments.dtype},
-      {"expert_format", stored_format_name(dtype, format)},
-      {"expert_bytes", blob_bytes},
-      {"expert_error", expert_error},
-      {"expert_store", expert_store},
-      {"prompt_tokens", prompt_length},
-      {"tokens", tokens},
-      {"text", stream ? Json(stream->text()) : Json()},
-      {"stop", stop},
-      {"cuda_graph", decoder.in_graphs()},
-      {"kernels", decoder.in_kernels()},
-      {"traced", traced},
-      {"ttft_seconds", times.prompt_seconds},
-      {"decode_steps", times.steps},
-      {"tokens_per_second", rate},
-  };
-  if (options.cache) {
-    const SlotCacheOptions& cache = *options.cache;
-    result["cache"] = {
-        {"slots_per_layer", cache.slots.per_layer},
-        {"pool_slots", cache.slots.pool},
-        {"slot_bytes", decoder.slots().slot_bytes()},
-        {"policy", arguments.policy},
-        {"fetch", fetch_path_name(decoder.fetch_path())},
-        {"start", arguments.start},
-        {"preload", preload ? preload_json(preload->source, preload->found) : Json()},
-        {"requests", totals.requests},
-        {"hits", totals.hits},
-        {"cold", totals.cold},
-        {"loads", totals.loads},
-        {"evictions", totals.evictions},
-        {"hit_rate", per(totals.hits, totals.requests)},
-        {"loads_per_token_and_layer", per(totals.loads, times.steps * moe_layers)},
-        {"bytes_per_token", per(totals.loads * blob_bytes, times.steps)},
-    };
-  } else {
-    result["cache"] = nullptr;
-  }
-  result["residency"] = options.residency && options.residency->lambda > 0
-                            ? Json{{"score", residency_score_name(options.residency->score)},
-                                   {"lambda", options.residency->lambda},
-                                   {"layer_factors", options.residency->layer_factors},
-                                   {"always_keep", options.residency->always_keep}}
-                            : Json();
-  result["warnings"] = degradations();
-  if (arguments.json) {
-    std::cout << result.dump(2) << std::endl;
-  } else {
     std::vector<std::pair<std::string, std::string>> rows = {
-        {"tokens", fmt::format("{} prompt, {} generated ({})", prompt_length, tokens.size(), stop)},
-        {"first token", format_seconds(times.prompt_seconds)},
-        {"speed", fmt::format("{:.1f} tokens/s over {} steps{}", rate, times.steps,
+        {"tokens", fmt::format("{} prompt, {} generated ({})", prompt_tokens, new_tokens,
+                               many ? fmt::format("{} sequences", sequence) : stop)},
+        {"first token", fmt::format("{}{}", format_seconds(all.prompt_seconds / static_cast<double>(sequence)),
+                                    many ? " on average" : "")},
+        {"speed", fmt::format("{:.1f} tokens/s over {} steps{}", rate_of(all), all.steps,
                               traced ? " (traced: not a benchmark run)" : "")}};
     if (!expert_error.is_null()) {
       rows.emplace_back("packed", fmt::format("{}, {} an expert, relative square error {:.3g} (worst layer {:.3g})",
@@ -601,8 +779,8 @@ void run_generate(const GenerateArguments& arguments) {
       rows.emplace_back("hits", fmt::format("{} of {} requests ({:.1f} %)", totals.hits, totals.requests,
                                             100.0 * per(totals.hits, totals.requests)));
       rows.emplace_back(
-          "loads", fmt::format("{:.3f} per token and layer, {} per token", per(totals.loads, times.steps * moe_layers),
-                               format_bytes(per(totals.loads * blob_bytes, times.steps))));
+          "loads", fmt::format("{:.3f} per token and layer, {} per token", per(totals.loads, all.steps * moe_layers),
+                               format_bytes(per(totals.loads * blob_bytes, all.steps))));
     } else {
       rows.emplace_back("experts", "all resident");
     }
@@ -629,6 +807,9 @@ void add_generate(CLI::App& app) {
   verb->add_option("--router", arguments->router, "router bundle to serve in place of the model's own routers")
       ->option_text("BUNDLE");
   verb->add_option("--prompt", arguments->prompt, "text to go on from")->option_text("TEXT");
+  verb->add_option("--prompts", arguments->prompts,
+                   "JSON lines with a prompt each, run one after the other, the slots begun anew for each")
+      ->option_text("FILE");
   verb->add_option("--chat", arguments->chat,
                    fmt::format("lay the prompt out as a user's message: {} (docs/recipes.md)",
                                fmt::join(template_names(), ", ")))
@@ -693,10 +874,14 @@ void add_generate(CLI::App& app) {
               "it, as `hestia score` reads them")
           ->expected(0, 1)
           ->option_text("[FILE]");
+  verb->add_option("--record-logits-sequences", arguments->logits_sequences,
+                   "with --record-logits and --prompts: of the first N sequences only; 0: of all")
+      ->option_text("N");
   verb->add_option("--replay", arguments->replay, "serve the experts of this trace's first sequence")
       ->option_text("TRACE");
   verb->add_flag("--fold", arguments->fold, "lay the trace onto the model's layers and experts (docs/routing.md)");
-  verb->add_flag("--json", arguments->json, "one JSON object in place of text and statistics");
+  verb->add_flag("--json", arguments->json,
+                 "one JSON object in place of text and statistics; with --prompts one a line for each");
   verb->add_flag("--quiet", arguments->quiet, "no progress bar");
   verb->footer("Example: hestia generate --model checkpoints/tiny --expert-slots 4 --prompt \"The kernel\"");
   verb->callback([arguments, logits] {

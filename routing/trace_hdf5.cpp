@@ -50,7 +50,8 @@ void write_trace_hdf5(const std::filesystem::path& path, const RoutingTrace& tra
                                  path.string(), trace.entries.size(), num_layers, hint));
   }
   const std::size_t num_steps = trace.entries.size() / num_layers;
-  if (!logits.empty() && logits.size() != trace.entries.size() * as_size(trace.num_experts)) {
+  const std::size_t step_logits = num_layers * as_size(trace.num_experts);
+  if (!logits.empty() && (logits.size() % step_logits != 0 || logits.size() / step_logits > num_steps)) {
     throw std::invalid_argument(fmt::format("routing trace: {} logits for {} steps and layers of {} experts",
                                             logits.size(), trace.entries.size(), trace.num_experts));
   }
@@ -138,7 +139,9 @@ void write_trace_hdf5(const std::filesystem::path& path, const RoutingTrace& tra
       std::vector<std::uint16_t> half(logits.size());
       std::transform(logits.begin(), logits.end(), half.begin(), float_to_half_bits);
       file.write("/trace/logits", H5Type::kFloat16,
-                 {steps_signed, static_cast<std::int64_t>(num_layers), trace.num_experts}, half.data());
+                 {static_cast<std::int64_t>(logits.size() / step_logits), static_cast<std::int64_t>(num_layers),
+                  trace.num_experts},
+                 half.data());
     }
     if (longest > 0) {
       file.write("/trace/preload", H5Type::kInt64,
@@ -154,7 +157,9 @@ std::vector<float> read_trace_logits(const std::filesystem::path& path) {
     return {};
   }
   const std::vector<std::int64_t> shape = file.shape("/trace/expert");
-  expect_shape(file, path, "/trace/logits", {shape.at(0), shape.at(1), file.read_int_attribute("/", "num_experts")});
+  const std::vector<std::int64_t> found = file.shape("/trace/logits");
+  const std::int64_t steps = found.empty() ? 0 : std::min(found[0], shape.at(0));  // some of the first ones
+  expect_shape(file, path, "/trace/logits", {steps, shape.at(1), file.read_int_attribute("/", "num_experts")});
   return file.read_floats("/trace/logits");
 }
 

@@ -297,6 +297,139 @@ TEST_CASE("generate writes the router logits as score reads them") {
   CHECK(score.contains("metrics"));
 }
 
+// A file of prompts, and the rest of the command.
+std::vector<std::string> generate_all(const std::string& file, std::vector<std::string> more) {
+  std::vector<std::string> all = generate({});
+  const auto prompt = std::find(all.begin(), all.end(), "--prompt");
+  *prompt = "--prompts";
+  *(prompt + 1) = file;
+  all.insert(all.end(), more.begin(), more.end());
+  return all;
+}
+
+TEST_CASE("generate runs a file of prompts one after the other, each as it runs alone") {
+  const TemporaryFolder folder;
+  const std::string file = folder.path() / "prompts.jsonl";
+  const std::string trace_file = folder.path() / "trace.h5";
+  const std::vector<std::string> prompts = {"The kernel", "def read(self, name):\n    return", "A free society is one"};
+  write_text_atomically(file, Json({{"prompt", prompts[0]}}).dump() + "\n\n" +
+                                  Json({{"id", 41}, {"task", "python"}, {"prompt", prompts[1]}}).dump() + "\n" +
+                                  Json({{"prompt", prompts[2]}, {"id", "last"}}).dump() + "\n");
+  const std::vector<std::string> served = {"--expert-slots", "5",       "--policy", "lfu",
+                                           "--start",        "prefill", "--dtype",  "float32"};
+  std::vector<std::string> recorded = served;
+  recorded.insert(recorded.end(), {"--record", trace_file, "--record-logits", "--record-logits-sequences", "2"});
+  const std::vector<std::string> lines = lines_of(done(hestia(generate_all(file, recorded))));
+  REQUIRE(lines.size() == 3);
+  const RoutingTrace trace = read_trace(trace_file);
+  SimulationOptions options;
+  options.policy = CachePolicyKind::kLfu;
+  options.slots = 5;
+  options.start = CacheStart::kPrefill;
+  const SimulationCounts counts = simulate(trace, options);
+  std::int64_t requests = 0;
+  std::int64_t hits = 0;
+  std::int64_t loads = 0;
+  std::size_t first_entry = 0;
+  std::size_t logged = 0;
+  for (std::size_t i = 0; i < prompts.size(); ++i) {
+    INFO(i);
+    const Json json = Json::parse(lines[i]);
+    CHECK(json["sequence"] == i);
+    CHECK(json["id"] == (i == 0 ? Json() : i == 1 ? Json(41) : Json("last")));
+    std::vector<std::string> alone = generate(served);
+    *(std::find(alone.begin(), alone.end(), "--prompt") + 1) = prompts[i];
+    const Json single = Json::parse(done(hestia(alone)));
+    CHECK_FALSE(single.contains("sequence"));
+    CHECK(json["tokens"] == single["tokens"]);
+    CHECK(json["text"] == single["text"]);
+    CHECK(json["prompt_tokens"] == single["prompt_tokens"]);
+    for (const char* count : {"requests", "hits", "cold", "loads", "evictions"}) {
+      CHECK(json["cache"][count] == single["cache"][count]);
+    }
+    requests += json["cache"]["requests"].get<std::int64_t>();
+    hits += json["cache"]["hits"].get<std::int64_t>();
+    loads += json["cache"]["loads"].get<std::int64_t>();
+    const std::size_t steps = json["prompt_tokens"].get<std::size_t>() + json["decode_steps"].get<std::size_t>();
+    for (std::size_t entry = first_entry; entry < first_entry + 6 * steps; ++entry) {
+      REQUIRE(trace.entries.at(entry).sequence == static_cast<std::int64_t>(i));
+    }
+    first_entry += 6 * steps;
+    logged += i < 2 ? 6 * steps * 32 : 0;
+  }
+  CHECK(first_entry == trace.entries.size());
+  CHECK(requests == counts.requests);
+  CHECK(hits == counts.hits);
+  CHECK(loads == counts.loads);
+  CHECK(read_trace_logits(trace_file).size() == logged);
+
+  // Logits as score reads them, by sequence.
+  const std::string score_file = folder.path() / "logits.safetensors";
+  static_cast<void>(done(hestia(generate_all(file, {"--record-logits", score_file}))));
+  const SafetensorsFile logits(score_file);
+  CHECK(logits.tensor("router_logits").shape == std::vector<std::int64_t>{6, 3 * 23, 32});
+  CHECK(logits.tensor("sequence_ids").shape == std::vector<std::int64_t>{3 * 23});
+  CHECK(Json::parse(done(hestia({"score", score_file, "--slots", "8", "--json"}))).contains("metrics"));
+
+  // As text, under a head each.
+  std::vector<std::string> texts = generate_all(file, {});
+  texts.erase(std::find(texts.begin(), texts.end(), "--json"));
+  const Outcome outcome = hestia(texts);
+  CHECK_THAT(done(outcome), Catch::StartsWith("--- sequence 0\n") && Catch::Contains("\n--- sequence 1, id 41\n") &&
+                                Catch::Contains("\n--- sequence 2, id \"last\"\n"));
+  CHECK_THAT(outcome.err, Catch::Contains("72 generated (3 sequences)"));
+}
+
+TEST_CASE("each prompt of a file is pre-loaded for by itself") {
+  const TemporaryFolder folder;
+  const std::string file = folder.path() / "prompts.jsonl";
+  write_text_atomically(file, "{\"prompt\": \"The kernel\"}\n{\"prompt\": \"class File:\"}\n");
+  SplitMix64 random(817);
+  std::vector<float> bias;
+  for (int i = 0; i < 6 * 32; ++i) {
+    bias.push_back(static_cast<float>(random.uniform()) * 0.01F);
+  }
+  const PreferencePredictor predictor = predictor_of_tiny(bias, 60.0F);
+  const std::string statistics = preferences_of_tiny(folder, 4, 8, &predictor);
+  for (const char* by : {"predictor", "nearest"}) {
+    INFO(by);
+    const std::vector<std::string> preloaded = {"--expert-slots", "5",        "--start",      "preload",
+                                                "--preload",      statistics, "--preload-by", by};
+    const std::vector<std::string> lines = lines_of(done(hestia(generate_all(file, preloaded))));
+    REQUIRE(lines.size() == 2);
+    for (const std::size_t i : {0, 1}) {
+      std::vector<std::string> alone = generate(preloaded);
+      *(std::find(alone.begin(), alone.end(), "--prompt") + 1) = i == 0 ? "The kernel" : "class File:";
+      const Json single = Json::parse(done(hestia(alone)));
+      CHECK(Json::parse(lines[i])["cache"]["hits"] == single["cache"]["hits"]);
+      CHECK(Json::parse(lines[i])["cache"]["preload"] == single["cache"]["preload"]);
+    }
+    std::vector<std::string> recorded = preloaded;
+    recorded.insert(recorded.end(), {"--record", folder.path() / "trace.csv"});
+    check_complaint(hestia(generate_all(file, recorded)), 2, {"--record: a trace holds one list", by});
+  }
+}
+
+TEST_CASE("a file of prompts that cannot be run is refused with its line") {
+  const TemporaryFolder folder;
+  const std::string file = folder.path() / "prompts.jsonl";
+  const auto complaint = [&](const std::string& text, int code, const std::vector<std::string>& parts) {
+    write_text_atomically(file, text);
+    check_complaint(hestia(generate_all(file, {})), code, parts);
+  };
+  complaint("{\"prompt\": \"a\"}\n{\"text\": \"b\"}\n", 3, {"prompts.jsonl:2", "\"prompt\" must be text, got none"});
+  complaint("{\"prompt\": 7}\n", 3, {"prompts.jsonl:1", "\"prompt\" must be text, got 7"});
+  complaint("[\"a\"]\n", 3, {"prompts.jsonl:1"});
+  complaint("\n", 3, {"prompts.jsonl", "there is no prompt"});
+  complaint("{\"prompt\": \"a\"}\n" + Json({{"prompt", std::string(9000, '!')}}).dump() + "\n", 2,
+            {"--max-tokens: the model reaches 4096 tokens", "prompts.jsonl:2"});
+  write_text_atomically(file, "{\"prompt\": \"a\"}\n");
+  check_complaint(hestia(generate_all(file, {"--prompt", "b"})), 2, {"give either --prompt"});
+  check_complaint(hestia(generate_all(file, {"--replay", "trace.csv"})), 2, {"--prompts", "--replay"});
+  check_complaint(hestia(generate_all(file, {"--record-logits-sequences", "1"})), 2,
+                  {"--record-logits-sequences", "add --record-logits"});
+}
+
 TEST_CASE("generate puts the router logits of prompt and steps into a packed trace") {
   const TemporaryFolder folder;
   const std::string file = folder.path() / "trace.h5";

@@ -69,11 +69,12 @@ struct RoutingTrace {
 /// reading and writing once more gives the same bytes. Throws RunError when the disk refuses.
 void write_trace_csv(const std::filesystem::path& path, const RoutingTrace& trace);
 /// Writes the packed HDF5 form: `/trace/{expert uint16, weight float16} [steps, L, K]`, and per step its sequence,
-/// phase and number. Weights are rounded to half precision. `logits`: of the router, [steps, L, E] in the order of the
-/// entries, stored in half precision too; empty: none. Throws UsageError when steps lack layers, mix phases or differ
-/// in K (such traces stay CSV), std::invalid_argument for another number of logits.
+/// phase and number. Weights are rounded to half precision. `logits`: of the router, [n, L, E] of the first n steps in
+/// the order of the entries, stored in half precision too; empty: none. Throws UsageError when steps lack layers, mix
+/// phases or differ in K (such traces stay CSV), std::invalid_argument for logits of more or broken steps.
 void write_trace_hdf5(const std::filesystem::path& path, const RoutingTrace& trace, std::span<const float> logits = {});
-/// The router logits of a packed trace, [steps, L, E]; empty when it has none. Throws InputError as read_trace does.
+/// The router logits of a packed trace, [n, L, E] of its first n steps; empty when it has none. Throws InputError as
+/// read_trace does.
 [[nodiscard]] std::vector<float> read_trace_logits(const std::filesystem::path& path);
 
 /// Appends one sequence: prompt tokens as prefill steps, the others as decode steps; step t is token t. A trace without

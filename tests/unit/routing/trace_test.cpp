@@ -98,7 +98,7 @@ TEST_CASE("a trace keeps what its recorder's cache began with, and refuses what 
   CHECK_THAT(failure(with(" preload=1\n# layer=2 expert_bytes=100")), Catch::Contains("preload of layer 2"));
 }
 
-TEST_CASE("a packed trace may hold the router logits of every step") {
+TEST_CASE("a packed trace may hold the router logits of its steps, or of the first of them") {
   const TemporaryFolder folder;
   const std::filesystem::path path = folder.path() / "trace.h5";
   const RoutingTrace trace = testing::trace_of(5, {{3, 1}, {0, 4}, {2, 1}});
@@ -109,7 +109,13 @@ TEST_CASE("a packed trace may hold the router logits of every step") {
   write_trace_hdf5(path, trace, logits);
   CHECK(read_trace_logits(path) == logits);
   CHECK(same_trace(read_trace(path), trace));
+  logits.resize(10);  // of the first two steps only
+  write_trace_hdf5(path, trace, logits);
+  CHECK(read_trace_logits(path) == logits);
+  CHECK(same_trace(read_trace(path), trace));
   logits.pop_back();
+  CHECK_THROWS_AS(write_trace_hdf5(path, trace, logits), std::invalid_argument);
+  logits.resize(20);
   CHECK_THROWS_AS(write_trace_hdf5(path, trace, logits), std::invalid_argument);
   write_trace_hdf5(path, trace);
   CHECK(read_trace_logits(path).empty());
