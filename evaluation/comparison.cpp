@@ -588,13 +588,10 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const Evalua
       }
     }
   }
-  // Greedy decoding runs token by token, and the selector of a rule knows a whole sequence only.
   const auto measure_tasks = [&](ArmFigures& figures) {
     for (const TaskExamples& task : tasks) {
-      if (!figures.residency || task.options.kind == kMultipleChoice) {
-        figures.tasks.push_back(
-            measure_task(model, *tokenizer, task, fmt::format("{}, {}", figures.name, task.options.name), quiet));
-      }
+      figures.tasks.push_back(
+          measure_task(model, *tokenizer, task, fmt::format("{}, {}", figures.name, task.options.name), quiet));
     }
   };
   std::vector<ArmFigures> under_rules;

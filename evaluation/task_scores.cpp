@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <numeric>
 #include <stdexcept>
 
@@ -12,6 +13,7 @@
 #include "hestia/core/progress.hpp"
 #include "hestia/data/choice_questions.hpp"
 #include "hestia/data/corpus.hpp"
+#include "hestia/model/residency_selector.hpp"
 #include "hestia/trainer/data_source.hpp"
 #include "hestia/trainer/measure.hpp"
 
@@ -71,6 +73,56 @@ torch::Tensor rows_of(const std::vector<std::int64_t>& values, std::int64_t rows
   return torch::tensor(values, torch::kInt64).view({rows, -1}).to(device);
 }
 
+// A residency rule for tokens that come call by call: it is given all of each row again, and its last choices count.
+class HistorySelector : public Selector {
+ public:
+  explicit HistorySelector(std::shared_ptr<Selector> rule) : rule_(std::move(rule)) {}
+
+  torch::Tensor select(const torch::Tensor& logits_TE, std::int64_t top_k, std::int64_t moe_layer,
+                       const TokenBatch& batch) override {
+    const std::int64_t rows = batch.counted_BS.size(0);
+    const std::int64_t length = batch.counted_BS.size(1);
+    if (moe_layer == 0) {
+      all_.counted_BS =
+          all_.counted_BS.defined() ? torch::cat({all_.counted_BS, batch.counted_BS}, 1) : batch.counted_BS;
+      all_.sequence_ids_BS = torch::zeros_like(all_.counted_BS);
+    }
+    if (static_cast<std::size_t>(moe_layer) == logits_BTE_.size()) {
+      logits_BTE_.emplace_back();
+    }
+    torch::Tensor& kept_BTE = logits_BTE_.at(static_cast<std::size_t>(moe_layer));
+    const torch::Tensor new_BSE = logits_TE.detach().view({rows, length, -1});
+    kept_BTE = kept_BTE.defined() ? torch::cat({kept_BTE, new_BSE}, 1) : new_BSE;
+    const std::int64_t total = kept_BTE.size(1);
+    return rule_->select(kept_BTE.reshape({rows * total, -1}), top_k, moe_layer, all_)
+        .view({rows, total, -1})
+        .narrow(1, total - length, length)
+        .reshape({rows * length, -1});
+  }
+
+ private:
+  std::shared_ptr<Selector> rule_;
+  TokenBatch all_;                         // Without tokens and positions, which no rule looks at.
+  std::vector<torch::Tensor> logits_BTE_;  // Of each MoE layer.
+};
+
+// A selector for as long as this lives, then the one before again.
+class SelectorFor {
+ public:
+  SelectorFor(MoeModel& model, std::shared_ptr<Selector> selector) : model_(model), before_(model->selector()) {
+    model->set_selector(std::move(selector));
+  }
+  SelectorFor(const SelectorFor&) = delete;
+  SelectorFor& operator=(const SelectorFor&) = delete;
+  SelectorFor(SelectorFor&&) = delete;
+  SelectorFor& operator=(SelectorFor&&) = delete;
+  ~SelectorFor() { model_->set_selector(before_); }
+
+ private:
+  MoeModel& model_;
+  std::shared_ptr<Selector> before_;
+};
+
 // Prompts that run together, in step.
 class GreedyGroup {
  public:
@@ -86,6 +138,10 @@ class GreedyGroup {
 
   std::vector<std::vector<std::int32_t>> run() {
     const torch::NoGradGuard no_grad;
+    std::optional<SelectorFor> selector;
+    if (std::dynamic_pointer_cast<ResidencySelector>(model_->selector()) != nullptr) {
+      selector.emplace(model_, std::make_shared<HistorySelector>(model_->selector()));
+    }
     const std::size_t shortest = examples_.front()->prompt.size();
     std::vector<std::int64_t> tokens;
     for (const AnswerExample* example : examples_) {
@@ -108,7 +164,14 @@ class GreedyGroup {
     const std::int64_t length = tokens_BS.size(1);
     const torch::Tensor positions_BS =
         torch::arange(cache_.length(), cache_.length() + length, tokens_BS.options()).expand_as(tokens_BS).contiguous();
-    const ModelOutput output = model_->forward({tokens_BS, positions_BS, torch::zeros_like(tokens_BS)}, cache_);
+    std::vector<std::int64_t> counted;
+    for (const AnswerExample* example : examples_) {
+      for (std::int64_t place = cache_.length(); place < cache_.length() + length; ++place) {
+        counted.push_back(place < static_cast<std::int64_t>(example->prompt.size()) ? 0 : 1);
+      }
+    }
+    const ModelOutput output = model_->forward(
+        {tokens_BS, positions_BS, torch::zeros_like(tokens_BS), rows_of(counted, rows_, model_->device())}, cache_);
     const torch::Tensor logits_BV = model_->head(output.hidden_BSD.select(1, length - 1)).to(torch::kFloat32);
     const std::int64_t vocabulary = logits_BV.size(1);
     const torch::Tensor ids_V = torch::arange(vocabulary, tokens_BS.options());

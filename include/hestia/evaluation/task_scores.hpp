@@ -62,8 +62,8 @@ struct GreedyOptions {
 /// Continues every prompt token by token with the highest logit, ties to the lower id, through the model's key-value
 /// cache: without the token that ended it, at most max_new_tokens each. Prompts of unequal length run in step: the
 /// longer ones feed their own tokens where the shorter ones feed what they chose. `progress` is told of finished
-/// prompts. The selector must keep no state from token to token (ResidencySelector does). Throws RunError when logits
-/// are not finite.
+/// prompts. A ResidencySelector chooses as it would for the whole text: prompts by z alone, what is written by the
+/// rule. Throws RunError when logits are not finite.
 [[nodiscard]] std::vector<std::vector<std::int32_t>> greedy_continuations(
     MoeModel& model, const std::vector<AnswerExample>& examples, const GreedyOptions& options,
     const std::function<void(std::int64_t)>& progress = {});

@@ -464,7 +464,7 @@ TEST_CASE("tasks have a table of their own, accuracies and points against the ot
   CHECK_FALSE(json.at("task_delta").at(0).contains("points_by_bytes_against_baseline"));
 }
 
-TEST_CASE("a task that was not measured under a rule is not in the table") {
+TEST_CASE("a task that an arm was not measured on is not in its table") {
   Layout layout;
   layout.arms = {kBaselineArm, kTunedArm, "tuned, lambda 0.1, J 2"};
   Comparison comparison = random_comparison(73, layout);

@@ -17,12 +17,14 @@ using hestia::testing::tiny_model;
 
 namespace {
 
-torch::Tensor logits_alone(MoeModel& model, const std::vector<std::int32_t>& tokens) {
+// `prompt` tokens are not counted.
+torch::Tensor logits_alone(MoeModel& model, const std::vector<std::int32_t>& tokens, std::size_t prompt = 0) {
   const torch::NoGradGuard no_grad;
   const auto length = static_cast<std::int64_t>(tokens.size());
   const torch::Tensor ids = torch::tensor(std::vector<std::int64_t>(tokens.begin(), tokens.end())).unsqueeze(0);
   const ModelOutput output =
-      model->forward({ids, torch::arange(length).unsqueeze(0), torch::zeros({1, length}, torch::kInt64)});
+      model->forward({ids, torch::arange(length).unsqueeze(0), torch::zeros({1, length}, torch::kInt64),
+                      torch::arange(length).ge(static_cast<std::int64_t>(prompt)).to(torch::kInt64).unsqueeze(0)});
   return model->head(output.hidden_BSD)[0].to(torch::kFloat64);
 }
 
@@ -44,7 +46,8 @@ std::vector<std::int32_t> continued_alone(MoeModel& model, const AnswerExample& 
   std::vector<std::int32_t> tokens = example.prompt;
   std::vector<std::int32_t> chosen;
   while (static_cast<std::int64_t>(chosen.size()) < max_new_tokens) {
-    const torch::Tensor logits = logits_alone(model, tokens)[static_cast<std::int64_t>(tokens.size()) - 1].contiguous();
+    const torch::Tensor logits =
+        logits_alone(model, tokens, example.prompt.size())[static_cast<std::int64_t>(tokens.size()) - 1].contiguous();
     const double* first = logits.data_ptr<double>();
     const auto token = static_cast<std::int32_t>(std::max_element(first, first + logits.numel()) - first);
     if (std::find(example.ends.begin(), example.ends.end(), token) != example.ends.end()) {
@@ -250,6 +253,31 @@ TEST_CASE("prompts of unequal length are continued as each is alone") {
     CHECK(greedy_continuations(model, examples, options, [&](std::int64_t count) { seen += count; }) == expected);
     CHECK(seen == 11);
   }
+}
+
+TEST_CASE("what is written under a residency rule is chosen by the rule from the first token of the answer on") {
+  at::set_num_threads(1);
+  MoeModel model = create_model(hestia::testing::tiny_architecture(), torch::kFloat64, torch::kCPU, 14);
+  const std::vector<AnswerExample> examples = random_prompts(83, 9);
+  GreedyOptions options;
+  options.max_new_tokens = 12;
+  options.rows = GENERATE(1, 4);
+  const std::vector<std::vector<std::int32_t>> plain = greedy_continuations(model, examples, options);
+  ResidencyRule rule;
+  rule.score = GENERATE(ResidencyScore::kLogit, ResidencyScore::kWeight);
+  rule.lambda = 0.6;
+  rule.always_keep = 0;
+  rule.slots = 3;
+  rule.logit_range = {2.0F, 2.5F};
+  const auto selector = std::make_shared<ResidencySelector>(rule);
+  model->set_selector(selector);
+  std::vector<std::vector<std::int32_t>> expected;
+  for (const AnswerExample& example : examples) {
+    expected.push_back(continued_alone(model, example, 12));
+  }
+  CHECK(expected != plain);
+  CHECK(greedy_continuations(model, examples, options) == expected);
+  CHECK(model->selector() == selector);
 }
 
 TEST_CASE("a continuation that says enough ends soon after, and its neighbours go on") {
