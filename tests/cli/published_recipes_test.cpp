@@ -366,7 +366,7 @@ TEST_CASE("held concentration: terms on the task, distillation on the rest, in t
   CHECK(recipe.distillation.domains == std::vector<std::string>{"dolly"});
   CHECK(recipe.distillation.weight == 1.0);
   CHECK(recipe.losses.reuse.weight == 0.3);
-  CHECK((recipe.residency.in_loop && recipe.residency.lambda == 0.4 && recipe.residency.always_keep == 2));
+  CHECK((recipe.residency.in_loop && recipe.residency.lambda == 0.2 && recipe.residency.always_keep == 2));
   CHECK(recipe.train.trainable == "router+lora");
   run_two_steps("olmoe", "held_olmoe_gsm8k", {"residency.always_keep=1"});  // of the random model's 2
 }
