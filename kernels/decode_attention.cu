@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "block_signals.cuh"
 #include "decode_checks.hpp"
 #include "decode_norm.cuh"
 #include "dependent.cuh"
@@ -18,22 +19,30 @@ constexpr int kMaxStretches = 32;  // per row and head
 constexpr int kBlocks = 256;       // that a row should give the GPU
 constexpr int kMaxHeads = 4;       // query heads of a block
 constexpr int kKeys = 4;           // that a lane has in flight
+constexpr int kPartsHeld = 16;     // stretches' values that a thread has in flight
+static_assert(kMaxHeads <= kWarps && kMaxStretches <= kDecodeWarp, "a warp per head, a lane per stretch");
 constexpr float kLog2E = 1.44269504F;
 constexpr float kNothing = -INFINITY;
 
-/// Sum over the block in a fixed order; all threads get it. `parts`: shared, used once.
-__device__ float block_sum(float value, float (&parts)[kWarps]) {
-  value = decode_warp_sum(value);
-  if (threadIdx.x % kDecodeWarp == 0) {
-    parts[threadIdx.x / kDecodeWarp] = value;
+/// Each value's sum over the block in a fixed order; all threads get them. `parts`: shared, used once.
+template <int kSums>
+__device__ void block_sums(float (&values)[kSums], float (*parts)[kWarps]) {
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) {
+    values[i] = decode_warp_sum(values[i]);
+    if (threadIdx.x % kDecodeWarp == 0) {
+      parts[i][threadIdx.x / kDecodeWarp] = values[i];
+    }
   }
   __syncthreads();
-  float sum = 0.0F;
 #pragma unroll
-  for (int warp = 0; warp < kWarps; ++warp) {
-    sum = __fadd_rn(sum, parts[warp]);
+  for (int i = 0; i < kSums; ++i) {
+    values[i] = 0.0F;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) {
+      values[i] = __fadd_rn(values[i], parts[i][warp]);
+    }
   }
-  return sum;
 }
 
 __device__ float rounded(float value) {
@@ -83,72 +92,128 @@ struct Sizes {
   float clip;
 };
 
-enum class Part { kQuery, kKey, kValue };
+/// Values i and i + d / 2 of a head, which are rotated together; of thread i < d / 2.
+struct Pair {
+  float a = 0.0F;
+  float b = 0.0F;
 
-/// Normed, clamped and rotated heads of the new token of row `t`; by the block. Thread i < d / 2 owns values i and i +
-/// d / 2 of a head.
-template <Part kPart>
-struct NewHeads {
-  const Sizes& sizes;
-  const DecodeAttentionInputs& in;
-  std::int64_t at;
-  const std::uint16_t* row;     // of all heads of the part
-  const std::uint16_t* weight;  // null: values
-  float inverse = 0.0F;         // of the norm over the width
-
-  __device__ NewHeads(const Sizes& all, const DecodeAttentionInputs& inputs, std::size_t t, std::int64_t position,
-                      float (&parts)[kWarps])
-      : sizes(all), in(inputs), at(position) {
-    const int first = kPart == Part::kQuery ? 0 : (kPart == Part::kKey ? all.num_heads : all.num_heads + all.num_keys);
-    row = in.projected + (t * (all.num_heads + 2 * all.num_keys) + first) * all.d;
-    weight = kPart == Part::kQuery ? in.query_norm : in.key_norm;
-    if (kPart != Part::kValue && all.norm == DecodeHeadNorm::kWidth) {
-      const int width = (kPart == Part::kQuery ? all.num_heads : all.num_keys) * all.d;
-      float squares = 0.0F;
-      for (int chunk = static_cast<int>(threadIdx.x); chunk < width / 8; chunk += kThreads) {
-        const uint4 values = reinterpret_cast<const uint4*>(row)[chunk];
-        squares = add_products(values, values, squares);
-      }
-      inverse = inverse_rms(block_sum(squares, parts), width, all.norm_eps);
-    }
+  __device__ void load(const std::uint16_t* head, int half) {
+    a = bfloat16_value(head[threadIdx.x]);
+    b = bfloat16_value(head[half + threadIdx.x]);
   }
+  /// To bfloat16 by `by`, then by the norm's weights.
+  __device__ void scale(float by, const Pair& weight) {
+    a = rounded(__fmul_rn(rounded(__fmul_rn(a, by)), weight.a));
+    b = rounded(__fmul_rn(rounded(__fmul_rn(b, by)), weight.b));
+  }
+  __device__ void clamp(float limit) {
+    a = rounded(fminf(fmaxf(a, -limit), limit));
+    b = rounded(fminf(fmaxf(b, -limit), limit));
+  }
+  __device__ void turn(float cosine, float sine) {
+    const float turned = rounded(__fsub_rn(rounded(__fmul_rn(a, cosine)), __fmul_rn(b, sine)));
+    b = rounded(__fadd_rn(rounded(__fmul_rn(b, cosine)), __fmul_rn(a, sine)));
+    a = turned;
+  }
+  __device__ void store(std::uint16_t* head, int half) const {
+    head[threadIdx.x] = bfloat16_bits(a);
+    head[half + threadIdx.x] = bfloat16_bits(b);
+  }
+};
 
-  /// Head `own` as bfloat16 to `to` [d], shared memory; `parts` as for block_sum.
-  __device__ void head(int own, std::uint16_t* to, float (&parts)[kWarps]) const {
-    const int thread = static_cast<int>(threadIdx.x);
+/// The thread's part of the sum of the squares of a row of `width` values.
+__device__ float own_squares(const std::uint16_t* row, int width) {
+  float sum = 0.0F;
+#pragma unroll 4
+  for (int chunk = static_cast<int>(threadIdx.x); chunk < width / 8; chunk += kThreads) {
+    const uint4 values = reinterpret_cast<const uint4*>(row)[chunk];
+    sum = add_products(values, values, sum);
+  }
+  return sum;
+}
+
+/// The heads of a block that the new token brings, its queries and its key, and its value head, which is only clamped.
+/// By the block; what does not come from the kernel before may be asked for before that has ended.
+template <int kHeads>
+struct NewHeads {
+  static constexpr int kNew = kHeads + 1;
+  Pair weight[kNew];
+  float cosine = 0.0F;
+  float sine = 0.0F;
+  Pair heads[kNew];
+  Pair value;
+
+  /// Weights and rotation. `first`: the first query head; those past `count` repeat the last.
+  __device__ void prepare(const Sizes& sizes, const DecodeAttentionInputs& in, std::int64_t at, int first, int count,
+                          int key_head) {
     const int half = sizes.d / 2;
-    const bool active = thread < half;
-    float a = active ? bfloat16_value(row[own * sizes.d + thread]) : 0.0F;
-    float b = active ? bfloat16_value(row[own * sizes.d + half + thread]) : 0.0F;
-    const auto scale = [&](float by, int offset) {
-      if (active) {
-        a = rounded(__fmul_rn(rounded(__fmul_rn(a, by)), bfloat16_value(weight[offset + thread])));
-        b = rounded(__fmul_rn(rounded(__fmul_rn(b, by)), bfloat16_value(weight[offset + half + thread])));
-      }
-    };
-    if (kPart != Part::kValue && sizes.norm == DecodeHeadNorm::kWidth) {
-      scale(inverse, own * sizes.d);
-    }
-    if (sizes.clip > 0.0F) {
-      a = rounded(fminf(fmaxf(a, -sizes.clip), sizes.clip));
-      b = rounded(fminf(fmaxf(b, -sizes.clip), sizes.clip));
-    }
-    if (kPart != Part::kValue && sizes.norm == DecodeHeadNorm::kHeads) {
-      const float squares = block_sum(__fmaf_rn(b, b, __fmul_rn(a, a)), parts);
-      scale(inverse_rms(squares, sizes.d, sizes.norm_eps), 0);
-    }
-    if (!active) {
+    if (static_cast<int>(threadIdx.x) >= half) {
       return;
     }
-    if (kPart != Part::kValue) {
-      const float c = bfloat16_value(in.cosine[at * half + thread]);
-      const float s = bfloat16_value(in.sine[at * half + thread]);
-      const float turned = rounded(__fsub_rn(rounded(__fmul_rn(a, c)), __fmul_rn(b, s)));
-      b = rounded(__fadd_rn(rounded(__fmul_rn(b, c)), __fmul_rn(a, s)));
-      a = turned;
+    cosine = bfloat16_value(in.cosine[at * half + threadIdx.x]);
+    sine = bfloat16_value(in.sine[at * half + threadIdx.x]);
+    if (sizes.norm == DecodeHeadNorm::kNone) {
+      return;
     }
-    to[thread] = bfloat16_bits(a);
-    to[half + thread] = bfloat16_bits(b);
+    const bool wide = sizes.norm == DecodeHeadNorm::kWidth;
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      weight[h].load(in.query_norm + (wide ? (first + min(h, count - 1)) * sizes.d : 0), half);
+    }
+    weight[kHeads].load(in.key_norm + (wide ? key_head * sizes.d : 0), half);
+  }
+
+  /// Normed, clamped and rotated. has_key: key and value, too. `parts`: shared, kNew rows.
+  __device__ void compute(const Sizes& sizes, const DecodeAttentionInputs& in, std::size_t t, int first, int count,
+                          int key_head, bool has_key, float (*parts)[kWarps]) {
+    const int half = sizes.d / 2;
+    const bool owns = static_cast<int>(threadIdx.x) < half;
+    const std::uint16_t* const queries = in.projected + t * (sizes.num_heads + 2 * sizes.num_keys) * sizes.d;
+    const std::uint16_t* const keys = queries + sizes.num_heads * sizes.d;
+    if (owns) {
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+        heads[h].load(queries + (first + min(h, count - 1)) * sizes.d, half);
+      }
+      if (has_key) {
+        heads[kHeads].load(keys + key_head * sizes.d, half);
+        value.load(keys + (sizes.num_keys + key_head) * sizes.d, half);
+      }
+    }
+    if (sizes.norm == DecodeHeadNorm::kWidth) {
+      float squares[2] = {own_squares(queries, sizes.num_heads * sizes.d),
+                          has_key ? own_squares(keys, sizes.num_keys * sizes.d) : 0.0F};
+      block_sums(squares, parts);
+      const float inverse = inverse_rms(squares[0], sizes.num_heads * sizes.d, sizes.norm_eps);
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+        heads[h].scale(inverse, weight[h]);
+      }
+      heads[kHeads].scale(inverse_rms(squares[1], sizes.num_keys * sizes.d, sizes.norm_eps), weight[kHeads]);
+    }
+    if (sizes.clip > 0.0F) {
+#pragma unroll
+      for (Pair& head : heads) {
+        head.clamp(sizes.clip);
+      }
+      value.clamp(sizes.clip);
+    }
+    if (sizes.norm == DecodeHeadNorm::kHeads) {
+      float squares[kNew];
+#pragma unroll
+      for (int h = 0; h < kNew; ++h) {
+        squares[h] = __fmaf_rn(heads[h].b, heads[h].b, __fmul_rn(heads[h].a, heads[h].a));
+      }
+      block_sums(squares, parts);
+#pragma unroll
+      for (int h = 0; h < kNew; ++h) {
+        heads[h].scale(inverse_rms(squares[h], sizes.d, sizes.norm_eps), weight[h]);
+      }
+    }
+#pragma unroll
+    for (Pair& head : heads) {
+      head.turn(cosine, sine);
+    }
   }
 };
 
@@ -193,9 +258,10 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ uint4 queries[kHeads][kLanes];
   __shared__ uint4 new_key[kLanes];
   __shared__ uint4 new_value[kLanes];
-  __shared__ float norm_parts[kHeads + 3][kWarps];
+  __shared__ float norm_parts[NewHeads<kHeads>::kNew][kWarps];
   __shared__ float mixed[kWarps][kHeads][kLanes * 8];
   __shared__ float2 softmax[kWarps][kHeads];
+  __shared__ float shares[kHeads][kMaxStretches];
   __shared__ bool last;
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / kDecodeWarp;
@@ -240,27 +306,29 @@ __global__ void __launch_bounds__(kThreads)
     }
   };
   load(0);
+  const int first_query = key_head * per_key + head_in_key;
+  NewHeads<kHeads> fresh;
+  if (visible > 0) {
+    fresh.prepare(sizes, in, at, first_query, heads, key_head);
+  }
   after_kernel_before();
 
   if (visible > 0) {
-    const NewHeads<Part::kQuery> own(sizes, in, t, at, norm_parts[kHeads]);
-#pragma unroll
-    for (int h = 0; h < kHeads; ++h) {
-      own.head(key_head * per_key + head_in_key + min(h, heads - 1), reinterpret_cast<std::uint16_t*>(queries[h]),
-               norm_parts[h]);
-    }
-  }
-  if (has_new) {
-    auto* const key = reinterpret_cast<std::uint16_t*>(new_key);
-    auto* const value = reinterpret_cast<std::uint16_t*>(new_value);
-    NewHeads<Part::kKey>(sizes, in, t, at, norm_parts[kHeads + 1]).head(key_head, key, norm_parts[kHeads + 2]);
-    NewHeads<Part::kValue>(sizes, in, t, at, norm_parts[0]).head(key_head, value, norm_parts[0]);
     const int half = sizes.d / 2;
-    if (head_in_key == 0 && thread < half) {  // what the thread has just written
-      const std::size_t to = (first_key + num_old) * sizes.d;
-      for (const int i : {thread, half + thread}) {
-        cache.keys[to + i] = key[i];
-        cache.values[to + i] = value[i];
+    fresh.compute(sizes, in, t, first_query, heads, key_head, has_new, norm_parts);
+    if (thread < half) {
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+        fresh.heads[h].store(reinterpret_cast<std::uint16_t*>(queries[h]), half);
+      }
+      if (has_new) {
+        fresh.heads[kHeads].store(reinterpret_cast<std::uint16_t*>(new_key), half);
+        fresh.value.store(reinterpret_cast<std::uint16_t*>(new_value), half);
+        if (head_in_key == 0) {
+          const std::size_t to = (first_key + num_old) * sizes.d;
+          fresh.heads[kHeads].store(cache.keys + to, half);
+          fresh.value.store(cache.values + to, half);
+        }
       }
     }
   }
@@ -393,40 +461,61 @@ __global__ void __launch_bounds__(kThreads)
       workspace.softmax[to] = make_float2(largest, total);
     }
   }
-  __threadfence();
   __syncthreads();
   unsigned* const ended = workspace.ended + first_head;
   if (thread == 0) {
-    last = atomicAdd(ended, 1U) == static_cast<unsigned>(stretches) - 1;
+    last = count_and_see(ended) == static_cast<unsigned>(stretches) - 1;
     if (last) {
       *ended = 0;
-      __threadfence();
     }
   }
   __syncthreads();
   if (!last) {
     return;
   }
+  // All stretches'. The first values are on their way while a warp of each head finds its stretches' shares.
+  float parts[kPartsHeld];
+  const auto load_parts = [&](int index, int first) {
+    const std::size_t from = (first_head + index / sizes.d) * sizes.cut.stretches;
+#pragma unroll
+    for (int part = 0; part < kPartsHeld; ++part) {
+      parts[part] =
+          first + part < stretches ? __ldcg(workspace.mixed + (from + first + part) * sizes.d + index % sizes.d) : 0.0F;
+    }
+  };
+  if (thread < heads * sizes.d) {
+    load_parts(thread, 0);
+  }
+  if (warp < heads) {
+    const float sink = in.sinks == nullptr ? kNothing : __fmul_rn(bfloat16_value(in.sinks[first_query + warp]), kLog2E);
+    float2 own = make_float2(kNothing, 0.0F);
+    if (lane < stretches) {
+      own = __ldcg(workspace.softmax + (first_head + warp) * sizes.cut.stretches + lane);
+    }
+    float largest = fmaxf(own.x, sink);
+    for (int offset = kDecodeWarp / 2; offset > 0; offset /= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffU, largest, offset));
+    }
+    const float kept = share(own.x, largest);
+    const float total = __fadd_rn(share(sink, largest), decode_warp_sum(__fmul_rn(own.y, kept)));
+    shares[warp][lane] = __fdiv_rn(kept, total);
+  }
+  __syncthreads();
   for (int index = thread; index < heads * sizes.d; index += kThreads) {
     const int h = index / sizes.d;
-    const int i = index % sizes.d;
-    const std::size_t from = (first_head + h) * sizes.cut.stretches;
-    const float sink = in.sinks == nullptr
-                           ? kNothing
-                           : __fmul_rn(bfloat16_value(in.sinks[key_head * per_key + head_in_key + h]), kLog2E);
-    float largest = sink;
-    for (int part = 0; part < stretches; ++part) {
-      largest = fmaxf(largest, __ldcg(workspace.softmax + from + part).x);
-    }
-    float total = share(sink, largest);
     float value = 0.0F;
-    for (int part = 0; part < stretches; ++part) {
-      const float2 own = __ldcg(workspace.softmax + from + part);
-      const float kept = share(own.x, largest);
-      total = __fmaf_rn(own.y, kept, total);
-      value = __fmaf_rn(__ldcg(workspace.mixed + (from + part) * sizes.d + i), kept, value);
+    for (int first = 0; first < stretches; first += kPartsHeld) {
+      if (index != thread || first > 0) {
+        load_parts(index, first);
+      }
+#pragma unroll
+      for (int part = 0; part < kPartsHeld; ++part) {
+        if (first + part < stretches) {
+          value = __fmaf_rn(shares[h][first + part], parts[part], value);
+        }
+      }
     }
-    out[(first_head + h) * sizes.d + i] = bfloat16_bits(visible == 0 ? NAN : __fdiv_rn(value, total));
+    out[first_head * sizes.d + index] = bfloat16_bits(visible == 0 ? NAN : value);
   }
 }
 

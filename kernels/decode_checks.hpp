@@ -32,7 +32,7 @@ inline void check_decode_multiple(const char* kernel, const char* name, std::int
 }
 
 void check_decode_router(const DecodeRouterShape& shape);
-void check_router_slots(const DecodeRouterInputs& in, const DecodeRouterOutputs& out);
+void check_router_slots(const DecodeRouterShape& shape, const DecodeRouterInputs& in, const DecodeRouterOutputs& out);
 void check_decode_linear(const DecodeLinearShape& shape);
 void check_decode_attention(const DecodeAttentionShape& shape);
 
@@ -40,7 +40,7 @@ void check_expert_fetch(const ExpertStoreShape& shape, const void* store, std::i
                         const void* slots);
 
 /// Throws std::invalid_argument for what decode_fetch_gate_up does not take.
-void check_decode_fetch(const DecodeExpertsShape& shape, const DecodeFetch& fetch);
+void check_decode_fetch(std::int64_t num_tokens, std::int64_t top_k, const DecodeFetch& fetch);
 
 void check_read_memory(std::size_t bytes);
 

@@ -99,12 +99,13 @@ __global__ void combine_kernel(DecodeSizes sizes, const float* y, const float* w
     return;
   }
   const std::size_t first = static_cast<std::size_t>(blockIdx.y) * sizes.top_k;
+  const std::size_t at = static_cast<std::size_t>(blockIdx.y) * sizes.hidden + i;
+  const float before = residual_at(residual, at);
   float sum = 0.0F;
   for (int k = 0; k < sizes.top_k; ++k) {
     sum = __fmaf_rn(weights[first + k], y[(first + k) * sizes.hidden + i], sum);
   }
-  const std::size_t at = static_cast<std::size_t>(blockIdx.y) * sizes.hidden + i;
-  out[at] = with_residual(sum, residual, at);
+  out[at] = bfloat16_bits(__fadd_rn(before, sum));
 }
 
 /// Grid: (tiles of kDownRows rows, T); block: one warp per expert of the token. hit_slots: null, or as
@@ -114,6 +115,8 @@ __global__ void __launch_bounds__(kDecodeMaxTopK* kDecodeWarp)
                         const float* weights, const float* y, const std::uint16_t* residual, std::uint16_t* out,
                         const std::int32_t* hit_slots) {
   __shared__ float products[kDownRows][kDecodeMaxTopK];
+  __shared__ float shares[kDecodeMaxTopK];
+  __shared__ bool counts[kDecodeMaxTopK];
   const int k = static_cast<int>(threadIdx.x) / kDecodeWarp;
   const int lane = static_cast<int>(threadIdx.x) % kDecodeWarp;
   const int i = static_cast<int>(blockIdx.x) * kDownRows;
@@ -124,31 +127,38 @@ __global__ void __launch_bounds__(kDecodeMaxTopK* kDecodeWarp)
     prefetch_down(sizes, matrix(pool, sizes, early_slot, sizes.blob.down), i);
   }
   after_kernel_before();
+  // All that is read is asked for at once.
+  const int m = static_cast<int>(threadIdx.x);
+  const bool is_out = m < kDownRows && i + m < sizes.hidden;
+  const std::size_t at = static_cast<std::size_t>(blockIdx.y) * sizes.hidden + i + m;
+  const float before = is_out ? residual_at(residual, at) : 0.0F;
   const int slot = has_hits && early_slot >= 0 ? -1 : slots[first + k];
+  if (lane == 0) {
+    shares[k] = weights[first + k];
+    counts[k] = y != nullptr || slot >= 0;
+  }
   if (slot >= 0) {
     const std::uint16_t* const rows[1] = {h + (first + k) * sizes.expert_hidden};
     float sums[kDownRows][1];
     down_dots<1>(sizes, matrix(pool, sizes, slot, sizes.blob.down), i, rows, sums);
     if (lane == 0) {
 #pragma unroll
-      for (int m = 0; m < kDownRows; ++m) {
-        products[m][k] = sums[m][0];
+      for (int row = 0; row < kDownRows; ++row) {
+        products[row][k] = sums[row][0];
       }
     }
   } else if (lane < kDownRows && y != nullptr && i + lane < sizes.hidden) {
     products[lane][k] = y[(first + k) * sizes.hidden + i + lane];
   }
   __syncthreads();
-  const int m = static_cast<int>(threadIdx.x);
-  if (m < kDownRows && i + m < sizes.hidden) {
+  if (is_out) {
     float sum = 0.0F;
     for (int j = 0; j < sizes.top_k; ++j) {
-      if (y != nullptr || slots[first + j] >= 0) {
-        sum = __fmaf_rn(weights[first + j], products[m][j], sum);
+      if (counts[j]) {
+        sum = __fmaf_rn(shares[j], products[m][j], sum);
       }
     }
-    const std::size_t at = static_cast<std::size_t>(blockIdx.y) * sizes.hidden + i + m;
-    out[at] = with_residual(sum, residual, at);
+    out[at] = bfloat16_bits(__fadd_rn(before, sum));
   }
 }
 

@@ -8,17 +8,16 @@
 
 namespace hestia {
 
-void check_decode_fetch(const DecodeExpertsShape& shape, const DecodeFetch& fetch) {
-  if (shape.num_tokens != 1) {
-    throw std::invalid_argument("decode fetch: takes one token, got " + std::to_string(shape.num_tokens));
+void check_decode_fetch(std::int64_t num_tokens, std::int64_t top_k, const DecodeFetch& fetch) {
+  if (num_tokens != 1) {
+    throw std::invalid_argument("decode fetch: takes one token, got " + std::to_string(num_tokens));
   }
   check_slot_cache(fetch.cache);
-  if (fetch.cache.policy == CachePolicyKind::kStatic ||
-      fetch.cache.slots < std::min(shape.top_k, fetch.cache.num_experts)) {
+  if (fetch.cache.policy == CachePolicyKind::kStatic || fetch.cache.slots < std::min(top_k, fetch.cache.num_experts)) {
     throw std::invalid_argument(
         "decode fetch: every miss must find a slot; it takes no static cache and at least as many slots as a token has "
         "experts, got " +
-        std::to_string(fetch.cache.slots) + " for " + std::to_string(shape.top_k));
+        std::to_string(fetch.cache.slots) + " for " + std::to_string(top_k));
   }
   if (fetch.layer < 0 || fetch.layer >= fetch.cache.num_layers) {
     throw std::invalid_argument("decode fetch: layer must be below " + std::to_string(fetch.cache.num_layers) +
@@ -34,7 +33,7 @@ std::size_t fetch_own_bytes(const ExpertBlob& blob) {
 
 void decode_fetch_gate_up_cpu(const DecodeExpertsShape& shape, const DecodeFetch& fetch, const std::uint16_t* x,
                               void* pool, std::uint16_t* h, float* y) {
-  check_decode_fetch(shape, fetch);
+  check_decode_fetch(shape.num_tokens, shape.top_k, fetch);
   slot_cache_serve_cpu(fetch.cache, fetch.state, fetch.layer, fetch.selected, 1, shape.top_k, fetch.answer);
   const ExpertStoreShape store{fetch.cache.num_layers, fetch.cache.num_experts, expert_blob(shape).bytes};
   if (fetch.answer.step->loads > 0) {

@@ -67,21 +67,14 @@ FetchStep fetch_step(const DecodeExpertsShape& shape, const DecodeFetch& fetch, 
   const ExpertBlob blob = expert_blob(shape);
   const std::size_t words = blob.bytes / sizeof(uint4);
   FetchStep step{};
-  step.cache = fetch.cache;
-  step.state = fetch.state;
-  step.layer = static_cast<int>(fetch.layer);
-  step.top_k = static_cast<int>(shape.top_k);
+  static_cast<ServeStep&>(step) = serve_step(fetch, shape.top_k);
   step.selected = fetch.selected;
   step.hit_slots = fetch.hit_slots;
   step.store =
       static_cast<const uint4*>(fetch.store) + static_cast<std::size_t>(fetch.layer * fetch.cache.num_experts) * words;
-  step.answer = fetch.answer;
-  step.workspace = static_cast<FetchWorkspace*>(fetch.workspace);
-  step.request = fetch.request;
   step.blob_words = words;
   step.first_words = blob.down / sizeof(uint4);
   step.own_words = fetch_own_bytes(blob) / sizeof(uint4);
-  step.copiers = static_cast<unsigned>(fetch.copiers);
   step.poll_ns = static_cast<unsigned>(fetch.poll_ns);
   step.blocks_per_pair = blocks_per_pair;
   step.down_blocks_per_pair = down_blocks_per_pair;
@@ -91,7 +84,7 @@ FetchStep fetch_step(const DecodeExpertsShape& shape, const DecodeFetch& fetch, 
 
 void decode_fetch_gate_up_cuda(const DecodeExpertsShape& shape, const DecodeFetch& fetch, const std::uint16_t* x,
                                void* pool, std::uint16_t* h, float* y, void* stream) {
-  check_decode_fetch(shape, fetch);
+  check_decode_fetch(shape.num_tokens, shape.top_k, fetch);
   if (shape.format != ExpertFormat::kBfloat16) {
     quantised_fetch_gate_up(shape, fetch, x, pool, h, y, stream);
     return;

@@ -413,7 +413,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   if (mixes) {
     const std::size_t at = static_cast<std::size_t>(blockIdx.y) * sizes.hidden + row;
-    out[at] = with_residual(mixed, residual, at);
+    out[at] = bfloat16_bits(__fadd_rn(residual_at(residual, at), mixed));
   }
 }
 

@@ -15,7 +15,12 @@ constexpr int kTile = kMmaRows;
 constexpr int kColumns = kMmaColumns;
 constexpr int kStepChunks = 4;  // chunks of 8 values of H that a warp takes in one step
 constexpr int kMaxRows = static_cast<int>(kDecodeMaxRows);
-constexpr int kFewTiles = 2 * 132;  // below, blocks are scarce and each keeps more loads in flight
+constexpr int kFewTiles = 2 * 132;             // below, blocks are scarce and each keeps more loads in flight
+constexpr std::size_t kMaxShared = 40 * 1024;  // bytes of normalised rows that a block keeps
+
+/// What is done to x: nothing; normalised by the block once, into shared memory; where that is too small, normalised by
+/// every warp as it goes. The bits do not depend on which of the last two.
+enum class Input { kPlain, kNormalised, kNormalisedEach };
 
 struct Sizes {
   int num_tokens;   // T
@@ -65,12 +70,26 @@ struct Shared {
   float parts[kWarps][kGroups * kColumns][kStride];
 };
 
+/// 1 / rms of row `t` out of sum_squares' sums.
+__device__ float inverse_of(const Sizes& sizes, const float (*squares)[kWarps], int t) {
+  float sum = 0.0F;
+#pragma unroll
+  for (int part = 0; part < kWarps; ++part) {
+    sum = __fadd_rn(sum, squares[t][part]);
+  }
+  return inverse_rms(sum, sizes.chunks * 8, sizes.norm_eps);
+}
+
 /// Grid: tiles of kTiles * 16 rows of the weights. Up to kGroups * 8 rows of the step. Each thread keeps the weights of
 /// kDepth steps in flight, the first of them from before the norm. Lane l holds chunk l % 4 of each step, of weight
-/// rows l / 4 and l / 4 + 8 of a tile and of row l / 4 of a group: the layout of multiply_add's fragments.
-template <int kTiles, int kGroups, int kDepth, bool kNormed, class Out>
-__global__ void __launch_bounds__(kThreads) linear_kernel(Sizes sizes, DecodeLinearInputs in, Out* out) {
+/// rows l / 4 and l / 4 + 8 of a tile and of row l / 4 of a group: the layout of multiply_add's fragments. Dynamic
+/// shared memory: the normalised rows, when kNormalised.
+template <int kTiles, int kGroups, int kDepth, Input kInput, class Out>
+__global__ void __launch_bounds__(kThreads, kTiles* kGroups* kDepth <= 4 ? 3 : 1)
+    linear_kernel(Sizes sizes, DecodeLinearInputs in, Out* out) {
+  constexpr bool kEach = kInput == Input::kNormalisedEach;
   __shared__ Shared<kTiles, kGroups> shared;
+  extern __shared__ uint4 normal[];
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / kDecodeWarp;
   const int lane = thread % kDecodeWarp;
@@ -103,17 +122,21 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(Sizes sizes, DecodeLin
   for (int s = 0; s < kDepth; ++s) {
     load_step(s, w[s]);
   }
+  const auto* const norm_weight = reinterpret_cast<const uint4*>(in.norm_weight);
+  uint4 first_scale = make_uint4(0, 0, 0, 0);
+  if constexpr (kInput == Input::kNormalised) {
+    first_scale = norm_weight[thread % sizes.chunks];
+  }
   after_kernel_before();
 
-  const auto* const x = reinterpret_cast<const uint4*>(in.x);
-  const uint4* rows[kGroups];
-  float inverse[kGroups];
-#pragma unroll
-  for (int g = 0; g < kGroups; ++g) {
-    rows[g] = x + static_cast<std::size_t>(min(g * kColumns + lane / 4, sizes.num_tokens - 1)) * sizes.chunks;
-    inverse[g] = 0.0F;
+  const int first_t = thread / (kTiles * kTile);  // of the thread's first sum
+  const int first_n = first_row + thread % (kTiles * kTile);
+  float first_residual = 0.0F;
+  if (in.residual != nullptr && first_t < sizes.num_tokens && first_n < sizes.output_size) {
+    first_residual = bfloat16_value(in.residual[static_cast<std::size_t>(first_t) * sizes.output_size + first_n]);
   }
-  if constexpr (kNormed) {
+  const auto* const x = reinterpret_cast<const uint4*>(in.x);
+  if constexpr (kInput != Input::kPlain) {
     if (sizes.num_tokens == 1) {
       sum_squares<1>(sizes, x, 0, shared.squares);
     } else {
@@ -122,16 +145,26 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(Sizes sizes, DecodeLin
       }
     }
     __syncthreads();
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      const float* const parts = shared.squares[min(g * kColumns + lane / 4, sizes.num_tokens - 1)];
-      float sum = 0.0F;
-#pragma unroll
-      for (int part = 0; part < kWarps; ++part) {
-        sum = __fadd_rn(sum, parts[part]);
-      }
-      inverse[g] = inverse_rms(sum, sizes.chunks * 8, sizes.norm_eps);
+  }
+  if constexpr (kInput == Input::kNormalised) {
+    for (int i = thread; i < sizes.num_tokens * sizes.chunks; i += kThreads) {
+      const uint4 scale = i == thread ? first_scale : norm_weight[i % sizes.chunks];
+      normal[i] = normalised(x[i], scale, inverse_of(sizes, shared.squares, i / sizes.chunks), sizes.norm);
     }
+    __syncthreads();
+  }
+  const uint4* rows[kGroups];
+  float inverse[kGroups];
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    const int t = min(g * kColumns + lane / 4, sizes.num_tokens - 1);
+    const std::size_t first = static_cast<std::size_t>(t) * sizes.chunks;
+    if constexpr (kInput == Input::kNormalised) {
+      rows[g] = normal + first;
+    } else {
+      rows[g] = x + first;
+    }
+    inverse[g] = kEach ? inverse_of(sizes, shared.squares, t) : 0.0F;
   }
 
   float sums[2][kTiles][kGroups][4] = {};  // two, so that products wait less for one another
@@ -148,14 +181,14 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(Sizes sizes, DecodeLin
 #pragma unroll
     for (int s = 0; s < kDepth; ++s) {
       uint4 scale = make_uint4(0, 0, 0, 0);
-      if constexpr (kNormed) {
+      if constexpr (kEach) {
         if (within(base + s)) {
-          scale = reinterpret_cast<const uint4*>(in.norm_weight)[chunk_of(base + s)];
+          scale = norm_weight[chunk_of(base + s)];
         }
       }
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
-        const uint4 v = kNormed ? normalised(values[s][g], scale, inverse[g], sizes.norm) : values[s][g];
+        const uint4 v = kEach ? normalised(values[s][g], scale, inverse[g], sizes.norm) : values[s][g];
 #pragma unroll
         for (int m = 0; m < kTiles; ++m) {
           const uint4& a = w[s][m][0];
@@ -197,7 +230,7 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(Sizes sizes, DecodeLin
     }
     const std::size_t at = static_cast<std::size_t>(t) * sizes.output_size + n;
     if (in.residual != nullptr) {
-      sum = __fadd_rn(bfloat16_value(in.residual[at]), sum);
+      sum = __fadd_rn(i == thread ? first_residual : bfloat16_value(in.residual[at]), sum);
     }
     if constexpr (sizeof(Out) == sizeof(float)) {
       out[at] = sum;
@@ -211,9 +244,21 @@ template <int kTiles, int kGroups, int kDepth, class Out>
 void launch(const Sizes& sizes, const DecodeLinearInputs& in, Out* out, void* stream, bool dependent) {
   const int rows = kTiles * kTile;
   const auto grid = static_cast<unsigned>((sizes.output_size + rows - 1) / rows);
-  auto* const kernel = in.norm_weight != nullptr ? linear_kernel<kTiles, kGroups, kDepth, true, Out>
-                                                 : linear_kernel<kTiles, kGroups, kDepth, false, Out>;
-  launch_kernel("linear_kernel", kernel, grid, kThreads, 0, stream, dependent, sizes, in, out);
+  const auto start = [&](auto* kernel, std::size_t shared) {
+    launch_kernel("linear_kernel", kernel, grid, kThreads, shared, stream, dependent, sizes, in, out);
+  };
+  if (in.norm_weight == nullptr) {
+    start(linear_kernel<kTiles, kGroups, kDepth, Input::kPlain, Out>, 0);
+    return;
+  }
+  if constexpr (kGroups == 1) {
+    const std::size_t normalised = static_cast<std::size_t>(sizes.num_tokens) * sizes.chunks * sizeof(uint4);
+    if (normalised <= kMaxShared) {
+      start(linear_kernel<kTiles, kGroups, kDepth, Input::kNormalised, Out>, normalised);
+      return;
+    }
+  }
+  start(linear_kernel<kTiles, kGroups, kDepth, Input::kNormalisedEach, Out>, 0);
 }
 
 template <class Out>

@@ -78,8 +78,9 @@ __device__ inline bool hits_are_done(const std::int32_t* hit_slots, int top_k) {
   return hit_slots != nullptr && __any_sync(~0U, lane < top_k && hit_slots[lane] < 0) != 0;
 }
 
-__device__ inline std::uint16_t with_residual(float sum, const std::uint16_t* residual, std::size_t at) {
-  return bfloat16_bits(residual == nullptr ? sum : __fadd_rn(bfloat16_value(residual[at]), sum));
+/// residual[at], or what changes no sum where there is no residual.
+__device__ inline float residual_at(const std::uint16_t* residual, std::size_t at) {
+  return residual == nullptr ? -0.0F : bfloat16_value(residual[at]);
 }
 
 }  // namespace hestia

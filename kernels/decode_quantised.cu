@@ -368,6 +368,8 @@ __global__ void __launch_bounds__(kFusedWarps* kDecodeWarp)
                                   std::uint16_t* out, const std::int32_t* hit_slots) {
   __shared__ float partial[kDecodeMaxTopK][kSplits][kTileRows];
   __shared__ float products[kDecodeMaxTopK][kTileRows];
+  __shared__ float shares[kDecodeMaxTopK];
+  __shared__ bool counts[kDecodeMaxTopK];
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % kDecodeWarp;
   const std::size_t first_pair = static_cast<std::size_t>(blockIdx.y) * sizes.top_k;
@@ -375,6 +377,21 @@ __global__ void __launch_bounds__(kFusedWarps* kDecodeWarp)
   after_kernel_before();
   const bool has_hits = y != nullptr && hits_are_done(hit_slots, sizes.top_k);
   const auto slot_of = [&](int k) { return has_hits && hit_slots[k] >= 0 ? -1 : slots[first_pair + k]; };
+  // What the products do not need is asked for before them.
+  const int row = thread % kTileRows;
+  const int i = static_cast<int>(blockIdx.x) * kTileRows + row;
+  const std::size_t out_at = static_cast<std::size_t>(blockIdx.y) * sizes.hidden + i;
+  const bool is_out = thread < kTileRows && i < sizes.hidden;
+  const float before = is_out ? residual_at(residual, out_at) : 0.0F;
+  if (thread < sizes.top_k) {
+    shares[thread] = weights[first_pair + thread];
+    counts[thread] = y != nullptr || slots[first_pair + thread] >= 0;
+  }
+  for (int k = thread / kTileRows; k < sizes.top_k; k += kFusedWarps * kDecodeWarp / kTileRows) {
+    if (y != nullptr && i < sizes.hidden && slot_of(k) < 0) {
+      products[k][row] = y[(first_pair + k) * sizes.hidden + i];
+    }
+  }
   for (int item = thread / kDecodeWarp; item < sizes.top_k * kSplits; item += kFusedWarps) {
     const int k = item / kSplits;
     const int slot = slot_of(k);
@@ -391,27 +408,20 @@ __global__ void __launch_bounds__(kFusedWarps* kDecodeWarp)
     }
   }
   __syncthreads();
-  for (int at = thread; at < sizes.top_k * kTileRows; at += kFusedWarps * kDecodeWarp) {
-    const int k = at / kTileRows;
-    const int row = at % kTileRows;
-    const int i = static_cast<int>(blockIdx.x) * kTileRows + row;
+  for (int k = thread / kTileRows; k < sizes.top_k; k += kFusedWarps * kDecodeWarp / kTileRows) {
     if (slot_of(k) >= 0) {
       products[k][row] = sum_of_splits(&partial[k][0][row], kTileRows);
-    } else if (y != nullptr && i < sizes.hidden) {
-      products[k][row] = y[(first_pair + k) * sizes.hidden + i];
     }
   }
   __syncthreads();
-  const int i = static_cast<int>(blockIdx.x) * kTileRows + thread;
-  if (thread < kTileRows && i < sizes.hidden) {
+  if (is_out) {
     float sum = 0.0F;
     for (int k = 0; k < sizes.top_k; ++k) {
-      if (y != nullptr || slots[first_pair + k] >= 0) {
-        sum = __fmaf_rn(weights[first_pair + k], products[k][thread], sum);
+      if (counts[k]) {
+        sum = __fmaf_rn(shares[k], products[k][thread], sum);
       }
     }
-    const std::size_t at = static_cast<std::size_t>(blockIdx.y) * sizes.hidden + i;
-    out[at] = with_residual(sum, residual, at);
+    out[out_at] = bfloat16_bits(__fadd_rn(before, sum));
   }
 }
 

@@ -51,9 +51,15 @@ void check_decode_router(const DecodeRouterShape& shape) {
   }
 }
 
-void check_router_slots(const DecodeRouterInputs& in, const DecodeRouterOutputs& out) {
+void check_router_slots(const DecodeRouterShape& shape, const DecodeRouterInputs& in, const DecodeRouterOutputs& out) {
   if (out.slots != nullptr && in.slot_of == nullptr) {
     throw std::invalid_argument("decode router: slots of the selected need the table of the slot cache, got none");
+  }
+  if (in.fetch != nullptr) {
+    if (out.slots == nullptr) {
+      throw std::invalid_argument("decode router: serving a step needs the slots of the selected, got none");
+    }
+    check_decode_fetch(shape.num_tokens, shape.top_k, *in.fetch);
   }
 }
 
@@ -76,7 +82,7 @@ void rms_norm_row(const std::uint16_t* x, const std::uint16_t* weight, std::int6
 
 void decode_router_cpu(const DecodeRouterShape& shape, const DecodeRouterInputs& in, const DecodeRouterOutputs& out) {
   check_decode_router(shape);
-  check_router_slots(in, out);
+  check_router_slots(shape, in, out);
   for (std::int64_t t = 0; t < shape.num_tokens; ++t) {
     std::uint16_t* const normal = out.normal + t * shape.hidden_size;
     float* const logits = out.logits + t * shape.num_experts;

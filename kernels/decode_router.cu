@@ -2,9 +2,11 @@
 
 #include <algorithm>
 
+#include "block_signals.cuh"
 #include "decode_checks.hpp"
 #include "decode_norm.cuh"
 #include "dependent.cuh"
+#include "expert_arrival.cuh"
 #include "hestia/core/error.hpp"
 #include "launch.cuh"
 
@@ -18,13 +20,6 @@ constexpr int kMaxTopK = 32;
 constexpr int kRankThreads = kThreads - kDecodeWarp;  // two per expert; the last warp computes the softmax meanwhile
 constexpr int kAhead = 16;                            // 16 bytes of its row, times this, that a lane asks for early
 constexpr std::int64_t kSpread = 128;                 // blocks to spread few rows over: about one per SM
-
-/// Adds one to `counter` and returns what it held: what the thread wrote before is seen by those that count after it.
-__device__ unsigned count_up(unsigned* counter) {
-  unsigned before = 0;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-  return before;
-}
 
 /// Calls ranked(e, the number of experts j with before(j, e)) for every expert, in one of the kRankThreads threads.
 template <class Before, class Ranked>
@@ -47,13 +42,12 @@ __device__ void rank_experts(int num_experts, const Before& before, const Ranked
   }
 }
 
-/// Softmax of the logits of one token, by one warp; p: shared.
-__device__ void softmax(const float* logits, int num_experts, float* p, float* probabilities) {
+/// Softmax of the logits of one token, in p (shared), by one warp.
+__device__ void softmax(int num_experts, float* p, float* probabilities) {
   const int lane = static_cast<int>(threadIdx.x) % kDecodeWarp;
   float largest = -INFINITY;
 #pragma unroll 2
   for (int e = lane; e < num_experts; e += kDecodeWarp) {
-    p[e] = __ldcg(logits + e);
     largest = fmaxf(largest, p[e]);
   }
   for (int offset = kDecodeWarp / 2; offset > 0; offset /= 2) {
@@ -73,12 +67,27 @@ __device__ void softmax(const float* logits, int num_experts, float* p, float* p
   }
 }
 
-/// The choice for one token by one block, which sees all of its logits.
-__device__ void choose(const DecodeRouterShape& shape, const DecodeRouterInputs& inputs, std::size_t token,
-                       const float* logits, float* probabilities, const DecodeRouterOutputs& out) {
+/// The expert that a trace has for place `thread` of the token; of the first warp, else -1. Nothing that this kernel
+/// writes goes into it.
+__device__ int forced_expert(const DecodeRouterShape& shape, const DecodeRouterInputs& inputs, std::size_t token) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int top_k = static_cast<int>(shape.top_k);
+  if (inputs.forced == nullptr || thread >= kDecodeWarp) {
+    return -1;
+  }
+  const std::int64_t row = *inputs.step % inputs.num_forced * shape.num_tokens + static_cast<std::int64_t>(token);
+  return static_cast<int>(inputs.forced[row * top_k + (thread < top_k ? thread : 0)]);
+}
+
+/// The choice for one token by one block, which sees all of its logits. `forced`: the thread's forced_expert.
+/// `selected`: the choice once more, shared, of kMaxTopK. Returns whether the thread's expert has no slot.
+__device__ bool choose(const DecodeRouterShape& shape, const DecodeRouterInputs& inputs, std::size_t token, int forced,
+                       const float* logits, float* probabilities, const DecodeRouterOutputs& out,
+                       std::int32_t* selected) {
   __shared__ std::int32_t own[kMaxExperts];  // ordered scores, without the bonus and with it
   __shared__ std::int32_t adjusted[kMaxExperts];
-  __shared__ float p[kMaxExperts];
+  __shared__ float p[kMaxExperts];  // logits, then probabilities
+  __shared__ std::int32_t slots[kMaxExperts];
   __shared__ std::int32_t place[kMaxExperts];         // by the score alone
   __shared__ std::int32_t at_place[kMaxExperts];      // the expert there
   __shared__ unsigned in[kMaxExperts / kDecodeWarp];  // a bit per place: chosen
@@ -102,19 +111,20 @@ __device__ void choose(const DecodeRouterShape& shape, const DecodeRouterInputs&
   }
 #pragma unroll 1
   for (int e = thread; e < num_experts; e += kThreads) {
-    const bool is_resident = prior && slot_of[e] >= 0;
     const float z = __ldcg(logits + e);  // written by other blocks
+    slots[e] = slot_of != nullptr ? slot_of[e] : -1;
+    p[e] = z;
     const float score = by_weight ? relative_weight(z, largest) : z;
     own[e] = ordered_logit(score);
     if (prior) {
-      adjusted[e] = is_resident ? ordered_logit(__fadd_rn(score, shape.bonus)) : own[e];
+      adjusted[e] = slots[e] >= 0 ? ordered_logit(__fadd_rn(score, shape.bonus)) : own[e];
       in[e / kDecodeWarp] = 0;
     }
   }
   __syncthreads();
   // E is small, so all pairs are compared.
   if (thread >= kRankThreads) {
-    softmax(logits, num_experts, p, probabilities);
+    softmax(num_experts, p, probabilities);
   } else {
     const auto before = [&](int j, int e) { return chosen_before({own[j], own[j], j}, {own[e], own[e], e}); };
     rank_experts(num_experts, before, [&](int e, int rank) {
@@ -153,11 +163,11 @@ __device__ void choose(const DecodeRouterShape& shape, const DecodeRouterInputs&
     __syncthreads();
     by_score = chosen;
   }
+  bool is_missing = false;
   if (thread < kDecodeWarp) {
     int e = by_score[thread < top_k ? thread : 0];
     if (inputs.forced != nullptr) {
-      const std::int64_t row = *inputs.step % inputs.num_forced * shape.num_tokens + static_cast<std::int64_t>(token);
-      e = static_cast<int>(inputs.forced[row * top_k + (thread < top_k ? thread : 0)]);
+      e = forced;
     }
     float weight = p[e];
     if (shape.normalise_top_k) {
@@ -170,19 +180,27 @@ __device__ void choose(const DecodeRouterShape& shape, const DecodeRouterInputs&
     if (thread < top_k) {
       const std::size_t at = token * top_k + thread;
       out.selected[at] = e;
+      selected[thread] = e;
+      is_missing = slots[e] < 0;
       out.weights[at] = __fmul_rn(weight, shape.routed_scale);
       if (out.slots != nullptr) {
-        out.slots[at] = slot_of[e];
+        out.slots[at] = slots[e];
       }
     }
   }
+  return is_missing;
 }
 
-/// Grid: (tiles of `tile` <= kWarps experts, T). Dynamic shared memory: the normalised row.
+/// Grid: (tiles of `tile` <= kWarps experts, T). Dynamic shared memory: the normalised row, later the bits that serving
+/// takes. kServes: T is 1.
+template <bool kServes>
 __global__ void __launch_bounds__(kThreads)
-    router_kernel(DecodeRouterShape shape, DecodeRouterInputs in, DecodeRouterOutputs out, unsigned* ended, int tile) {
+    router_kernel(DecodeRouterShape shape, DecodeRouterInputs in, DecodeRouterOutputs out, unsigned* ended, int tile,
+                  ServeStep serve) {
+  static_assert(kThreads == arrival::kThreads && kMaxTopK <= kDecodeMaxTopK);
   extern __shared__ uint4 shared[];
   __shared__ float partial[kWarps];
+  __shared__ std::int32_t selected[kMaxTopK];
   auto* const normal = reinterpret_cast<std::uint16_t*>(shared);
   const int hidden = static_cast<int>(shape.hidden_size);
   const std::size_t token = blockIdx.y;
@@ -204,6 +222,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   after_kernel_before();
+  const int forced = forced_expert(shape, in, token);
   block_rms_norm<kThreads>(in.hidden + token * hidden, in.norm_weight, hidden, shape.norm_eps, shape.norm, normal,
                            partial);
   __syncthreads();
@@ -232,7 +251,7 @@ __global__ void __launch_bounds__(kThreads)
     sum = decode_warp_sum(sum);
     if (lane == 0) {
       out.logits[token * shape.num_experts + expert] = in.bias == nullptr ? sum : __fadd_rn(sum, bias);
-      last = count_up(ended + token) == shape.num_experts - 1;
+      last = count_and_see(ended + token) == shape.num_experts - 1;
       if (last) {
         ended[token] = 0;
       }
@@ -245,8 +264,13 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   if (__syncthreads_or(last ? 1 : 0) != 0) {
-    choose(shape, in, token, out.logits + token * shape.num_experts, out.probabilities + token * shape.num_experts,
-           out);
+    const bool is_missing = choose(shape, in, token, forced, out.logits + token * shape.num_experts,
+                                   out.probabilities + token * shape.num_experts, out, selected);
+    if constexpr (kServes) {
+      if (__syncthreads_or(is_missing ? 1 : 0) != 0) {
+        arrival::serve_and_ask(serve, selected, reinterpret_cast<unsigned*>(shared));
+      }
+    }
   }
 }
 
@@ -259,15 +283,23 @@ std::size_t decode_router_workspace(const DecodeRouterShape& shape) {
 void decode_router_cuda(const DecodeRouterShape& shape, const DecodeRouterInputs& in, const DecodeRouterOutputs& out,
                         void* workspace, void* stream) {
   check_decode_router(shape);
-  check_router_slots(in, out);
+  check_router_slots(shape, in, out);
   const std::size_t row_bytes = static_cast<std::size_t>(shape.hidden_size) * sizeof(std::uint16_t);
   check_decode_range("decode router", "the hidden size", shape.hidden_size, 16 * 1024);
   const std::int64_t tile =
       std::min<std::int64_t>((shape.num_tokens * shape.num_experts + kSpread - 1) / kSpread, kWarps);
   const dim3 grid(static_cast<unsigned>((shape.num_experts + tile - 1) / tile),
                   static_cast<unsigned>(shape.num_tokens));
-  launch_kernel("router_kernel", router_kernel, grid, kThreads, row_bytes, stream, shape.dependent, shape, in, out,
-                static_cast<unsigned*>(workspace), static_cast<int>(tile));
+  const auto start = [&](auto* kernel, std::size_t shared, const ServeStep& serve) {
+    launch_kernel("router_kernel", kernel, grid, kThreads, shared, stream, shape.dependent, shape, in, out,
+                  static_cast<unsigned*>(workspace), static_cast<int>(tile), serve);
+  };
+  if (in.fetch != nullptr) {
+    start(router_kernel<true>, std::max(row_bytes, serving::bytes_of_bits(in.fetch->cache)),
+          serve_step(*in.fetch, shape.top_k));
+  } else {
+    start(router_kernel<false>, row_bytes, ServeStep{});
+  }
 }
 
 }  // namespace hestia

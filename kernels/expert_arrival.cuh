@@ -3,15 +3,16 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "block_signals.cuh"
 #include "decode_dot.cuh"
 #include "hestia/kernels/decode_fetch.hpp"
 #include "slot_cache_serve.cuh"
 
 // How the blocks of one kernel serve a step, copy its misses and compute with what is there (decode_fetch.hpp). The
-// first block serves and says so; the first `copiers` blocks copy, whose warps are counted down per miss and part;
-// the others compute: gate and up of hits at once, then, in a step with misses, down of the hits whose gate and up are
-// through, then gate and up of a miss when the counter of its first part is down. Blocks start in the order of their
-// numbers, so whoever is waited for runs before those that wait.
+// first block serves and says so, unless the router has (decode_router.hpp); the first `copiers` blocks copy, whose
+// warps are counted down per miss and part; the others compute: gate and up of hits at once, then, in a step with
+// misses, down of the hits whose gate and up are through, then gate and up of a miss when the counter of its first part
+// is down. Blocks start in the order of their numbers, so whoever is waited for runs before those that wait.
 
 namespace hestia {
 
@@ -24,22 +25,37 @@ struct FetchWorkspace {
   unsigned copied[kDecodeMaxTopK];              ///< 1: the host thread has not copied its share of the load yet
 };
 
-/// DecodeFetch as the kernels take it.
-struct FetchStep {
+/// What of DecodeFetch serving a step takes.
+struct ServeStep {
   SlotCacheShape cache;
   SlotCacheState state;
   int layer;
   int top_k;
-  const std::int32_t* selected;
-  const std::int32_t* hit_slots;
-  const uint4* store;  ///< of the layer
   SlotCacheAnswer answer;
   FetchWorkspace* workspace;
   CopyRequest* request;
+  unsigned copiers;
+};
+
+inline ServeStep serve_step(const DecodeFetch& fetch, std::int64_t top_k) {
+  return {fetch.cache,
+          fetch.state,
+          static_cast<int>(fetch.layer),
+          static_cast<int>(top_k),
+          fetch.answer,
+          static_cast<FetchWorkspace*>(fetch.workspace),
+          fetch.request,
+          static_cast<unsigned>(fetch.copiers)};
+}
+
+/// DecodeFetch as the kernels take it.
+struct FetchStep : ServeStep {
+  const std::int32_t* selected;
+  const std::int32_t* hit_slots;
+  const uint4* store;       ///< of the layer
   std::size_t own_words;    ///< of the first load, where a host thread copies the others
   std::size_t blob_words;   ///< of 16 bytes
   std::size_t first_words;  ///< gate and up: part 0; down is part 1
-  unsigned copiers;
   unsigned poll_ns;
   unsigned blocks_per_pair;       ///< that compute gate and up of one expert
   unsigned down_blocks_per_pair;  ///< that compute down of a hit; 0: nobody does
@@ -59,26 +75,6 @@ namespace arrival {
 
 constexpr int kThreads = serving::kThreads;
 constexpr int kInFlight = 4;  // loads of 16 bytes per thread
-
-__device__ inline unsigned load_acquire(const unsigned* address) {
-  unsigned value = 0;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
-  return value;
-}
-__device__ inline unsigned load_acquire_system(const unsigned* address) {
-  unsigned value = 0;
-  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
-  return value;
-}
-__device__ inline void store_release_system(unsigned* address, unsigned value) {
-  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
-}
-__device__ inline void store_release(unsigned* address, unsigned value) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
-}
-__device__ inline void count_down(unsigned* address) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(~0U) : "memory");
-}
 
 /// Waits until the step is served; by one thread. Returns the number of loads.
 __device__ inline unsigned wait_served(const FetchStep& step, unsigned poll_ns) {
@@ -162,7 +158,7 @@ __device__ inline void leave(const FetchStep& step) {
 __device__ inline void tell_through(const FetchStep& step, int pair) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(&step.workspace->through[pair]) : "memory");
+    count_up(&step.workspace->through[pair]);
   }
 }
 
@@ -240,42 +236,54 @@ __device__ inline int arrived_slot(const FetchStep& step, const Turn& turn, int*
   return *shared;
 }
 
-/// The work of the first `copiers` blocks.
+/// Serves the step, says so and asks for its copies; a block of kThreads. `bits`: serving::bytes_of_bits of shared
+/// memory.
+__device__ inline void serve_and_ask(const ServeStep& step, const std::int32_t* selected, unsigned* bits) {
+  __shared__ serving::Shared shared;
+  const auto thread = static_cast<unsigned>(threadIdx.x);
+  serving::serve(serving::Layer(step.cache, step.state, step.layer), selected, 1, step.top_k, true, &step.answer, bits,
+                 shared);
+  __syncthreads();
+  const auto loads = static_cast<unsigned>(step.answer.step->loads);
+  const bool asks = step.request != nullptr && loads > 0;
+  if (thread < loads * kFetchParts) {
+    step.workspace->left[thread] = !asks || thread == 0 ? step.copiers * (kThreads / kDecodeWarp) : 0;
+  }
+  if (asks && thread < loads) {
+    step.workspace->copied[thread] = 1;
+  }
+  __syncthreads();
+  if (thread == 0) {
+    store_release(&step.workspace->served, 1 + loads);
+  }
+  // Behind it: those who wait on the GPU need not wait for the way to the host.
+  if (asks && thread < kDecodeWarp) {
+    if (thread < loads) {
+      const SlotCacheLoad& what = step.answer.loads[thread];
+      volatile CopyRequest::Load& load = step.request->loads[thread];
+      load.blob = step.layer * static_cast<int>(step.cache.num_experts) + what.expert;
+      load.slot = what.slot;
+      __threadfence_system();
+    }
+    __syncwarp();
+    if (thread == 0) {
+      store_release_system(&step.request->count, loads);
+    }
+  }
+}
+
+/// The work of the first `copiers` blocks; the first serves, unless the router has.
 __device__ inline void serve_and_copy(const FetchStep& step, uint4* pool) {
   __shared__ unsigned shared_loads;
   const auto thread = static_cast<unsigned>(threadIdx.x);
-  const unsigned warps = step.copiers * (kThreads / kDecodeWarp);
   if (blockIdx.x == 0) {
-    __shared__ serving::Shared shared;
     extern __shared__ unsigned bits[];
-    serving::serve(serving::Layer(step.cache, step.state, step.layer), step.selected, 1, step.top_k, true, &step.answer,
-                   bits, shared);
-    __syncthreads();
-    const auto loads = static_cast<unsigned>(step.answer.step->loads);
-    const bool asks = step.request != nullptr && loads > 0;
-    if (thread < loads * kFetchParts) {
-      step.workspace->left[thread] = !asks || thread == 0 ? warps : 0;
-    }
-    if (asks && thread < loads) {
-      step.workspace->copied[thread] = 1;
-    }
-    __syncthreads();
     if (thread == 0) {
-      store_release(&step.workspace->served, 1 + loads);
+      shared_loads = load_acquire(&step.workspace->served);
     }
-    // Behind it: the other copiers need not wait for the way to the host.
-    if (asks && thread < kDecodeWarp) {
-      if (thread < loads) {
-        const SlotCacheLoad& what = step.answer.loads[thread];
-        volatile CopyRequest::Load& load = step.request->loads[thread];
-        load.blob = step.layer * static_cast<int>(step.cache.num_experts) + what.expert;
-        load.slot = what.slot;
-        __threadfence_system();
-      }
-      __syncwarp();
-      if (thread == 0) {
-        store_release_system(&step.request->count, loads);
-      }
+    __syncthreads();
+    if (shared_loads == 0) {
+      serve_and_ask(step, step.selected, bits);
     }
   }
   if (thread == 0) {

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <map>
+#include <optional>
 #include <utility>
 
 #include <ATen/cuda/CUDAContext.h>
@@ -174,6 +175,8 @@ struct FusedStep::Impl {
     in.slot_of = slots->slot_of(index);
     const Tensor selected = selected_LBK[index];
     const Tensor weights = weights_LBK[index];
+    const std::optional<DecodeFetch> fetch = slots->router_fetch(selected, hit_slots_BK, index);
+    in.fetch = fetch ? &*fetch : nullptr;
     decode_router_cuda(shape, in,
                        {mutable_bits(normal_TD), router_logits_LBE[index].mutable_data_ptr<float>(),
                         probabilities_TE.mutable_data_ptr<float>(), selected.mutable_data_ptr<std::int32_t>(),

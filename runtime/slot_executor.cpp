@@ -333,9 +333,13 @@ struct SlotExecutor::Impl {
   }
 
   // Serves, copies and computes a step of one token in two kernels.
-  void run_together(const DecodeExpertsShape& sizes, const std::uint16_t* x, const std::int32_t* selected,
-                    const std::int32_t* hit_slots, const float* weights, const std::uint16_t* residual,
-                    std::uint16_t* out, std::int64_t moe_layer, std::span<const Tensor> ahead) {
+  [[nodiscard]] bool fetches_in_one() const {
+    return fetch_path == FetchPath::kTogether || fetch_path == FetchPath::kCopies;
+  }
+
+  // The layer's step as the kernel takes it that serves, fetches and multiplies.
+  [[nodiscard]] DecodeFetch fetch_of(const std::int32_t* selected, const std::int32_t* hit_slots,
+                                     std::int64_t moe_layer) {
     DecodeFetch fetch{.cache = *shape,
                       .state = state,
                       .layer = moe_layer,
@@ -346,6 +350,13 @@ struct SlotExecutor::Impl {
                       .workspace = fetch_workspace.data_ptr()};
     fetch.answer.wave_slots = nullptr;
     fetch.request = asks ? proxy->request() : nullptr;
+    return fetch;
+  }
+
+  void run_together(const DecodeExpertsShape& sizes, const std::uint16_t* x, const std::int32_t* selected,
+                    const std::int32_t* hit_slots, const float* weights, const std::uint16_t* residual,
+                    std::uint16_t* out, std::int64_t moe_layer, std::span<const Tensor> ahead) {
+    DecodeFetch fetch = fetch_of(selected, hit_slots, moe_layer);
     for (std::size_t i = 0; i < std::min(ahead.size(), kFetchAhead); ++i) {
       fetch.ahead[i] = {ahead[i].const_data_ptr(), ahead[i].nbytes()};
     }
@@ -375,7 +386,7 @@ struct SlotExecutor::Impl {
       wave_in_kernels(sizes, bits(x_TD), selected, pool + first * store.layout().bytes, true, weights, residual, out);
       return;
     }
-    if (hit_slots != nullptr && (fetch_path == FetchPath::kTogether || fetch_path == FetchPath::kCopies)) {
+    if (hit_slots != nullptr && fetches_in_one()) {
       run_together(sizes, bits(x_TD), selected, hit_slots, weights, residual, out, moe_layer, ahead);
       return;
     }
@@ -546,6 +557,15 @@ void SlotExecutor::start_early(bool allowed) {
 
 const std::int32_t* SlotExecutor::slot_of(std::int64_t moe_layer) const {
   return impl_->shape ? impl_->state.slot_of + moe_layer * impl_->shape->num_experts : nullptr;
+}
+
+std::optional<DecodeFetch> SlotExecutor::router_fetch(const torch::Tensor& selected_TK,
+                                                      const torch::Tensor& hit_slots_TK, std::int64_t moe_layer) {
+  if (!impl_->shape || !impl_->kernels || !impl_->fetches_in_one()) {
+    return std::nullopt;
+  }
+  return impl_->fetch_of(selected_TK.const_data_ptr<std::int32_t>(), hit_slots_TK.const_data_ptr<std::int32_t>(),
+                         moe_layer);
 }
 
 void SlotExecutor::decode(const torch::Tensor& x_TD, const torch::Tensor& selected_TK, const torch::Tensor& weights_TK,

@@ -78,9 +78,9 @@ void decode_fetch_gate_up_cpu(const DecodeExpertsShape& shape, const DecodeFetch
                               void* pool, std::uint16_t* h, float* y);
 
 /// The same on the GPU, asynchronous on `stream` (a cudaStream_t) of the current device, one kernel, no allocation, no
-/// word to the host, fit for capture in a graph. Its first block serves, and copies with the next ones; the others
-/// compute. `dependent` as decode_gate_up_cuda. Throws RunError with the CUDA error when the launch fails, or when
-/// Hestia was built without its CUDA kernels.
+/// word to the host, fit for capture in a graph. Its first block serves, unless the router has
+/// (DecodeRouterInputs::fetch), and copies with the next ones; the others compute. `dependent` as decode_gate_up_cuda.
+/// Throws RunError with the CUDA error when the launch fails, or when Hestia was built without its CUDA kernels.
 void decode_fetch_gate_up_cuda(const DecodeExpertsShape& shape, const DecodeFetch& fetch, const std::uint16_t* x,
                                void* pool, std::uint16_t* h, float* y, void* stream);
 

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "hestia/kernels/decode_fetch.hpp"
 #include "hestia/routing/residency.hpp"
 
 namespace hestia {
@@ -48,6 +49,10 @@ struct DecodeRouterInputs {
   const std::int64_t* forced = nullptr;
   std::int64_t num_forced = 0;         ///< S
   const std::int64_t* step = nullptr;  ///< int64 [1], from 0
+  /// In a step of one token in which a selected expert has no slot, the kernel serves the slot cache and asks for the
+  /// copies, so that these begin before decode_fetch_gate_up_cuda does, which must be given the same and comes next.
+  /// Its `selected` and `hit_slots` are the router's outputs. Null: that kernel serves every step. Ignored by the CPU.
+  const DecodeFetch* fetch = nullptr;
 };
 
 /// What comes out, each overwritten.
@@ -72,8 +77,9 @@ void decode_router_cpu(const DecodeRouterShape& shape, const DecodeRouterInputs&
 
 /// The same on the GPU: device pointers (hidden, norm_weight, router and normal aligned to 16), asynchronous on
 /// `stream` (a cudaStream_t) of the current device, one kernel, no allocation, fit for capture in a graph. One warp per
-/// token and expert; the block of a token that ends last chooses. A token's results do not depend on T. Throws RunError
-/// with the CUDA error when the launch fails, or when Hestia was built without its CUDA kernels.
+/// token and expert; the block of a token that ends last chooses. A token's results do not depend on T. Throws
+/// std::invalid_argument for a `fetch` that decode_fetch_gate_up_cuda does not take, and RunError with the CUDA error
+/// when the launch fails, or when Hestia was built without its CUDA kernels.
 void decode_router_cuda(const DecodeRouterShape& shape, const DecodeRouterInputs& in, const DecodeRouterOutputs& out,
                         void* workspace, void* stream);
 

@@ -10,6 +10,7 @@
 
 #include <torch/types.h>
 
+#include "hestia/kernels/decode_fetch.hpp"
 #include "hestia/kernels/slot_cache.hpp"
 #include "hestia/model/moe_model.hpp"
 #include "hestia/routing/simulator.hpp"
@@ -99,6 +100,11 @@ class SlotExecutor : public Executor {
   /// int32 [E] on the device, the slot that holds each expert of a layer at that moment of the stream, negative: none.
   /// Null when all are resident.
   [[nodiscard]] const std::int32_t* slot_of(std::int64_t moe_layer) const;
+  /// What the router kernel of a step of one token is given so that it serves the layer itself where something is
+  /// missing (DecodeRouterInputs::fetch), before decode() with the same tensors; nullopt where serving is a kernel of
+  /// its own. Its pointers are the executor's and the tensors'.
+  [[nodiscard]] std::optional<DecodeFetch> router_fetch(const torch::Tensor& selected_TK,
+                                                        const torch::Tensor& hit_slots_TK, std::int64_t moe_layer);
   /// One step of a layer in the decode kernels, with the residual in place: out_TD += the experts' mixed outputs,
   /// rounded once. x_TD, out_TD: bfloat16 [T, D]; selected_TK: int32; weights_TK: float32; hit_slots_TK: int32, slot_of
   /// the selected, not looked at when all are resident; all contiguous, on the GPU. ahead: weights that are read next,

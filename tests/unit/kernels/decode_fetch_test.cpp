@@ -4,6 +4,7 @@
 #include <array>
 
 #include "decode_support.hpp"
+#include "hestia/kernels/decode_router.hpp"
 #include "hestia/kernels/expert_fetch.hpp"
 #include "hestia/kernels/expert_formats.hpp"
 
@@ -66,9 +67,10 @@ class Side {
   }
 
   /// Up to the mix of the experts: fetching and gate and up in one, or one kernel after the other. with_down: down of
-  /// the hits comes before that of the misses.
+  /// the hits comes before that of the misses. from_router: on the GPU the router chooses `selected` and serves what is
+  /// missing.
   void run(const std::vector<std::int32_t>& selected, std::int64_t layer, const Bits& x,
-           const std::vector<float>& mixing, bool together, bool with_down) {
+           const std::vector<float>& mixing, bool together, bool with_down, bool from_router) {
     Guarded<std::int32_t> ids(selected, gpu_);
     Guarded<float> weights(mixing, gpu_);
     Guarded<std::uint16_t> input(x, gpu_);
@@ -94,6 +96,9 @@ class Side {
                               .workspace = workspace_.data(),
                               .ahead = {{store_.data(), case_.store.size()}, {input.data(), x.size() * 2}}};
       if (gpu_) {
+        if (from_router) {
+          route(selected, fetch, ids.data(), hit_slots.data());
+        }
         decode_fetch_gate_up_cuda(shape, fetch, input.data(), pool_.data(), h_.data(), y, nullptr);
         decode_down_combine_cuda(shape, h_.data(), slot_of_.data(), pool_.data(), weights.data(), y, nullptr,
                                  out_.data(), nullptr, hit_slots.data());
@@ -128,6 +133,48 @@ class Side {
                               out_.data());
     }
   }
+
+  /// The router on the GPU, forced to `selected`; its serving ends before this returns.
+  void route(const std::vector<std::int32_t>& selected, const DecodeFetch& fetch, std::int32_t* ids,
+             std::int32_t* hit_slots) {
+    const auto hidden = static_cast<std::size_t>(case_.shape.hidden_size);
+    const auto experts = static_cast<std::size_t>(case_.cache.num_experts);
+    SplitMix64 random(71);
+    Guarded<std::uint16_t> row(random_bits(random, hidden, 1.0), true);
+    Guarded<std::uint16_t> norm(random_bits(random, hidden, 1.0), true);
+    std::vector<float> values(experts * hidden);
+    std::generate(values.begin(), values.end(), [&] { return static_cast<float>(random.uniform()) - 0.5F; });
+    Guarded<float> router(values, true);
+    Guarded<std::int64_t> forced(std::vector<std::int64_t>(selected.begin(), selected.end()), true);
+    Guarded<std::int64_t> step({0}, true);
+    Guarded<std::uint16_t> normal(Bits(hidden), true);
+    Guarded<float> logits(std::vector<float>(experts), true);
+    Guarded<float> probabilities(std::vector<float>(experts), true);
+    Guarded<float> weights(std::vector<float>(top_k()), true);
+    const DecodeRouterShape shape{.num_tokens = 1,
+                                  .hidden_size = case_.shape.hidden_size,
+                                  .num_experts = case_.cache.num_experts,
+                                  .top_k = case_.shape.top_k};
+    Guarded<std::uint8_t> workspace(Bytes(decode_router_workspace(shape)), true);
+    require_cuda(cudaMemset(ids, 0xff, selected.size() * sizeof(std::int32_t)));
+    require_cuda(cudaMemset(hit_slots, 0x7f, selected.size() * sizeof(std::int32_t)));
+    const std::int32_t* const slot_of = state_.slot_of + fetch.layer * case_.cache.num_experts;
+    decode_router_cuda(shape,
+                       {.hidden = row.data(),
+                        .norm_weight = norm.data(),
+                        .router = router.data(),
+                        .slot_of = slot_of,
+                        .forced = forced.data(),
+                        .num_forced = 1,
+                        .step = step.data(),
+                        .fetch = &fetch},
+                       {normal.data(), logits.data(), probabilities.data(), ids, weights.data(), hit_slots},
+                       workspace.data(), nullptr);
+    require_cuda(cudaDeviceSynchronize());
+    served_early_ += workspace_.values() == Bytes(decode_fetch_workspace()) ? 0 : 1;
+  }
+  /// Steps that the router has served.
+  [[nodiscard]] int served_early() const { return served_early_; }
 
   [[nodiscard]] std::vector<std::int32_t> slot_table() const {
     const auto all = static_cast<std::size_t>(case_.cache.num_layers * case_.cache.num_experts);
@@ -177,6 +224,7 @@ class Side {
   Guarded<float> y_;
   Guarded<std::uint16_t> out_;
   Guarded<std::uint8_t> workspace_;
+  int served_early_ = 0;
 };
 
 /// Steps whose experts may stand in them twice, with some of the step before.
@@ -192,6 +240,7 @@ void check_steps(SplitMix64& random, const DecodeExpertsShape& shape, const Slot
   std::vector<std::int32_t> selected(static_cast<std::size_t>(shape.top_k), 0);
   int all_hits = 0;
   int with_misses = 0;
+  int from_router = 0;  // of those with misses
   for (int step = 0; step < num_steps; ++step) {
     for (std::int32_t& expert : selected) {
       if (random.below(4) == 0) {
@@ -204,12 +253,15 @@ void check_steps(SplitMix64& random, const DecodeExpertsShape& shape, const Slot
     std::vector<float> mixing(selected.size());
     std::generate(mixing.begin(), mixing.end(), [&] { return static_cast<float>(random.uniform()); });
     const bool with_down = random.below(4) != 0;
-    together.run(selected, layer, x, mixing, true, with_down);
-    apart.run(selected, layer, x, mixing, false, with_down);
+    const bool routed = gpu && random.below(2) != 0;
+    together.run(selected, layer, x, mixing, true, with_down, routed);
+    apart.run(selected, layer, x, mixing, false, with_down, false);
     together.require_equal(apart);
+    from_router += routed && apart.loads() > 0 ? 1 : 0;
     (apart.loads() == 0 ? all_hits : with_misses) += 1;
   }
   CHECK(with_misses > 0);
+  CHECK(together.served_early() == from_router);
   CHECK((num_steps < 12 || cache.stress || all_hits > 0));
 }
 
