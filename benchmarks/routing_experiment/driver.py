@@ -313,24 +313,43 @@ def read_rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-class Queue:
-    """Hands out arms as long as they would end in time, by what arms of their set took so far."""
+def work_of(overrides, recipe):
+    """What an arm's training is proportional to: rows of text in all its steps."""
+    words = merged(overrides)
 
-    def __init__(self, arms, rows, deadline):
+    def number(key):
+        found = [word.partition("=")[2] for word in words if word.startswith(f"train.{key}=")]
+        return int((found or re.findall(rf"^  {key}: (\d+)", recipe, flags=re.MULTILINE) or ["1"])[-1])
+
+    return number("steps") * number("rows_per_batch")
+
+
+class Queue:
+    """Hands out arms as long as they would end in time, by what arms of their set took so far: in training for each
+    row of text, and in measuring."""
+
+    def __init__(self, arms, rows, deadline, work=lambda overrides: 1):
         self.arms = list(arms)
         self.deadline = deadline
+        self.work = work
         self.lock = threading.Lock()
         self.left_out = 0
-        self.durations = {}
+        self.training = {}
+        self.measuring = {}
         for row in rows:
             self.learn(row)
 
     def learn(self, row):
-        longest = self.durations.get(row["trainable"], 0)
-        self.durations[row["trainable"]] = max(longest, row["seconds"]["all"])
+        trainable, training = row["trainable"], row["seconds"].get("finetune", 0)
+        per_row = training / self.work(row["overrides"])
+        self.training[trainable] = max(self.training.get(trainable, 0), per_row)
+        self.measuring[trainable] = max(self.measuring.get(trainable, 0), row["seconds"]["all"] - training)
 
     def expected(self, arm):
-        return self.durations.get(arm.trainable, max(self.durations.values(), default=0))
+        def longest(seconds):
+            return seconds.get(arm.trainable, max(seconds.values(), default=0))
+
+        return longest(self.measuring) + longest(self.training) * self.work(arm.overrides)
 
     def next(self):
         with self.lock:
@@ -361,7 +380,8 @@ def run(options):
     arms = [arm for arm in read_arms(options.arms) if arm.id not in done and re.search(options.only, arm.id)]
     deadline = time.monotonic() + options.seconds
     programs = Programs(options.program, deadline)
-    queue = Queue(arms, rows, deadline)
+    recipe = options.recipe.read_text()
+    queue = Queue(arms, rows, deadline, lambda overrides: work_of([*overrides, *options.overrides], recipe))
     gpus = [None] if options.gpus == "cpu" else options.gpus.split(",")
     places = [gpu for _ in range(options.jobs_per_gpu) for gpu in gpus]
     threads = options.threads or max(1, (os.cpu_count() or 1) // len(places))

@@ -260,10 +260,29 @@ class Table(unittest.TestCase):
 
     def test_queue_leaves_out_what_would_not_end(self):
         arms = [driver.Arm("python", trainable, 1, "x", ()) for trainable in ("all", "router")]
-        rows = [{"trainable": "all", "seconds": {"all": 90}}, {"trainable": "router", "seconds": {"all": 20}}]
+        rows = [
+            {"trainable": trainable, "overrides": [], "seconds": {"all": seconds}}
+            for trainable, seconds in (("all", 90), ("router", 20))
+        ]
         queue = driver.Queue(arms, rows, time.monotonic() + 60)
         self.assertEqual(queue.next().trainable, "router")
         self.assertIsNone(queue.next())
+
+    def test_queue_knows_long_arms_from_short_ones(self):
+        recipe = (FOLDER / "tune_a.yaml").read_text()
+        self.assertEqual(driver.work_of([], recipe), 150 * 16)
+        self.assertEqual(driver.work_of(["train.steps=9", "train.steps=600", "train.rows_per_batch=32"], recipe), 19200)
+
+        def queue(seconds, taught, waiting):
+            arms = [driver.Arm("python", "router", 1, "x", (f"train.steps={steps}",)) for steps in waiting]
+            taken = {"finetune": taught / 10, "all": taught / 10 + 20}
+            rows = [{"trainable": "router", "overrides": [f"train.steps={taught}"], "seconds": taken}]
+            return driver.Queue(arms, rows, time.monotonic() + seconds, lambda words: driver.work_of(words, recipe))
+
+        # 20 s to measure and a tenth of a second a step: a short arm after a long one, no long one after a short one.
+        self.assertEqual(queue(60, 600, [600, 150]).next().overrides, ("train.steps=150",))
+        self.assertIsNone(queue(60, 150, [600]).next())
+        self.assertIsNotNone(queue(90, 150, [600]).next())
 
 
 if __name__ == "__main__":
