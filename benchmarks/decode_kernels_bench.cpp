@@ -456,6 +456,7 @@ class Bench {
       }
       const auto in = on_device(random_words(static_cast<std::size_t>(tokens) * hidden * 2, 1));
       const auto norm = on_device(random_words(hidden * 2, 2));
+      const auto normal = std::make_shared<DeviceMemory>(static_cast<std::size_t>(tokens) * hidden * 2);
       const auto out = std::make_shared<DeviceMemory>(out_values * sizeof(float));
       Arm& arm = arms_.emplace_back();
       arm.labels = {{"kernel", kernel}, {"tokens", tokens}, {"outputs", outputs}};
@@ -466,7 +467,8 @@ class Bench {
         const std::size_t which = static_cast<std::size_t>(i) % num_weights;
         const DecodeLinearInputs inputs{.x = in->as<std::uint16_t>(),
                                         .norm_weight = normed ? norm->as<std::uint16_t>() : nullptr,
-                                        .weight = weights_->as<std::uint16_t>(which * bytes)};
+                                        .weight = weights_->as<std::uint16_t>(which * bytes),
+                                        .normal = normal->as<std::uint16_t>()};
         if (head) {
           decode_linear_cuda(of, inputs, out->as<float>(), stream_);
         } else {

@@ -1,5 +1,8 @@
 #include "hestia/kernels/decode_linear.hpp"
 
+#include <stdexcept>
+#include <string>
+
 #include "decode_checks.hpp"
 #include "decode_mma.cuh"
 #include "decode_norm.cuh"
@@ -13,14 +16,10 @@ constexpr int kWarps = 8;  // of a block; each takes a part of H, so their numbe
 constexpr int kThreads = kWarps * kDecodeWarp;
 constexpr int kTile = kMmaRows;
 constexpr int kColumns = kMmaColumns;
-constexpr int kStepChunks = 4;  // chunks of 8 values of H that a warp takes in one step
-constexpr int kMaxRows = static_cast<int>(kDecodeMaxRows);
+constexpr int kStepChunks = 4;                 // chunks of 8 values of H that a warp takes in one step
 constexpr int kFewTiles = 2 * 132;             // below, blocks are scarce and each keeps more loads in flight
-constexpr std::size_t kMaxShared = 40 * 1024;  // bytes of normalised rows that a block keeps
-
-/// What is done to x: nothing; normalised by the block once, into shared memory; where that is too small, normalised by
-/// every warp as it goes. The bits do not depend on which of the last two.
-enum class Input { kPlain, kNormalised, kNormalisedEach };
+constexpr std::size_t kMaxShared = 40 * 1024;  // bytes of rows that a block normalises itself
+constexpr int kMaxOwnRows = 2;                 // of them; more are normalised once, by a kernel before
 
 struct Sizes {
   int num_tokens;   // T
@@ -31,63 +30,30 @@ struct Sizes {
   float norm_eps;
 };
 
-/// Sums of the squares of kRows rows from `first` on, by the block: each thread its chunks, then each warp, whose sum
-/// goes to squares[row][warp]. Rows past the last repeat it.
-template <int kRows>
-__device__ void sum_squares(const Sizes& sizes, const uint4* x, int first, float (*squares)[kWarps]) {
-  const int thread = static_cast<int>(threadIdx.x);
-  const uint4* rows[kRows];
-  float sums[kRows];
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    rows[r] = x + static_cast<std::size_t>(min(first + r, sizes.num_tokens - 1)) * sizes.chunks;
-    sums[r] = 0.0F;
-  }
-  for (int chunk = thread; chunk < sizes.chunks; chunk += kThreads) {
-    uint4 values[kRows];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      values[r] = rows[r][chunk];
-    }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      sums[r] = add_products(values[r], values[r], sums[r]);
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    sums[r] = decode_warp_sum(sums[r]);
-    if (thread % kDecodeWarp == 0 && first + r < sizes.num_tokens) {
-      squares[first + r][thread / kDecodeWarp] = sums[r];
-    }
-  }
-}
-
 template <int kTiles, int kGroups>
 struct Shared {
   static constexpr int kStride = kTiles * kTile + 4;  // spares bank conflicts
-  float squares[kMaxRows][kWarps];
+  float squares[kMaxOwnRows][kWarps];
   float parts[kWarps][kGroups * kColumns][kStride];
 };
 
-/// 1 / rms of row `t` out of sum_squares' sums.
-__device__ float inverse_of(const Sizes& sizes, const float (*squares)[kWarps], int t) {
-  float sum = 0.0F;
-#pragma unroll
-  for (int part = 0; part < kWarps; ++part) {
-    sum = __fadd_rn(sum, squares[t][part]);
-  }
-  return inverse_rms(sum, sizes.chunks * 8, sizes.norm_eps);
+/// Grid: rows. What the blocks of linear_kernel do where they normalise themselves, with the same bits.
+__global__ void __launch_bounds__(kThreads)
+    normalise_kernel(Sizes sizes, const std::uint16_t* x, const std::uint16_t* weight, std::uint16_t* normal) {
+  __shared__ float squares[kWarps];
+  after_kernel_before();
+  const int size = sizes.chunks * 8;
+  const std::size_t first = static_cast<std::size_t>(blockIdx.x) * size;
+  block_rms_norm<kThreads>(x + first, weight, size, sizes.norm_eps, sizes.norm, normal + first, squares);
 }
 
 /// Grid: tiles of kTiles * 16 rows of the weights. Up to kGroups * 8 rows of the step. Each thread keeps the weights of
 /// kDepth steps in flight, the first of them from before the norm. Lane l holds chunk l % 4 of each step, of weight
-/// rows l / 4 and l / 4 + 8 of a tile and of row l / 4 of a group: the layout of multiply_add's fragments. Dynamic
-/// shared memory: the normalised rows, when kNormalised.
-template <int kTiles, int kGroups, int kDepth, Input kInput, class Out>
+/// rows l / 4 and l / 4 + 8 of a tile and of row l / 4 of a group: the layout of multiply_add's fragments. kNormed: the
+/// block normalises the rows first, into dynamic shared memory.
+template <int kTiles, int kGroups, int kDepth, bool kNormed, class Out>
 __global__ void __launch_bounds__(kThreads, kTiles* kGroups* kDepth <= 4 ? 3 : 1)
     linear_kernel(Sizes sizes, DecodeLinearInputs in, Out* out) {
-  constexpr bool kEach = kInput == Input::kNormalisedEach;
   __shared__ Shared<kTiles, kGroups> shared;
   extern __shared__ uint4 normal[];
   const int thread = static_cast<int>(threadIdx.x);
@@ -122,11 +88,6 @@ __global__ void __launch_bounds__(kThreads, kTiles* kGroups* kDepth <= 4 ? 3 : 1
   for (int s = 0; s < kDepth; ++s) {
     load_step(s, w[s]);
   }
-  const auto* const norm_weight = reinterpret_cast<const uint4*>(in.norm_weight);
-  uint4 first_scale = make_uint4(0, 0, 0, 0);
-  if constexpr (kInput == Input::kNormalised) {
-    first_scale = norm_weight[thread % sizes.chunks];
-  }
   after_kernel_before();
 
   const int first_t = thread / (kTiles * kTile);  // of the thread's first sum
@@ -135,36 +96,19 @@ __global__ void __launch_bounds__(kThreads, kTiles* kGroups* kDepth <= 4 ? 3 : 1
   if (in.residual != nullptr && first_t < sizes.num_tokens && first_n < sizes.output_size) {
     first_residual = bfloat16_value(in.residual[static_cast<std::size_t>(first_t) * sizes.output_size + first_n]);
   }
-  const auto* const x = reinterpret_cast<const uint4*>(in.x);
-  if constexpr (kInput != Input::kPlain) {
-    if (sizes.num_tokens == 1) {
-      sum_squares<1>(sizes, x, 0, shared.squares);
-    } else {
-      for (int first = 0; first < sizes.num_tokens; first += 4) {
-        sum_squares<4>(sizes, x, first, shared.squares);
-      }
-    }
-    __syncthreads();
-  }
-  if constexpr (kInput == Input::kNormalised) {
-    for (int i = thread; i < sizes.num_tokens * sizes.chunks; i += kThreads) {
-      const uint4 scale = i == thread ? first_scale : norm_weight[i % sizes.chunks];
-      normal[i] = normalised(x[i], scale, inverse_of(sizes, shared.squares, i / sizes.chunks), sizes.norm);
+  if constexpr (kNormed) {
+    for (int t = 0; t < sizes.num_tokens; ++t) {
+      const std::size_t first = static_cast<std::size_t>(t) * sizes.chunks;
+      block_rms_norm<kThreads>(in.x + first * 8, in.norm_weight, sizes.chunks * 8, sizes.norm_eps, sizes.norm,
+                               reinterpret_cast<std::uint16_t*>(normal + first), shared.squares[t]);
     }
     __syncthreads();
   }
   const uint4* rows[kGroups];
-  float inverse[kGroups];
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
     const int t = min(g * kColumns + lane / 4, sizes.num_tokens - 1);
-    const std::size_t first = static_cast<std::size_t>(t) * sizes.chunks;
-    if constexpr (kInput == Input::kNormalised) {
-      rows[g] = normal + first;
-    } else {
-      rows[g] = x + first;
-    }
-    inverse[g] = kEach ? inverse_of(sizes, shared.squares, t) : 0.0F;
+    rows[g] = (kNormed ? normal : reinterpret_cast<const uint4*>(in.x)) + static_cast<std::size_t>(t) * sizes.chunks;
   }
 
   float sums[2][kTiles][kGroups][4] = {};  // two, so that products wait less for one another
@@ -180,15 +124,9 @@ __global__ void __launch_bounds__(kThreads, kTiles* kGroups* kDepth <= 4 ? 3 : 1
     }
 #pragma unroll
     for (int s = 0; s < kDepth; ++s) {
-      uint4 scale = make_uint4(0, 0, 0, 0);
-      if constexpr (kEach) {
-        if (within(base + s)) {
-          scale = norm_weight[chunk_of(base + s)];
-        }
-      }
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
-        const uint4 v = kEach ? normalised(values[s][g], scale, inverse[g], sizes.norm) : values[s][g];
+        const uint4& v = values[s][g];
 #pragma unroll
         for (int m = 0; m < kTiles; ++m) {
           const uint4& a = w[s][m][0];
@@ -240,6 +178,10 @@ __global__ void __launch_bounds__(kThreads, kTiles* kGroups* kDepth <= 4 ? 3 : 1
   }
 }
 
+std::size_t row_bytes(const Sizes& sizes) {
+  return static_cast<std::size_t>(sizes.chunks) * sizeof(uint4);
+}
+
 template <int kTiles, int kGroups, int kDepth, class Out>
 void launch(const Sizes& sizes, const DecodeLinearInputs& in, Out* out, void* stream, bool dependent) {
   const int rows = kTiles * kTile;
@@ -247,27 +189,34 @@ void launch(const Sizes& sizes, const DecodeLinearInputs& in, Out* out, void* st
   const auto start = [&](auto* kernel, std::size_t shared) {
     launch_kernel("linear_kernel", kernel, grid, kThreads, shared, stream, dependent, sizes, in, out);
   };
-  if (in.norm_weight == nullptr) {
-    start(linear_kernel<kTiles, kGroups, kDepth, Input::kPlain, Out>, 0);
-    return;
-  }
   if constexpr (kGroups == 1) {
-    const std::size_t normalised = static_cast<std::size_t>(sizes.num_tokens) * sizes.chunks * sizeof(uint4);
-    if (normalised <= kMaxShared) {
-      start(linear_kernel<kTiles, kGroups, kDepth, Input::kNormalised, Out>, normalised);
+    if (in.norm_weight != nullptr) {
+      start(linear_kernel<kTiles, kGroups, kDepth, true, Out>,
+            row_bytes(sizes) * static_cast<std::size_t>(sizes.num_tokens));
       return;
     }
   }
-  start(linear_kernel<kTiles, kGroups, kDepth, Input::kNormalisedEach, Out>, 0);
+  start(linear_kernel<kTiles, kGroups, kDepth, false, Out>, 0);
 }
 
 template <class Out>
-void linear(const DecodeLinearShape& shape, const DecodeLinearInputs& in, Out* out, void* stream) {
+void linear(const DecodeLinearShape& shape, DecodeLinearInputs in, Out* out, void* stream) {
   check_decode_linear(shape);
   const auto chunks = static_cast<int>(shape.input_size / 8);
   const int steps = (chunks + kStepChunks - 1) / kStepChunks;
   const Sizes sizes{static_cast<int>(shape.num_tokens),          chunks,     static_cast<int>(shape.output_size),
                     (steps + 2 * kWarps - 1) / (2 * kWarps) * 2, shape.norm, shape.norm_eps};
+  if (in.norm_weight != nullptr &&
+      (sizes.num_tokens > kMaxOwnRows || row_bytes(sizes) * static_cast<std::size_t>(sizes.num_tokens) > kMaxShared)) {
+    if (in.normal == nullptr) {
+      throw std::invalid_argument("decode linear: " + std::to_string(shape.num_tokens) + " rows of " +
+                                  std::to_string(shape.input_size) + " values are normalised into `normal`, got null");
+    }
+    launch_kernel("normalise_kernel", normalise_kernel, static_cast<unsigned>(sizes.num_tokens), kThreads, 0, stream,
+                  shape.dependent, sizes, in.x, in.norm_weight, in.normal);
+    in.x = in.normal;
+    in.norm_weight = nullptr;
+  }
   const bool few = shape.output_size <= kFewTiles * kTile;
   if (shape.num_tokens <= kColumns) {
     few ? launch<1, 1, 8>(sizes, in, out, stream, shape.dependent)

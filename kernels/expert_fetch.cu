@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "block_signals.cuh"
 #include "decode_checks.hpp"
 #include "decode_dot.cuh"
 #include "launch.cuh"
@@ -42,7 +43,43 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+constexpr int kAskThreads = 128;
+
+__global__ void __launch_bounds__(kAskThreads)
+    expert_ask_kernel(int first_blob, const SlotCacheStep* step, const SlotCacheLoad* loads, std::int64_t wave,
+                      std::uint32_t* flags, CopyRequest* request) {
+  const std::int64_t first = (wave - 1) * step->wave_size;
+  const auto count = static_cast<int>(min(static_cast<std::int64_t>(step->wave_size), step->loads - first));
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int i = thread; i < count; i += kAskThreads) {
+    const SlotCacheLoad what = loads[first + i];
+    volatile CopyRequest::Load& load = request->loads[i];
+    load.blob = first_blob + what.expert;
+    load.slot = what.slot;
+    flags[i] = 1;
+    __threadfence_system();
+  }
+  __syncthreads();
+  if (thread == 0 && count > 0) {
+    store_release_system(&request->count, static_cast<unsigned>(count));
+  }
+  for (int i = thread; i < count; i += kAskThreads) {
+    while (load_acquire_system(flags + i) != 0) {
+      __nanosleep(500);
+    }
+  }
+}
+
 }  // namespace
+
+void expert_ask_cuda(const ExpertStoreShape& shape, std::int64_t layer, const SlotCacheStep* step,
+                     const SlotCacheLoad* loads, std::int64_t wave, std::uint32_t* flags, CopyRequest* request,
+                     void* stream) {
+  check_expert_fetch(shape, nullptr, layer, wave, nullptr);
+  expert_ask_kernel<<<1, kAskThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      static_cast<int>(layer * shape.num_experts), step, loads, wave, flags, request);
+  check_launch("expert_ask_kernel");
+}
 
 void expert_fetch_cuda(const ExpertStoreShape& shape, const void* store, std::int64_t layer, const SlotCacheStep* step,
                        const SlotCacheLoad* loads, std::int64_t wave, void* slots, std::int64_t num_blocks,

@@ -149,6 +149,10 @@ void slot_cache_mask_cuda(const SlotCacheShape&, const SlotCacheState&, std::int
   refuse();
 }
 
+void expert_ask_cuda(const ExpertStoreShape&, std::int64_t, const SlotCacheStep*, const SlotCacheLoad*, std::int64_t,
+                     std::uint32_t*, CopyRequest*, void*) {
+  refuse();
+}
 void expert_fetch_cuda(const ExpertStoreShape&, const void*, std::int64_t, const SlotCacheStep*, const SlotCacheLoad*,
                        std::int64_t, void*, std::int64_t, void*) {
   refuse();

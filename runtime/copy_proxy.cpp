@@ -46,7 +46,8 @@ WriteValue write_value() {
 
 struct CopyProxy::Impl {
   const std::uint8_t* store = nullptr;
-  ExpertBlob blob;
+  std::size_t blob_bytes = 0;
+  std::size_t own_bytes = 0;
   std::uint8_t* pool = nullptr;
   std::uint32_t* flags = nullptr;
   int device = 0;
@@ -88,9 +89,9 @@ struct CopyProxy::Impl {
     for (std::uint32_t i = 0; i < count; ++i) {
       const CopyRequest::Load load = request->loads[i];
       cudaStream_t stream = streams[i % streams.size()];
-      const std::size_t begin = i == 0 ? fetch_own_bytes(blob) : 0;
-      note(cudaMemcpyAsync(pool + static_cast<std::size_t>(load.slot) * blob.bytes + begin,
-                           store + static_cast<std::size_t>(load.blob) * blob.bytes + begin, blob.bytes - begin,
+      const std::size_t begin = i == 0 ? own_bytes : 0;
+      note(cudaMemcpyAsync(pool + static_cast<std::size_t>(load.slot) * blob_bytes + begin,
+                           store + static_cast<std::size_t>(load.blob) * blob_bytes + begin, blob_bytes - begin,
                            cudaMemcpyHostToDevice, stream));
       if (write(stream, reinterpret_cast<CUdeviceptr>(flags + i), 0, 0) != CUDA_SUCCESS) {
         note(cudaErrorUnknown);
@@ -116,12 +117,13 @@ struct CopyProxy::Impl {
   }
 };
 
-CopyProxy::CopyProxy(const ExpertStore& store, const ExpertBlob& blob, std::uint8_t* pool, std::uint32_t* flags,
+CopyProxy::CopyProxy(const ExpertStore& store, std::size_t own_bytes, std::uint8_t* pool, std::uint32_t* flags,
                      int device)
     : impl_(std::make_unique<Impl>()) {
   Impl& impl = *impl_;
   impl.store = store.blobs().const_data_ptr<std::uint8_t>();
-  impl.blob = blob;
+  impl.blob_bytes = store.layout().bytes;
+  impl.own_bytes = own_bytes;
   impl.pool = pool;
   impl.flags = flags;
   impl.device = device;

@@ -4,19 +4,20 @@
 #include <cstdint>
 #include <memory>
 
-#include "hestia/kernels/decode_fetch.hpp"
+#include "hestia/kernels/copy_request.hpp"
 #include "hestia/runtime/expert_store.hpp"
 
 namespace hestia {
 
-/// A host thread that copies misses with the GPU's copy engine as kernels ask for them (DecodeFetch::request), on
-/// streams of its own. It takes a core while it is awake. Not thread-safe; the destructor ends the thread.
+/// A host thread that copies misses with the GPU's copy engine as kernels ask for them (CopyRequest), on streams of its
+/// own. It takes a core while it is awake. Not thread-safe; the destructor ends the thread.
 class CopyProxy {
  public:
-  /// Copies from `store`, pinned, to `pool` (blobs one behind the other) on GPU `device`; `blob`: their layout;
-  /// `flags`: decode_fetch_flags of the kernels' workspace. `pool` and `flags` must outlive this. Throws RunError when
-  /// CUDA has no memory or stream, or is too old to write behind a copy.
-  CopyProxy(const ExpertStore& store, const ExpertBlob& blob, std::uint8_t* pool, std::uint32_t* flags, int device);
+  /// Copies from `store`, pinned, to `pool` (blobs one behind the other) on GPU `device`. own_bytes: at the front of
+  /// the first load of a request, which the kernels copy themselves; `flags`: the words of device memory that it
+  /// answers in. `pool` and `flags` must outlive this. Throws RunError when CUDA has no memory or stream, or is too old
+  /// to write behind a copy.
+  CopyProxy(const ExpertStore& store, std::size_t own_bytes, std::uint8_t* pool, std::uint32_t* flags, int device);
   CopyProxy(const CopyProxy&) = delete;
   CopyProxy& operator=(const CopyProxy&) = delete;
   CopyProxy(CopyProxy&&) = delete;

@@ -110,8 +110,9 @@ struct Decoder::Impl {
     if (options.cache && options.cache->fetch == FetchPath::kCopies && !copies() &&
         slots->fetch_path() != FetchPath::kStaged) {
       log_warning(
-          "the copy engine is not told what to fetch: that takes one row, the decode kernels, a policy other than "
-          "static and as many slots as a token has experts; misses come in waves");
+          "the copy engine is not told what to fetch: that takes the decode kernels; other kernels fetch the misses, "
+          "in "
+          "waves");
     }
     const auto integers = torch::TensorOptions().dtype(torch::kInt64).device(device);
     const auto floats = integers.dtype(torch::kFloat32);

@@ -133,7 +133,9 @@ struct FusedStep::Impl {
                                   .norm = norm(),
                                   .norm_eps = static_cast<float>(architecture.norm_eps),
                                   .dependent = early};
-    decode_linear_cuda(shape, {bits(x), bits(norm_weight), bits(weight), bits(bias), bits(residual)}, out, stream);
+    decode_linear_cuda(shape,
+                       {bits(x), bits(norm_weight), bits(weight), bits(bias), bits(residual), mutable_bits(normal_TD)},
+                       out, stream);
   }
 
   void run_layer(std::int64_t index, const Tensor& position_1, const Tensor& step_1, void* stream) {

@@ -113,9 +113,11 @@ struct SlotExecutor::Impl {
   bool early = false;
   Tensor hidden_TKF, product_TKD;  // of the decode kernels
   Tensor fetch_workspace;
+  Tensor wave_flags;  // int32 [E], the host thread's answers where waves are asked for
   std::unique_ptr<CopyProxy> proxy;
-  bool asks = false;   // the proxy is awake
-  Tensor misses_read;  // of kStaged: the step and its loads, in pinned memory
+  bool asks = false;    // the proxy is awake
+  bool in_one = false;  // one kernel can serve, fetch and multiply
+  Tensor misses_read;   // of kStaged: the step and its loads, in pinned memory
 
   // The cache, on the device.
   Tensor cache_memory, step_memory, loads_memory, slots_TK, waves_TK, wave_slots, resident_LE;
@@ -255,6 +257,10 @@ struct SlotExecutor::Impl {
       return;
     }
     const auto fetch = [&](std::int64_t wave, void* on) {
+      if (asks) {
+        expert_ask_cuda(store_shape(), moe_layer, said.step, said.loads, wave, copy_flags(), proxy->request(), on);
+        return;
+      }
       expert_fetch_cuda(store_shape(), store.device_data(), moe_layer, said.step, said.loads, wave,
                         slots_SB.mutable_data_ptr(), kExpertFetchBlocks, on);
     };
@@ -334,7 +340,13 @@ struct SlotExecutor::Impl {
 
   // Serves, copies and computes a step of one token in two kernels.
   [[nodiscard]] bool fetches_in_one() const {
-    return fetch_path == FetchPath::kTogether || fetch_path == FetchPath::kCopies;
+    return in_one && (fetch_path == FetchPath::kTogether || fetch_path == FetchPath::kCopies);
+  }
+
+  // Where the host thread says what it has copied.
+  [[nodiscard]] std::uint32_t* copy_flags() {
+    return in_one ? decode_fetch_flags(fetch_workspace.mutable_data_ptr())
+                  : static_cast<std::uint32_t*>(wave_flags.mutable_data_ptr());
   }
 
   // The layer's step as the kernel takes it that serves, fetches and multiplies.
@@ -485,29 +497,33 @@ SlotExecutor::SlotExecutor(const Architecture& architecture, ExpertStore store, 
     impl.fetch_path = FetchPath::kStaged;
     impl.misses_read = torch::zeros({static_cast<std::int64_t>(sizeof(SlotCacheStep)) + impl.loads_memory.numel()},
                                     torch::TensorOptions().dtype(torch::kUInt8).pinned_memory(true));
-  } else if (impl.kernels && rows == 1 && impl.overlaps(1)) {
+  } else if (impl.kernels) {
+    impl.in_one = rows == 1 && impl.overlaps(1);
+    const FetchPath by_kernels = impl.in_one ? FetchPath::kTogether : FetchPath::kWaves;
     impl.fetch_path = cache->fetch;
     if (impl.fetch_path == FetchPath::kAuto) {
-      impl.fetch_path =
-          static_cast<std::int64_t>(layout.bytes) >= kCopiedExpertBytes ? FetchPath::kCopies : FetchPath::kTogether;
+      impl.fetch_path = static_cast<std::int64_t>(layout.bytes) >= kCopiedExpertBytes ? FetchPath::kCopies : by_kernels;
+    } else if (impl.fetch_path == FetchPath::kTogether) {
+      impl.fetch_path = by_kernels;
     }
-  }
-  if (impl.fetch_path == FetchPath::kCopies) {
-    const ExpertBlob blob = expert_blob({.num_tokens = rows,
-                                         .top_k = top_k,
-                                         .hidden_size = architecture.hidden_size,
-                                         .expert_hidden_size = architecture.expert_intermediate_size,
-                                         .format = impl.store.format()});
-    try {
-      impl.proxy =
-          std::make_unique<CopyProxy>(impl.store, blob, impl.slots_SB.mutable_data_ptr<std::uint8_t>(),
-                                      decode_fetch_flags(impl.fetch_workspace.mutable_data_ptr()), device.index());
-    } catch (const RunError& error) {
-      if (cache->fetch != FetchPath::kAuto) {
-        throw;
+    if (impl.fetch_path == FetchPath::kCopies) {
+      impl.wave_flags = torch::zeros({architecture.num_experts}, options.dtype(torch::kInt32));
+      const ExpertBlob blob = expert_blob({.num_tokens = rows,
+                                           .top_k = top_k,
+                                           .hidden_size = architecture.hidden_size,
+                                           .expert_hidden_size = architecture.expert_intermediate_size,
+                                           .format = impl.store.format()});
+      try {
+        impl.proxy = std::make_unique<CopyProxy>(impl.store, impl.in_one ? fetch_own_bytes(blob) : 0,
+                                                 impl.slots_SB.mutable_data_ptr<std::uint8_t>(), impl.copy_flags(),
+                                                 device.index());
+      } catch (const RunError& error) {
+        if (cache->fetch != FetchPath::kAuto) {
+          throw;
+        }
+        log_warning(fmt::format("{}; kernels fetch the misses themselves", error.what()));
+        impl.fetch_path = by_kernels;
       }
-      log_warning(fmt::format("{}; kernels fetch the misses themselves", error.what()));
-      impl.fetch_path = FetchPath::kTogether;
     }
   }
   if (device.is_cuda()) {

@@ -3,21 +3,11 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "hestia/kernels/copy_request.hpp"
 #include "hestia/kernels/decode_experts.hpp"
 #include "hestia/kernels/slot_cache.hpp"
 
 namespace hestia {
-
-/// What a kernel asks a host thread to copy, in pinned, mapped host memory. The kernel writes `loads` and then `count`;
-/// the thread takes them, puts `count` back to 0, and copies in the order of the list.
-struct CopyRequest {
-  struct Load {
-    std::int32_t blob = 0;  ///< of the store: layer * E + expert
-    std::int32_t slot = 0;
-  };
-  std::uint32_t count = 0;
-  Load loads[kDecodeMaxTopK];
-};
 
 /// Blocks that copy.
 inline constexpr std::int64_t kFetchCopiers = 32;

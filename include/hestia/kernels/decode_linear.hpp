@@ -25,6 +25,9 @@ struct DecodeLinearInputs {
   const std::uint16_t* weight = nullptr;       ///< bfloat16 [N, H]
   const std::uint16_t* bias = nullptr;         ///< bfloat16 [N]; null: none
   const std::uint16_t* residual = nullptr;     ///< bfloat16 [T, N], may be the output itself; null: none
+  /// bfloat16 [T, H], overwritten with the RMSNorm of x where that is worked out once and not by every block: from 3
+  /// rows on, or for rows beyond 40 KiB. Null: such sizes are refused. Ignored without a norm_weight, and by the CPU.
+  std::uint16_t* normal = nullptr;
 };
 
 // Dense products of a decode step: query, key and value at once (weights one behind the other), the output projection
@@ -37,8 +40,9 @@ void decode_linear_cpu(const DecodeLinearShape& shape, const DecodeLinearInputs&
 /// The same, not rounded at the end. out: float32 [T, N].
 void decode_linear_cpu(const DecodeLinearShape& shape, const DecodeLinearInputs& in, float* out);
 
-/// The same on the GPU: device pointers (x, norm_weight and weight aligned to 16), asynchronous on `stream` (a
-/// cudaStream_t) of the current device, one kernel, no allocation, fit for capture in a graph. A block owns 16 or 32
+/// The same on the GPU: device pointers (x, norm_weight, weight and normal aligned to 16), asynchronous on `stream` (a
+/// cudaStream_t) of the current device, one kernel, or two where `normal` is written, no allocation, fit for capture in
+/// a graph. A block owns 16 or 32
 /// rows of `weight`, its warps a part of H each, in products of tensor cores that serve all rows of the step at once;
 /// the parts are added in order. Throws RunError with the CUDA error when the launch fails, or when Hestia was built
 /// without its CUDA kernels.

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "hestia/kernels/copy_request.hpp"
 #include "hestia/kernels/slot_cache.hpp"
 
 namespace hestia {
@@ -34,5 +35,14 @@ void expert_fetch_cpu(const ExpertStoreShape& shape, const void* store, std::int
 void expert_fetch_cuda(const ExpertStoreShape& shape, const void* store, std::int64_t layer, const SlotCacheStep* step,
                        const SlotCacheLoad* loads, std::int64_t wave, void* slots, std::int64_t num_blocks,
                        void* stream);
+
+/// The same wave by the copy engine: one small kernel that asks a host thread through `request` (as the GPU sees it)
+/// and ends once all is there. `flags`: uint32 [E] on the device, the words of the request, 0 before and after. The
+/// thread must be looking for requests until then: else the kernel never ends. Asynchronous and fit for capture as
+/// expert_fetch_cuda; nothing is asked for in an empty wave. Throws std::invalid_argument for a layer or wave out of
+/// range, and RunError as that does.
+void expert_ask_cuda(const ExpertStoreShape& shape, std::int64_t layer, const SlotCacheStep* step,
+                     const SlotCacheLoad* loads, std::int64_t wave, std::uint32_t* flags, CopyRequest* request,
+                     void* stream);
 
 }  // namespace hestia

@@ -36,8 +36,9 @@ struct ExpertSlots {
 /// How the misses of a step come to the GPU.
 enum class FetchPath : std::int32_t {
   kAuto,      ///< `copies` for experts of kCopiedExpertBytes and more, else `together`: the faster one as measured.
-  kTogether,  ///< One kernel serves the step, copies its misses and computes with the hits meanwhile.
-  kCopies,    ///< The same, but for what the copy engine moves, as a host thread tells it when the kernel asks.
+  kTogether,  ///< One kernel serves a step of one token, copies its misses and computes with the hits meanwhile; steps
+              ///< of more come as kWaves.
+  kCopies,    ///< The same, but for what the copy engine moves, as a host thread tells it when a kernel asks.
   kWaves,     ///< A kernel each for serving, for copying and for every wave's products, copies on a second stream.
   kStaged,    ///< As kWaves, but the host reads the list of misses and tells the copy engine: what is not pinned passes
               ///< through staging buffers. Steps wait for the host; no other path serves a store that is not pinned.

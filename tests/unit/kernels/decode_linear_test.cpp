@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <tuple>
 
 #include "decode_support.hpp"
 
@@ -69,8 +70,13 @@ Result<Out> run(const Case& c, const With& with, bool gpu, bool graph = false) {
   Guarded<std::uint16_t> bias(c.bias, gpu);
   Guarded<std::uint16_t> residual(c.residual, gpu);
   Guarded<Out> out(std::vector<Out>(c.residual.size(), Out(77)), gpu);
-  const DecodeLinearInputs in{x.data(), with.norm ? norm_weight.data() : nullptr, weight.data(),
-                              with.bias ? bias.data() : nullptr, with.residual ? residual.data() : nullptr};
+  Guarded<std::uint16_t> normal(Bits(c.x.size(), 77), gpu);
+  const DecodeLinearInputs in{x.data(),
+                              with.norm ? norm_weight.data() : nullptr,
+                              weight.data(),
+                              with.bias ? bias.data() : nullptr,
+                              with.residual ? residual.data() : nullptr,
+                              normal.data()};
   bool in_place = false;
   Out* target = out.data();
   if constexpr (sizeof(Out) == sizeof(std::uint16_t)) {
@@ -91,8 +97,8 @@ Result<Out> run(const Case& c, const With& with, bool gpu, bool graph = false) {
       result.out = residual.values();
     }
   }
-  result.guards_whole = out.guards_whole() && residual.guards_whole() && x.guards_whole() && weight.guards_whole() &&
-                        (in_place || residual.values() == c.residual);
+  result.guards_whole = out.guards_whole() && normal.guards_whole() && residual.guards_whole() && x.guards_whole() &&
+                        weight.guards_whole() && (in_place || residual.values() == c.residual);
   return result;
 }
 
@@ -203,6 +209,32 @@ TEST_CASE("decode linear: CUDA equals the definition", "[gpu]") {
   check_all(random, true);
 }
 
+TEST_CASE("decode linear: rows that are normalised once need room on CUDA", "[gpu]") {
+  if (!gpu_ready()) {
+    return;
+  }
+  SplitMix64 random(36);
+  for (const auto& [tokens, input, refused] : {std::tuple{1, 20480, false}, std::tuple{2, 10240, false},
+                                               std::tuple{1, 20488, true}, std::tuple{3, 64, true}}) {
+    CAPTURE(tokens, input);
+    const Case c = random_case(random, tokens, input, 24);
+    Guarded<std::uint16_t> x(c.x, true);
+    Guarded<std::uint16_t> norm_weight(c.norm_weight, true);
+    Guarded<std::uint16_t> weight(c.weight, true);
+    Guarded<float> out(std::vector<float>(c.residual.size()), true);
+    const DecodeLinearInputs in{.x = x.data(), .norm_weight = norm_weight.data(), .weight = weight.data()};
+    if (refused) {
+      CHECK_THROWS_WITH(decode_linear_cuda(c.shape, in, out.data(), nullptr),
+                        Catch::Contains("normalised into `normal`"));
+    } else {
+      decode_linear_cuda(c.shape, in, out.data(), nullptr);
+      require_cuda(cudaDeviceSynchronize());
+      CHECK(out.values() == run<float>(c, {true, false, false}, true).out);
+      CHECK(out.guards_whole());
+    }
+  }
+}
+
 TEST_CASE("decode linear: other rows do not change a bit on CUDA", "[gpu]") {
   if (!gpu_ready()) {
     return;
@@ -239,11 +271,12 @@ TEST_CASE("decode linear: dependent launches await one another", "[gpu]") {
       Guarded<std::uint16_t> weight(c.weight, true);
       Guarded<std::uint16_t> even(c.x, true);
       Guarded<std::uint16_t> odd(c.residual, true);
+      Guarded<std::uint16_t> normal(Bits(c.x.size()), true);
       // Each product reads what the one before it wrote, and writes what that one read.
       Captured products([&](void* stream) {
         for (int i = 0; i < 20; ++i) {
           const std::uint16_t* const x = i % 2 == 0 ? even.data() : odd.data();
-          decode_linear_cuda(c.shape, {x, norm_weight.data(), weight.data(), nullptr, nullptr},
+          decode_linear_cuda(c.shape, {x, norm_weight.data(), weight.data(), nullptr, nullptr, normal.data()},
                              i % 2 == 0 ? odd.data() : even.data(), stream);
         }
       });

@@ -110,6 +110,7 @@ SlotCacheOptions slots_of(std::int64_t per_layer, Kind policy = Kind::kLru) {
 struct Run {
   Tensor tokens, logits;
   std::vector<SlotCacheCounts> counts;
+  FetchPath path = FetchPath::kAuto;
 };
 
 Run run(const OffloadedModel& offloaded, DecoderOptions options, const Tensor& prompt, std::int64_t steps) {
@@ -118,7 +119,7 @@ Run run(const OffloadedModel& offloaded, DecoderOptions options, const Tensor& p
   Decoder decoder(offloaded, options);
   decoder.begin(prompt);
   decoder.decode(steps);
-  return {decoder.tokens(), decoder.logits().clone(), decoder.counts()};
+  return {decoder.tokens(), decoder.logits().clone(), decoder.counts(), decoder.fetch_path()};
 }
 
 std::int64_t loads_of(const std::vector<SlotCacheCounts>& counts) {
@@ -154,6 +155,7 @@ void check_same_bits(const Architecture& a, torch::Dtype dtype, torch::Device de
         CHECK(found.tokens.equal(resident.tokens));
         CHECK(found.logits.equal(resident.logits));
         CHECK(loads_of(found.counts) > 0);
+        CHECK((path != FetchPath::kCopies || found.path == FetchPath::kCopies));
       }
     };
     for (const std::int64_t slots : {std::int64_t{1}, std::int64_t{2}, a.top_k + 1, a.num_experts}) {

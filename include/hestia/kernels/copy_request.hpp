@@ -1,0 +1,21 @@
+#pragma once
+
+#include <cstdint>
+
+#include "hestia/kernels/slot_cache.hpp"
+
+namespace hestia {
+
+/// What a kernel asks a host thread to copy, in pinned, mapped host memory. The kernel writes `loads` and then `count`;
+/// the thread takes them, puts `count` back to 0, copies in the order of the list and, behind load i, writes 0 to a
+/// word i of device memory that the kernel has set to 1 before. A kernel asks again once all words are 0.
+struct CopyRequest {
+  struct Load {
+    std::int32_t blob = 0;  ///< of the store: layer * E + expert
+    std::int32_t slot = 0;
+  };
+  std::uint32_t count = 0;
+  Load loads[kSlotCacheMaxExperts];
+};
+
+}  // namespace hestia
