@@ -71,11 +71,16 @@ __device__ int pairs_of_block(const std::int32_t* slots, int num_pairs, int slot
   }
 }
 
-/// Whether the kernel before has computed down of the hits among the K pairs (decode_down_combine_cuda): where
-/// something is missing.
-__device__ inline bool hits_are_done(const std::int32_t* hit_slots, int top_k) {
+/// A bit per pair of a token that is a hit; by whole warps.
+__device__ inline unsigned hits_of(const std::int32_t* hit_slots, int top_k) {
   const int lane = static_cast<int>(threadIdx.x) % kDecodeWarp;
-  return hit_slots != nullptr && __any_sync(~0U, lane < top_k && hit_slots[lane] < 0) != 0;
+  return __ballot_sync(~0U, lane < top_k && hit_slots[lane] >= 0);
+}
+
+/// Whether the kernel before has computed down of the hits among the K pairs (decode_down_combine_cuda): where
+/// something is missing. By whole warps.
+__device__ inline bool hits_are_done(const std::int32_t* hit_slots, int top_k) {
+  return hit_slots != nullptr && __popc(hits_of(hit_slots, top_k)) < top_k;
 }
 
 /// residual[at], or what changes no sum where there is no residual.

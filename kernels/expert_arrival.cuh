@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "block_signals.cuh"
-#include "decode_dot.cuh"
+#include "decode_pairs.cuh"
 #include "hestia/kernels/decode_fetch.hpp"
 #include "slot_cache_serve.cuh"
 
@@ -86,12 +86,6 @@ __device__ inline unsigned wait_served(const FetchStep& step, unsigned poll_ns) 
   return said - 1;
 }
 
-/// A bit per pair that is a hit; by whole warps.
-__device__ inline unsigned hits_of(const FetchStep& step) {
-  const int lane = static_cast<int>(threadIdx.x) % kDecodeWarp;
-  return __ballot_sync(~0U, lane < step.top_k && step.hit_slots[lane] >= 0);
-}
-
 /// What a block behind the copiers does.
 struct Turn {
   enum class Work { kNothing, kHit, kDownOfHit, kMiss };
@@ -104,7 +98,7 @@ struct Turn {
 /// The turn of block `number` behind the copiers: gate and up of the hits in their order, their down, the misses.
 __device__ inline Turn turn_of(const FetchStep& step, unsigned number) {
   const unsigned all = step.top_k == kDecodeWarp ? ~0U : (1U << step.top_k) - 1U;
-  const unsigned hits = hits_of(step);
+  const unsigned hits = hits_of(step.hit_slots, step.top_k);
   const unsigned misses = all & ~hits;
   const auto num_hits = static_cast<unsigned>(__popc(hits));
   const unsigned downs = misses != 0 ? step.down_blocks_per_pair : 0;
@@ -192,7 +186,7 @@ __device__ inline void bring_ahead(const FetchStep& step, unsigned last, unsigne
   if (step.ahead[0].bytes == 0) {
     return;
   }
-  const auto others = static_cast<unsigned>(__popc(hits_of(step))) * step.down_blocks_per_pair;
+  const auto others = static_cast<unsigned>(__popc(hits_of(step.hit_slots, step.top_k))) * step.down_blocks_per_pair;
   const auto is_time = [&] {
     return load_acquire(&step.workspace->ended) >= others && (last == 0 || has_arrived(step, last - 1, 0));
   };

@@ -20,6 +20,7 @@ import pathlib
 import random
 import shutil
 import subprocess
+import sys
 import tempfile
 
 import gguf
@@ -28,6 +29,9 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+from llama_bench import olmoe_writer  # noqa: E402
+
 TINY = ROOT / "checkpoints" / "tiny"
 TOLERANCE = {"F32": 1e-4, "F16": 1e-3}  # of the largest logit
 
@@ -80,20 +84,7 @@ def write_base(directory, router_type):
 def write_olmoe_gguf(directory, path, router_type):
     config = json.loads((directory / "config.json").read_text())
     tensors = load_directory(directory)
-    writer = gguf.GGUFWriter(path, "olmoe")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_expert_count(config["num_experts"])
-    writer.add_expert_used_count(config["num_experts_per_tok"])
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    writer.add_tokenizer_model("none")
+    writer = olmoe_writer(config, path, gguf.LlamaFileType.ALL_F32)
     writer.add_tensor("token_embd.weight", tensors["model.embed_tokens.weight"])
     writer.add_tensor("output_norm.weight", tensors["model.norm.weight"])
     writer.add_tensor("output.weight", tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"]).copy())

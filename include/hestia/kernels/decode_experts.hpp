@@ -34,7 +34,8 @@ struct DecodeExpertsShape {
   ExpertFormat format = ExpertFormat::kBfloat16;
   /// The kernels may start before the one before them on the stream has ended; they await that end themselves, those of
   /// down while their weights come in: the kernel right before decode_down and decode_down_combine must not write
-  /// `slots` or what lies in them. Compute capability 9.0 or higher; no effect on the CPU.
+  /// `slots` or what lies in them. Those of integers bring nothing in before that end. Compute capability 9.0 or
+  /// higher; no effect on the CPU.
   bool dependent = false;
   std::int64_t tensor_rows = kDecodeTensorRows;  ///< In place of it; no effect on integers or on the CPU.
 };
