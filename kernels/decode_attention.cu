@@ -16,7 +16,8 @@ constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kDecodeWarp;
 constexpr int kSpan = 32;          // keys of a stretch are a multiple of this
 constexpr int kMaxStretches = 32;  // per row and head
-constexpr int kBlocks = 256;       // that a row should give the GPU
+constexpr int kBlocks = 256;       // that a row should give the GPU, if it comes alone
+constexpr int kMostBlocks = 640;   // more would wait for others to end, and each prepares the same heads again
 constexpr int kMaxHeads = 4;       // query heads of a block
 constexpr int kKeys = 4;           // that a lane has in flight
 constexpr int kPartsHeld = 16;     // stretches' values that a thread has in flight
@@ -49,7 +50,7 @@ __device__ float rounded(float value) {
   return bfloat16_value(bfloat16_bits(value));
 }
 
-/// How attention is cut into blocks; the same for every T.
+/// How attention is cut, whose bits depend on it; the same for every T.
 struct Cut {
   int heads;      // query heads of a block
   int groups;     // of them per key-value head
@@ -247,10 +248,11 @@ struct Mix {
   float values[8] = {};
 };
 
-/// Grid: (stretches, G * groups, T). kLanes lanes hold a key, 8 values each; those past d hold zeros. The keys of
-/// earlier tokens are on their way before the kernel before has ended; the new one is that of the last stretch.
+/// Grid: (blocks, G * groups, T); blocks take the stretches by turns, one after the other. kLanes lanes hold a key, 8
+/// values each; those past d hold zeros. The keys of earlier tokens are on their way before the kernel before has
+/// ended; the new one is that of the last stretch.
 template <int kLanes, int kHeads>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kHeads == 1 ? 5 : 1)
     attention_kernel(Sizes sizes, DecodeAttentionInputs in, DecodeKeyValues cache, std::uint16_t* out,
                      Workspace workspace) {
   constexpr int kTogether = kDecodeWarp / kLanes;  // keys that a warp reads at once
@@ -281,18 +283,26 @@ __global__ void __launch_bounds__(kThreads)
   const int visible = static_cast<int>(end - begin);
   const int span = (visible + sizes.cut.stretches * kSpan - 1) / (sizes.cut.stretches * kSpan) * kSpan;
   const int stretches = visible == 0 ? 1 : (visible + span - 1) / span;
-  const int stretch = static_cast<int>(blockIdx.x);
-  if (stretch >= stretches) {
+  const auto first_stretch = static_cast<int>(blockIdx.x);
+  const int blocks = min(stretches, static_cast<int>(gridDim.x));  // that have something to do
+  if (first_stretch >= blocks) {
     return;
   }
-  const int num_own = min(span, visible - stretch * span);
-  const bool has_new = visible > 0 && stretch == stretches - 1;
-  const int num_old = num_own - (has_new ? 1 : 0);
-  const std::size_t first_key =
-      (t * sizes.num_keys + key_head) * static_cast<std::size_t>(sizes.capacity) + begin + stretch * span;
+  const bool brings_new = visible > 0 && (stretches - 1) % blocks == first_stretch;
   const int row_chunks = sizes.d / 8;
-  const auto* const keys = reinterpret_cast<const uint4*>(cache.keys) + first_key * row_chunks;
-  const auto* const values = reinterpret_cast<const uint4*>(cache.values) + first_key * row_chunks;
+  const std::size_t first_key = (t * sizes.num_keys + key_head) * static_cast<std::size_t>(sizes.capacity) + begin;
+  // Of the stretch that is worked on:
+  int num_own = 0;
+  int num_old = 0;
+  const uint4* keys = nullptr;
+  const uint4* values = nullptr;
+  const auto go_to = [&](int stretch) {
+    num_own = min(span, visible - stretch * span);
+    num_old = num_own - (visible > 0 && stretch == stretches - 1 ? 1 : 0);
+    const std::size_t from = (first_key + stretch * span) * row_chunks;
+    keys = reinterpret_cast<const uint4*>(cache.keys) + from;
+    values = reinterpret_cast<const uint4*>(cache.values) + from;
+  };
   uint4 key_bits[kKeys];
   uint4 value_bits[kKeys];
   const auto key_of = [&](int base, int k) { return base + k * kStride + warp * kTogether + lane / kLanes; };
@@ -305,6 +315,7 @@ __global__ void __launch_bounds__(kThreads)
       value_bits[k] = there ? values[key * row_chunks + chunk] : make_uint4(0, 0, 0, 0);
     }
   };
+  go_to(first_stretch);
   load(0);
   const int first_query = key_head * per_key + head_in_key;
   NewHeads<kHeads> fresh;
@@ -315,17 +326,17 @@ __global__ void __launch_bounds__(kThreads)
 
   if (visible > 0) {
     const int half = sizes.d / 2;
-    fresh.compute(sizes, in, t, first_query, heads, key_head, has_new, norm_parts);
+    fresh.compute(sizes, in, t, first_query, heads, key_head, brings_new, norm_parts);
     if (thread < half) {
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
         fresh.heads[h].store(reinterpret_cast<std::uint16_t*>(queries[h]), half);
       }
-      if (has_new) {
+      if (brings_new) {
         fresh.heads[kHeads].store(reinterpret_cast<std::uint16_t*>(new_key), half);
         fresh.value.store(reinterpret_cast<std::uint16_t*>(new_value), half);
         if (head_in_key == 0) {
-          const std::size_t to = (first_key + num_old) * sizes.d;
+          const std::size_t to = (first_key + visible - 1) * sizes.d;
           fresh.heads[kHeads].store(cache.keys + to, half);
           fresh.value.store(cache.values + to, half);
         }
@@ -342,129 +353,135 @@ __global__ void __launch_bounds__(kThreads)
       query[h][i] = __fmul_rn(query[h][i], sizes.scale);
     }
   }
-  Mix mix[kHeads];
-  for (int base = 0; base < num_own; base += kKeys * kStride) {
-    if (base > 0) {
-      load(base);
+  for (int stretch = first_stretch; stretch < stretches; stretch += blocks) {
+    if (stretch != first_stretch) {
+      go_to(stretch);
+      __syncthreads();  // the one before has been read
     }
-    bool there[kKeys];
-#pragma unroll
-    for (int k = 0; k < kKeys; ++k) {
-      const int key = key_of(base, k);
-      there[k] = key < num_own;
-      if (active && key == num_old && has_new) {
-        key_bits[k] = new_key[chunk];
-        value_bits[k] = new_value[chunk];
+    Mix mix[kHeads];
+    for (int base = 0; base < num_own; base += kKeys * kStride) {
+      if (base > 0 || stretch != first_stretch) {
+        load(base);
       }
-    }
-    float score[kHeads][kKeys];
+      bool there[kKeys];
 #pragma unroll
-    for (int k = 0; k < kKeys; ++k) {
-      float key[8];
-      unpack(key_bits[k], key);
+      for (int k = 0; k < kKeys; ++k) {
+        const int key = key_of(base, k);
+        there[k] = key < num_own;
+        if (active && key == num_old && key < num_own) {
+          key_bits[k] = new_key[chunk];
+          value_bits[k] = new_value[chunk];
+        }
+      }
+      float score[kHeads][kKeys];
+#pragma unroll
+      for (int k = 0; k < kKeys; ++k) {
+        float key[8];
+        unpack(key_bits[k], key);
+#pragma unroll
+        for (int h = 0; h < kHeads; ++h) {
+          float sum = 0.0F;
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            sum = __fmaf_rn(query[h][i], key[i], sum);
+          }
+#pragma unroll
+          for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+            sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffU, sum, offset));
+          }
+          score[h][k] = there[k] ? sum : kNothing;
+        }
+      }
 #pragma unroll
       for (int h = 0; h < kHeads; ++h) {
-        float sum = 0.0F;
+        float largest = mix[h].largest;
+#pragma unroll
+        for (int k = 0; k < kKeys; ++k) {
+          largest = fmaxf(largest, score[h][k]);
+        }
+        const float kept = share(mix[h].largest, largest);
+        mix[h].largest = largest;
+        mix[h].total = __fmul_rn(mix[h].total, kept);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          sum = __fmaf_rn(query[h][i], key[i], sum);
+          mix[h].values[i] = __fmul_rn(mix[h].values[i], kept);
         }
 #pragma unroll
-        for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-          sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffU, sum, offset));
+        for (int k = 0; k < kKeys; ++k) {
+          score[h][k] = share(score[h][k], largest);
+          mix[h].total = __fadd_rn(mix[h].total, score[h][k]);
         }
-        score[h][k] = there[k] ? sum : kNothing;
+      }
+#pragma unroll
+      for (int k = 0; k < kKeys; ++k) {
+        float value[8];
+        unpack(value_bits[k], value);
+#pragma unroll
+        for (int h = 0; h < kHeads; ++h) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            mix[h].values[i] = __fmaf_rn(score[h][k], value[i], mix[h].values[i]);
+          }
+        }
       }
     }
+    // The warp's keys together.
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
-      float largest = mix[h].largest;
 #pragma unroll
-      for (int k = 0; k < kKeys; ++k) {
-        largest = fmaxf(largest, score[h][k]);
-      }
-      const float kept = share(mix[h].largest, largest);
-      mix[h].largest = largest;
-      mix[h].total = __fmul_rn(mix[h].total, kept);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        mix[h].values[i] = __fmul_rn(mix[h].values[i], kept);
-      }
-#pragma unroll
-      for (int k = 0; k < kKeys; ++k) {
-        score[h][k] = share(score[h][k], largest);
-        mix[h].total = __fadd_rn(mix[h].total, score[h][k]);
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < kKeys; ++k) {
-      float value[8];
-      unpack(value_bits[k], value);
-#pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
+      for (int offset = kLanes; offset < kDecodeWarp; offset *= 2) {
+        const float other_largest = __shfl_xor_sync(0xffffffffU, mix[h].largest, offset);
+        const float other_total = __shfl_xor_sync(0xffffffffU, mix[h].total, offset);
+        const float largest = fmaxf(mix[h].largest, other_largest);
+        const float own = share(mix[h].largest, largest);
+        const float other = share(other_largest, largest);
+        mix[h].largest = largest;
+        mix[h].total = __fadd_rn(__fmul_rn(mix[h].total, own), __fmul_rn(other_total, other));
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          mix[h].values[i] = __fmaf_rn(score[h][k], value[i], mix[h].values[i]);
+          const float theirs = __shfl_xor_sync(0xffffffffU, mix[h].values[i], offset);
+          mix[h].values[i] = __fadd_rn(__fmul_rn(mix[h].values[i], own), __fmul_rn(theirs, other));
+        }
+      }
+      if (lane < kLanes) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          mixed[warp][h][chunk * 8 + i] = mix[h].values[i];
+        }
+        if (lane == 0) {
+          softmax[warp][h] = make_float2(mix[h].largest, mix[h].total);
         }
       }
     }
-  }
-  // The warp's keys together.
+    __syncthreads();
+    // The block's.
+    for (int index = thread; index < heads * sizes.d; index += kThreads) {
+      const int h = index / sizes.d;
+      const int i = index % sizes.d;
+      float largest = kNothing;
 #pragma unroll
-  for (int h = 0; h < kHeads; ++h) {
-#pragma unroll
-    for (int offset = kLanes; offset < kDecodeWarp; offset *= 2) {
-      const float other_largest = __shfl_xor_sync(0xffffffffU, mix[h].largest, offset);
-      const float other_total = __shfl_xor_sync(0xffffffffU, mix[h].total, offset);
-      const float largest = fmaxf(mix[h].largest, other_largest);
-      const float own = share(mix[h].largest, largest);
-      const float other = share(other_largest, largest);
-      mix[h].largest = largest;
-      mix[h].total = __fadd_rn(__fmul_rn(mix[h].total, own), __fmul_rn(other_total, other));
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float theirs = __shfl_xor_sync(0xffffffffU, mix[h].values[i], offset);
-        mix[h].values[i] = __fadd_rn(__fmul_rn(mix[h].values[i], own), __fmul_rn(theirs, other));
+      for (int part = 0; part < kWarps; ++part) {
+        largest = fmaxf(largest, softmax[part][h].x);
       }
-    }
-    if (lane < kLanes) {
+      float total = 0.0F;
+      float value = 0.0F;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        mixed[warp][h][chunk * 8 + i] = mix[h].values[i];
+      for (int part = 0; part < kWarps; ++part) {
+        const float kept = share(softmax[part][h].x, largest);
+        total = __fmaf_rn(softmax[part][h].y, kept, total);
+        value = __fmaf_rn(mixed[part][h][i], kept, value);
       }
-      if (lane == 0) {
-        softmax[warp][h] = make_float2(mix[h].largest, mix[h].total);
+      const std::size_t to = (first_head + h) * sizes.cut.stretches + stretch;
+      workspace.mixed[to * sizes.d + i] = value;
+      if (i == 0) {
+        workspace.softmax[to] = make_float2(largest, total);
       }
-    }
-  }
-  __syncthreads();
-  // The block's.
-  for (int index = thread; index < heads * sizes.d; index += kThreads) {
-    const int h = index / sizes.d;
-    const int i = index % sizes.d;
-    float largest = kNothing;
-#pragma unroll
-    for (int part = 0; part < kWarps; ++part) {
-      largest = fmaxf(largest, softmax[part][h].x);
-    }
-    float total = 0.0F;
-    float value = 0.0F;
-#pragma unroll
-    for (int part = 0; part < kWarps; ++part) {
-      const float kept = share(softmax[part][h].x, largest);
-      total = __fmaf_rn(softmax[part][h].y, kept, total);
-      value = __fmaf_rn(mixed[part][h][i], kept, value);
-    }
-    const std::size_t to = (first_head + h) * sizes.cut.stretches + stretch;
-    workspace.mixed[to * sizes.d + i] = value;
-    if (i == 0) {
-      workspace.softmax[to] = make_float2(largest, total);
     }
   }
   __syncthreads();
   unsigned* const ended = workspace.ended + first_head;
   if (thread == 0) {
-    last = count_and_see(ended) == static_cast<unsigned>(stretches) - 1;
+    last = count_and_see(ended) == static_cast<unsigned>(blocks) - 1;
     if (last) {
       *ended = 0;
     }
@@ -522,7 +539,9 @@ __global__ void __launch_bounds__(kThreads)
 template <int kLanes>
 void launch(const DecodeAttentionShape& shape, const Sizes& sizes, const DecodeAttentionInputs& in,
             const DecodeKeyValues& cache, std::uint16_t* out, const Workspace& workspace, void* stream) {
-  const dim3 grid(static_cast<unsigned>(sizes.cut.stretches), static_cast<unsigned>(sizes.num_keys * sizes.cut.groups),
+  const int rows = sizes.num_keys * sizes.cut.groups * static_cast<int>(shape.num_tokens);
+  const int blocks = std::clamp(kMostBlocks / rows, 1, sizes.cut.stretches);
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(sizes.num_keys * sizes.cut.groups),
                   static_cast<unsigned>(shape.num_tokens));
   const auto start = [&](auto* kernel) {
     launch_kernel("attention_kernel", kernel, grid, kThreads, 0, stream, shape.dependent, sizes, in, cache, out,

@@ -36,8 +36,8 @@ struct ExpertSlots {
 /// How the misses of a step come to the GPU.
 enum class FetchPath : std::int32_t {
   kAuto,      ///< `copies` for experts of kCopiedExpertBytes and more, else `together`: the faster one as measured.
-  kTogether,  ///< One kernel serves a step of one token, copies its misses and computes with the hits meanwhile; steps
-              ///< of more come as kWaves.
+  kTogether,  ///< One kernel serves a step of one token whose experts all fit the slots, copies its misses and computes
+              ///< with the hits meanwhile; other steps come as kWaves.
   kCopies,    ///< The same, but for what the copy engine moves, as a host thread tells it when a kernel asks.
   kWaves,     ///< A kernel each for serving, for copying and for every wave's products, copies on a second stream.
   kStaged,    ///< As kWaves, but the host reads the list of misses and tells the copy engine: what is not pinned passes
@@ -60,8 +60,7 @@ struct SlotCacheOptions {
   double gamma = SimulationOptions{}.gamma;       ///< Discount of `gamma`.
   std::uint64_t seed = SimulationOptions{}.seed;  ///< Of `random`.
   bool stress = false;                            ///< See SlotCacheShape::stress.
-  /// For steps of one token in the decode kernels whose experts all fit the slots; all others come in waves. kStaged is
-  /// for all steps.
+  /// For steps in the decode kernels; all others come as kWaves. kStaged is for all steps.
   FetchPath fetch = FetchPath::kAuto;
 };
 
@@ -125,9 +124,9 @@ class SlotExecutor : public Executor {
   /// uint8 [E] on the device, 1 where the slots of a layer hold the expert; asynchronous. Null when all are resident.
   [[nodiscard]] torch::Tensor resident(std::int64_t moe_layer);
 
-  /// How misses come, never kAuto, and by waves where the options' path does not serve: on a CPU, for several rows,
-  /// without the decode kernels, under `static` or with fewer slots than a token has experts. kStaged where the store
-  /// is not pinned in full.
+  /// How misses come, never kAuto, and by waves where the options' path does not serve: on a CPU and without the decode
+  /// kernels; in place of kTogether also for several rows, under `static` or with fewer slots than a token has experts.
+  /// kStaged where the store is not pinned in full.
   [[nodiscard]] FetchPath fetch_path() const noexcept;
   /// Lets the host thread of `copies` look for requests, and decode() ask it; without effect on other paths. Not before
   /// a first step has run: what a kernel's first launch does may wait for the kernels that wait for the thread. And no
