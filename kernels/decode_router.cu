@@ -19,6 +19,7 @@ constexpr int kMaxExperts = 512;
 constexpr int kMaxTopK = 32;
 constexpr int kRankThreads = kThreads - kDecodeWarp;  // two per expert; the last warp computes the softmax meanwhile
 constexpr int kAhead = 16;                            // 16 bytes of its row, times this, that a lane asks for early
+constexpr std::size_t kMaxServingRow = 12 * 1024;     // bytes of a row that fits beside what serving takes
 constexpr std::int64_t kSpread = 128;                 // blocks to spread few rows over: about one per SM
 
 /// Calls ranked(e, the number of experts j with before(j, e)) for every expert, in one of the kRankThreads threads.
@@ -294,7 +295,7 @@ void decode_router_cuda(const DecodeRouterShape& shape, const DecodeRouterInputs
     launch_kernel("router_kernel", kernel, grid, kThreads, shared, stream, shape.dependent, shape, in, out,
                   static_cast<unsigned*>(workspace), static_cast<int>(tile), serve);
   };
-  if (in.fetch != nullptr) {
+  if (in.fetch != nullptr && row_bytes <= kMaxServingRow) {
     start(router_kernel<true>, std::max(row_bytes, serving::bytes_of_bits(in.fetch->cache)),
           serve_step(*in.fetch, shape.top_k));
   } else {

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "block_signals.cuh"
+#include "copy_ask.cuh"
 #include "decode_pairs.cuh"
 #include "hestia/kernels/decode_fetch.hpp"
 #include "slot_cache_serve.cuh"
@@ -250,19 +251,9 @@ __device__ inline void serve_and_ask(const ServeStep& step, const std::int32_t* 
   if (thread == 0) {
     store_release(&step.workspace->served, 1 + loads);
   }
-  // Behind it: those who wait on the GPU need not wait for the way to the host.
-  if (asks && thread < kDecodeWarp) {
-    if (thread < loads) {
-      const SlotCacheLoad& what = step.answer.loads[thread];
-      volatile CopyRequest::Load& load = step.request->loads[thread];
-      load.blob = step.layer * static_cast<int>(step.cache.num_experts) + what.expert;
-      load.slot = what.slot;
-      __threadfence_system();
-    }
-    __syncwarp();
-    if (thread == 0) {
-      store_release_system(&step.request->count, loads);
-    }
+  if (asks) {  // behind it: those who wait on the GPU need not wait for the way to the host
+    ask_for_copies<kThreads>(step.answer.loads, static_cast<int>(loads),
+                             step.layer * static_cast<int>(step.cache.num_experts), step.request);
   }
 }
 
@@ -272,11 +263,12 @@ __device__ inline void serve_and_copy(const FetchStep& step, uint4* pool) {
   const auto thread = static_cast<unsigned>(threadIdx.x);
   if (blockIdx.x == 0) {
     extern __shared__ unsigned bits[];
+    __shared__ bool is_served;
     if (thread == 0) {
-      shared_loads = load_acquire(&step.workspace->served);
+      is_served = load_acquire(&step.workspace->served) != 0;
     }
     __syncthreads();
-    if (shared_loads == 0) {
+    if (!is_served) {
       serve_and_ask(step, step.selected, bits);
     }
   }

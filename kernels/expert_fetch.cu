@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "block_signals.cuh"
+#include "copy_ask.cuh"
 #include "decode_checks.hpp"
 #include "decode_dot.cuh"
 #include "launch.cuh"
@@ -50,19 +50,14 @@ __global__ void __launch_bounds__(kAskThreads)
                       std::uint32_t* flags, CopyRequest* request) {
   const std::int64_t first = (wave - 1) * step->wave_size;
   const auto count = static_cast<int>(min(static_cast<std::int64_t>(step->wave_size), step->loads - first));
-  const int thread = static_cast<int>(threadIdx.x);
+  if (count <= 0) {
+    return;
+  }
+  const auto thread = static_cast<int>(threadIdx.x);
   for (int i = thread; i < count; i += kAskThreads) {
-    const SlotCacheLoad what = loads[first + i];
-    volatile CopyRequest::Load& load = request->loads[i];
-    load.blob = first_blob + what.expert;
-    load.slot = what.slot;
     flags[i] = 1;
-    __threadfence_system();
   }
-  __syncthreads();
-  if (thread == 0 && count > 0) {
-    store_release_system(&request->count, static_cast<unsigned>(count));
-  }
+  ask_for_copies<kAskThreads>(loads + first, count, first_blob, request);
   for (int i = thread; i < count; i += kAskThreads) {
     while (load_acquire_system(flags + i) != 0) {
       __nanosleep(500);

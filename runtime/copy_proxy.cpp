@@ -58,6 +58,7 @@ struct CopyProxy::Impl {
   std::array<cudaStream_t, 2> streams{};
   std::atomic<bool> awake{false};
   std::atomic<bool> ended{false};
+  std::atomic<std::int64_t> taken{0};
   std::atomic<int> error{0};  // cudaError_t of the first that failed
   std::thread thread;
 
@@ -111,6 +112,7 @@ struct CopyProxy::Impl {
       if (count > 0) {
         // Before the copies: the next request can only come behind them.
         asked.store(0, std::memory_order_relaxed);
+        ++taken;
         serve(count);
       }
     }
@@ -153,6 +155,10 @@ CopyProxy::~CopyProxy() = default;
 
 CopyRequest* CopyProxy::request() const noexcept {
   return impl_->device_request;
+}
+
+std::int64_t CopyProxy::requests() const noexcept {
+  return impl_->taken;
 }
 
 void CopyProxy::wake() {

@@ -26,6 +26,8 @@ class CopyProxy {
 
   /// Where kernels put what they ask for.
   [[nodiscard]] CopyRequest* request() const noexcept;
+  /// Requests taken so far.
+  [[nodiscard]] std::int64_t requests() const noexcept;
   /// Starts looking for requests; before the first kernel that may ask is launched.
   void wake();
   /// Stops looking; once no kernel that may ask is left. Throws RunError with the CUDA error when a copy did not start:

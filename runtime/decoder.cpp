@@ -107,13 +107,6 @@ struct Decoder::Impl {
             fmt::format("decode kernels do not take this model: {}; steps run slower, through LibTorch", refusal));
       }
     }
-    if (options.cache && options.cache->fetch == FetchPath::kCopies && !copies() &&
-        slots->fetch_path() != FetchPath::kStaged) {
-      log_warning(
-          "the copy engine is not told what to fetch: that takes the decode kernels; other kernels fetch the misses, "
-          "in "
-          "waves");
-    }
     const auto integers = torch::TensorOptions().dtype(torch::kInt64).device(device);
     const auto floats = integers.dtype(torch::kFloat32);
     tokens_B1 = torch::zeros({options.rows, 1}, integers);
@@ -145,6 +138,12 @@ struct Decoder::Impl {
     if (device.is_cuda()) {
       // A capture needs a stream of its own.
       stream = c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device.index());
+    }
+    if (options.cache && options.cache->fetch == FetchPath::kCopies && !copies() &&
+        slots->fetch_path() != FetchPath::kStaged) {
+      log_warning(
+          "the copy engine is not told what to fetch: that takes the decode kernels and, but for one row whose experts "
+          "fit the slots, CUDA graphs; kernels fetch the misses, in waves");
     }
   }
 
@@ -330,7 +329,11 @@ struct Decoder::Impl {
   // Steps whose misses the host reads cannot be captured.
   [[nodiscard]] bool in_graphs() const { return stream && options.graph && slots->fetch_path() != FetchPath::kStaged; }
 
-  [[nodiscard]] bool copies() const { return fused && slots->fetch_path() == FetchPath::kCopies; }
+  // Whether the copy engine is told what to fetch. Waves of several rows are many launches, too many to enqueue outside
+  // graphs while kernels wait for the host.
+  [[nodiscard]] bool copies() const {
+    return fused && slots->fetch_path() == FetchPath::kCopies && (slots->fetches_in_one() || in_graphs());
+  }
 
   void synchronize() const {
     if (stream) {
@@ -403,7 +406,8 @@ void Decoder::replay(std::optional<DecodeReplay> replay) {
     replay->steps_LSBK = steps.to(impl.device).contiguous();
   }
   impl.replayed = std::move(replay);
-  impl.graphs.clear();  // they hold what was served before
+  impl.graphs.clear();   // they hold what was served before
+  impl.stepped = false;  // and the next step is not in one
   impl.choose_selector();
   if (impl.fused) {
     impl.fused->replay(impl.replayed ? std::optional<Tensor>(impl.replayed->steps_LSBK) : std::nullopt);
@@ -570,7 +574,8 @@ const SlotExecutor& Decoder::slots() const noexcept {
 
 FetchPath Decoder::fetch_path() const noexcept {
   const FetchPath path = impl_->slots->fetch_path();
-  return impl_->fused || path == FetchPath::kStaged ? path : FetchPath::kWaves;
+  const bool serves = path == FetchPath::kCopies ? impl_->copies() : impl_->fused != nullptr;
+  return serves || path == FetchPath::kStaged ? path : FetchPath::kWaves;
 }
 
 bool Decoder::in_graphs() const noexcept {

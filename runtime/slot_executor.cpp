@@ -257,7 +257,7 @@ struct SlotExecutor::Impl {
       return;
     }
     const auto fetch = [&](std::int64_t wave, void* on) {
-      if (asks) {
+      if (asks && !in_one) {
         expert_ask_cuda(store_shape(), moe_layer, said.step, said.loads, wave, copy_flags(), proxy->request(), on);
         return;
       }
@@ -338,7 +338,6 @@ struct SlotExecutor::Impl {
     }
   }
 
-  // Serves, copies and computes a step of one token in two kernels.
   [[nodiscard]] bool fetches_in_one() const {
     return in_one && (fetch_path == FetchPath::kTogether || fetch_path == FetchPath::kCopies);
   }
@@ -365,6 +364,7 @@ struct SlotExecutor::Impl {
     return fetch;
   }
 
+  // Copies and computes a step of one token in two kernels, and serves it where the router has not.
   void run_together(const DecodeExpertsShape& sizes, const std::uint16_t* x, const std::int32_t* selected,
                     const std::int32_t* hit_slots, const float* weights, const std::uint16_t* residual,
                     std::uint16_t* out, std::int64_t moe_layer, std::span<const Tensor> ahead) {
@@ -507,7 +507,9 @@ SlotExecutor::SlotExecutor(const Architecture& architecture, ExpertStore store, 
       impl.fetch_path = by_kernels;
     }
     if (impl.fetch_path == FetchPath::kCopies) {
-      impl.wave_flags = torch::zeros({architecture.num_experts}, options.dtype(torch::kInt32));
+      if (!impl.in_one) {
+        impl.wave_flags = torch::zeros({architecture.num_experts}, options.dtype(torch::kInt32));
+      }
       const ExpertBlob blob = expert_blob({.num_tokens = rows,
                                            .top_k = top_k,
                                            .hidden_size = architecture.hidden_size,
@@ -517,6 +519,11 @@ SlotExecutor::SlotExecutor(const Architecture& architecture, ExpertStore store, 
         impl.proxy = std::make_unique<CopyProxy>(impl.store, impl.in_one ? fetch_own_bytes(blob) : 0,
                                                  impl.slots_SB.mutable_data_ptr<std::uint8_t>(), impl.copy_flags(),
                                                  device.index());
+        if (!impl.in_one) {
+          // Its first launch, of no step: none may come while kernels wait for the thread, nor in a capture.
+          expert_ask_cuda(impl.store_shape(), 0, impl.answer().step, impl.answer().loads, 1, impl.copy_flags(),
+                          impl.proxy->request(), impl.stream());
+        }
       } catch (const RunError& error) {
         if (cache->fetch != FetchPath::kAuto) {
           throw;
@@ -594,6 +601,14 @@ void SlotExecutor::decode(const torch::Tensor& x_TD, const torch::Tensor& select
                      mutable_bits(out_TD), moe_layer, ahead);
 }
 
+bool SlotExecutor::fetches_in_one() const noexcept {
+  return impl_->fetches_in_one();
+}
+
+std::int64_t SlotExecutor::copy_requests() const noexcept {
+  return impl_->proxy ? impl_->proxy->requests() : 0;
+}
+
 FetchPath SlotExecutor::fetch_path() const noexcept {
   return impl_->fetch_path;
 }
@@ -616,6 +631,11 @@ void SlotExecutor::reset(std::int64_t sequence, const std::vector<std::vector<st
   Impl& impl = *impl_;
   if (!impl.shape) {
     return;
+  }
+  for (Tensor* counters : {&impl.fetch_workspace, &impl.wave_flags}) {
+    if (counters->defined()) {
+      counters->zero_();  // as they are, unless a step was cut off
+    }
   }
   const SlotCacheShape& shape = *impl.shape;
   const std::int64_t groups = impl.groups();

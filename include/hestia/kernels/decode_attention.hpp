@@ -68,11 +68,12 @@ void decode_attention_cpu(const DecodeAttentionShape& shape, const DecodeAttenti
 
 /// The same on the GPU: device pointers (all but position and sinks aligned to 16), asynchronous on `stream` (a
 /// cudaStream_t) of the current device, one kernel, no allocation, fit for capture in a graph, which then follows the
-/// positions in device memory. One block per row, key-value head with up to 4 of its query heads, and stretch of keys;
-/// the block that ends last joins the stretches in order. How many stretches there are depends on A, G and C, their
-/// length on the row's position. `dependent`: the kernel before must not write the position or what the cache holds of
-/// earlier tokens. A position outside the cache or the tables writes nothing into the cache and NaN to out. Throws
-/// RunError with the CUDA error when the launch fails, or when Hestia was built without its CUDA kernels.
+/// positions in device memory. A block takes one or, of many rows, more of the stretches of keys of a row and key-value
+/// head with up to 4 of its query heads; the block that ends last joins the stretches in order. How many stretches
+/// there are depends on A, G and C, their length on the row's position. `dependent`: the kernel before must not write
+/// the position, the norms' weights, the tables or what the cache holds of earlier tokens. A position outside the cache
+/// or the tables writes nothing into the cache and NaN to out. Throws RunError with the CUDA error when the launch
+/// fails, or when Hestia was built without its CUDA kernels.
 void decode_attention_cuda(const DecodeAttentionShape& shape, const DecodeAttentionInputs& in,
                            const DecodeKeyValues& cache, std::uint16_t* out, void* workspace, void* stream);
 

@@ -37,7 +37,8 @@ struct DecodeFetch {
   /// at (l * num_experts + e) * expert_blob(shape).bytes. Aligned to 16.
   const void* store = nullptr;
   SlotCacheAnswer answer;  ///< What serving writes; `wave_slots` is not written.
-  /// decode_fetch_workspace() bytes, aligned to 16: zero before the first call, and zero again after each.
+  /// decode_fetch_workspace() bytes, aligned to 16: zero before the first call, and zero again after each; between a
+  /// router that has served and this kernel, what the router wrote.
   void* workspace = nullptr;
   /// Null: the kernel copies all misses itself. Else it copies the first fetch_own_bytes of the first one and waits for
   /// a host thread that copies the rest and, behind load i, writes 0 to word i of decode_fetch_flags(workspace). Memory

@@ -26,7 +26,8 @@ struct DecodeLinearInputs {
   const std::uint16_t* bias = nullptr;         ///< bfloat16 [N]; null: none
   const std::uint16_t* residual = nullptr;     ///< bfloat16 [T, N], may be the output itself; null: none
   /// bfloat16 [T, H], overwritten with the RMSNorm of x where that is worked out once and not by every block: from 3
-  /// rows on, or for rows beyond 40 KiB. Null: such sizes are refused. Ignored without a norm_weight, and by the CPU.
+  /// rows on, or where all rows together are beyond 40 KiB. Null: such sizes are refused. Ignored without a
+  /// norm_weight, and by the CPU.
   std::uint16_t* normal = nullptr;
 };
 
@@ -44,8 +45,8 @@ void decode_linear_cpu(const DecodeLinearShape& shape, const DecodeLinearInputs&
 /// cudaStream_t) of the current device, one kernel, or two where `normal` is written, no allocation, fit for capture in
 /// a graph. A block owns 16 or 32
 /// rows of `weight`, its warps a part of H each, in products of tensor cores that serve all rows of the step at once;
-/// the parts are added in order. Throws RunError with the CUDA error when the launch fails, or when Hestia was built
-/// without its CUDA kernels.
+/// the parts are added in order. Throws std::invalid_argument where `normal` is needed and null, and RunError with the
+/// CUDA error when the launch fails, or when Hestia was built without its CUDA kernels.
 void decode_linear_cuda(const DecodeLinearShape& shape, const DecodeLinearInputs& in, std::uint16_t* out, void* stream);
 void decode_linear_cuda(const DecodeLinearShape& shape, const DecodeLinearInputs& in, float* out, void* stream);
 

@@ -51,7 +51,8 @@ struct DecodeRouterInputs {
   const std::int64_t* step = nullptr;  ///< int64 [1], from 0
   /// In a step of one token in which a selected expert has no slot, the kernel serves the slot cache and asks for the
   /// copies, so that these begin before decode_fetch_gate_up_cuda does, which must be given the same and comes next.
-  /// Its `selected` and `hit_slots` are the router's outputs. Null: that kernel serves every step. Ignored by the CPU.
+  /// Its `selected` and `hit_slots` are the router's outputs. Null, or a hidden size beyond 6144: that kernel serves
+  /// every step. `slots` must be written then. The CPU checks it and does no more.
   const DecodeFetch* fetch = nullptr;
 };
 

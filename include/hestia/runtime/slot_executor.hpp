@@ -128,12 +128,17 @@ class SlotExecutor : public Executor {
   /// kernels; in place of kTogether also for several rows, under `static` or with fewer slots than a token has experts.
   /// kStaged where the store is not pinned in full.
   [[nodiscard]] FetchPath fetch_path() const noexcept;
-  /// Lets the host thread of `copies` look for requests, and decode() ask it; without effect on other paths. Not before
+  /// Whether steps of one token are fetched and multiplied by one kernel (kTogether, kCopies).
+  [[nodiscard]] bool fetches_in_one() const noexcept;
+  /// Lets the host thread of `copies` look for requests, and steps ask it; without effect on other paths. Not before
   /// a first step has run: what a kernel's first launch does may wait for the kernels that wait for the thread. And no
-  /// more than a few steps may be enqueued at once.
+  /// more than a few hundred launches may be enqueued at once, for the same reason: unless fetches_in_one(), only steps
+  /// in graphs.
   void wake_copies();
   /// The end of that, once the steps have ended. Throws RunError when a copy failed.
   void rest_copies();
+  /// Requests that the host thread of `copies` has taken.
+  [[nodiscard]] std::int64_t copy_requests() const noexcept;
 
   /// Counts of each MoE layer since the reset; empty when all are resident. Synchronises with the device.
   [[nodiscard]] std::vector<SlotCacheCounts> counts() const;

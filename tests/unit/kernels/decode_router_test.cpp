@@ -294,6 +294,10 @@ TEST_CASE("decode router: sizes that the kernel does not take are refused by nam
   refused([](DecodeRouterShape& s) { s.num_experts = 513; }, "experts must be from 1 to 512, got 513");
   refused([](DecodeRouterShape& s) { s.top_k = 5; }, "experts per token must be from 1 to 4, got 5");
   refused([](DecodeRouterShape& s) { s.bonus = -1.0F; }, "the prior needs always_keep and bonus of at least 0");
+  const DecodeFetch fetch;
+  const Case c = random_case(random, 1, 8, 4, 2);
+  CHECK_THROWS_WITH(decode_router_cpu(c.shape, {.fetch = &fetch}, {}),
+                    Catch::Contains("serving a step needs the slots of the selected, got none"));
 }
 
 TEST_CASE("decode router: CUDA equals the definition, and chooses by the CPU's rule on its logits", "[gpu]") {

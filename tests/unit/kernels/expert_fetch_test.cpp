@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <memory>
 #include <numeric>
+#include <thread>
 
 #include "decode_support.hpp"
 
@@ -255,4 +257,90 @@ TEST_CASE("expert fetch: a captured step fetches what each launch of its graph m
   require_cuda(cudaGraphDestroy(graph));
   require_cuda(cudaStreamDestroy(stream));
   require_cuda(cudaFree(selected));
+}
+
+TEST_CASE("expert fetch: a host thread copies what a kernel asks for, wave by wave", "[gpu]") {
+  if (!gpu_ready()) {
+    return;
+  }
+  constexpr std::size_t kBlob = 4112;
+  constexpr std::int64_t kExperts = 400;
+  constexpr std::int64_t kWaveSize = 300;  // more loads than the kernel has threads
+  constexpr std::int64_t kLayer = 1;
+  SplitMix64 random(24);
+  const Bytes store = random_bytes(random, static_cast<std::size_t>(2 * kExperts) * kBlob);
+  const Bytes empty = random_bytes(random, static_cast<std::size_t>(kExperts) * kBlob);
+  const ExpertStoreShape shape{2, kExperts, kBlob};
+  std::vector<SlotCacheLoad> all(static_cast<std::size_t>(kExperts));
+  for (std::size_t i = 0; i < all.size(); ++i) {  // any order
+    all[i] = {static_cast<std::int32_t>(i * 7 % kExperts), static_cast<std::int32_t>(i * 11 % kExperts), -1};
+  }
+  Guarded<SlotCacheLoad> loads(all, true);
+  Guarded<SlotCacheStep> step({SlotCacheStep()}, true);
+  Guarded<std::uint8_t> slots(empty, true);
+  Guarded<std::uint32_t> flags(std::vector<std::uint32_t>(kExperts), true);
+  void* request_memory = nullptr;
+  void* request_on_device = nullptr;
+  void* zero = nullptr;
+  require_cuda(cudaHostAlloc(&request_memory, sizeof(CopyRequest), cudaHostAllocMapped));
+  require_cuda(cudaHostGetDevicePointer(&request_on_device, request_memory, 0));
+  require_cuda(cudaHostAlloc(&zero, sizeof(std::uint32_t), cudaHostAllocDefault));
+  *static_cast<std::uint32_t*>(zero) = 0;
+  auto* const request = new (request_memory) CopyRequest();
+  cudaStream_t copies = nullptr;
+  cudaStream_t stream = nullptr;
+  require_cuda(cudaStreamCreateWithFlags(&copies, cudaStreamNonBlocking));
+  require_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  std::atomic<bool> ended{false};
+  std::atomic<int> requests{0};
+  std::atomic<int> error{0};
+  std::thread thread([&] {
+    std::atomic_ref<std::uint32_t> count(request->count);
+    while (!ended) {
+      const std::uint32_t asked = count.load(std::memory_order_acquire);
+      if (asked == 0) {
+        continue;
+      }
+      count.store(0, std::memory_order_relaxed);
+      ++requests;
+      for (std::uint32_t i = 0; i < asked; ++i) {
+        const CopyRequest::Load load = request->loads[i];
+        error = error | static_cast<int>(cudaMemcpyAsync(slots.data() + static_cast<std::size_t>(load.slot) * kBlob,
+                                                         store.data() + static_cast<std::size_t>(load.blob) * kBlob,
+                                                         kBlob, cudaMemcpyHostToDevice, copies));
+        error = error | static_cast<int>(cudaMemcpyAsync(flags.data() + i, zero, sizeof(std::uint32_t),
+                                                         cudaMemcpyHostToDevice, copies));
+      }
+    }
+  });
+  Bytes expected = empty;
+  for (const auto& [num_loads, waves_asked] :
+       {std::pair{0, 0}, std::pair{1, 1}, std::pair{129, 1}, std::pair{400, 2}}) {
+    CAPTURE(num_loads);
+    const SlotCacheStep now{.requests = num_loads, .loads = num_loads, .waves = 2, .wave_size = kWaveSize};
+    require_cuda(cudaMemcpy(step.data(), &now, sizeof now, cudaMemcpyHostToDevice));
+    const int before = requests;
+    for (std::int64_t wave = 1; wave <= 3; ++wave) {  // one past the last at least
+      expert_ask_cuda(shape, kLayer, step.data(), loads.data(), wave, flags.data(),
+                      static_cast<CopyRequest*>(request_on_device), stream);
+    }
+    require_cuda(cudaStreamSynchronize(stream));
+    CHECK(requests - before == waves_asked);
+    for (std::size_t i = 0; i < static_cast<std::size_t>(num_loads); ++i) {
+      std::copy_n(store.begin() + (kLayer * kExperts + all[i].expert) * static_cast<std::ptrdiff_t>(kBlob), kBlob,
+                  expected.begin() + all[i].slot * static_cast<std::ptrdiff_t>(kBlob));
+    }
+    REQUIRE(slots.values() == expected);
+    const std::vector<std::uint32_t> left = flags.values();
+    CHECK(std::all_of(left.begin(), left.end(), [](auto word) { return word == 0; }));
+  }
+  ended = true;
+  thread.join();
+  CHECK(error == 0);
+  CHECK(slots.guards_whole());
+  CHECK(flags.guards_whole());
+  require_cuda(cudaStreamDestroy(copies));
+  require_cuda(cudaStreamDestroy(stream));
+  require_cuda(cudaFreeHost(request_memory));
+  require_cuda(cudaFreeHost(zero));
 }

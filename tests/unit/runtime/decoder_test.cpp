@@ -96,6 +96,15 @@ Architecture mixtral_architecture() {
   return a;
 }
 
+// Of whose first miss the kernel copies a part and the host thread the rest.
+Architecture large_expert_architecture() {
+  Architecture a = kernel_architecture();
+  a.hidden_size = 128;
+  a.head_dim = 32;
+  a.expert_intermediate_size = 72;
+  return a;
+}
+
 Tensor prompt_of(const Architecture& a, std::int64_t rows = 1, std::int64_t length = 5, std::uint64_t seed = 71) {
   return random_integers(a.vocab_size, {rows, length}, seed);
 }
@@ -111,6 +120,8 @@ struct Run {
   Tensor tokens, logits;
   std::vector<SlotCacheCounts> counts;
   FetchPath path = FetchPath::kAuto;
+  bool in_kernels = false;
+  std::int64_t copy_requests = 0;
 };
 
 Run run(const OffloadedModel& offloaded, DecoderOptions options, const Tensor& prompt, std::int64_t steps) {
@@ -119,7 +130,8 @@ Run run(const OffloadedModel& offloaded, DecoderOptions options, const Tensor& p
   Decoder decoder(offloaded, options);
   decoder.begin(prompt);
   decoder.decode(steps);
-  return {decoder.tokens(), decoder.logits().clone(), decoder.counts(), decoder.fetch_path()};
+  return {decoder.tokens(),     decoder.logits().clone(), decoder.counts(),
+          decoder.fetch_path(), decoder.in_kernels(),     decoder.slots().copy_requests()};
 }
 
 std::int64_t loads_of(const std::vector<SlotCacheCounts>& counts) {
@@ -145,6 +157,8 @@ void check_same_bits(const Architecture& a, torch::Dtype dtype, torch::Device de
     if (on_gpu) {
       paths = {FetchPath::kTogether, FetchPath::kCopies, FetchPath::kWaves, FetchPath::kStaged};
     }
+    std::int64_t copied = 0;
+    bool can_copy = false;
     const auto check = [&](DecoderOptions options) {
       options.kernels = kernels;
       for (const FetchPath path : paths) {
@@ -155,7 +169,11 @@ void check_same_bits(const Architecture& a, torch::Dtype dtype, torch::Device de
         CHECK(found.tokens.equal(resident.tokens));
         CHECK(found.logits.equal(resident.logits));
         CHECK(loads_of(found.counts) > 0);
-        CHECK((path != FetchPath::kCopies || found.path == FetchPath::kCopies));
+        const bool copies = path == FetchPath::kCopies && found.in_kernels && (options.graph || rows == 1);
+        CHECK((found.path == FetchPath::kCopies) == copies);
+        CHECK((copies || found.copy_requests == 0));
+        copied += found.copy_requests;
+        can_copy = can_copy || copies;
       }
     };
     for (const std::int64_t slots : {std::int64_t{1}, std::int64_t{2}, a.top_k + 1, a.num_experts}) {
@@ -179,6 +197,7 @@ void check_same_bits(const Architecture& a, torch::Dtype dtype, torch::Device de
     check(options);
     options.start_early = false;
     check(options);
+    CHECK((copied > 0) == can_copy);
   }
 }
 
@@ -534,8 +553,9 @@ TEST_CASE("on the GPU, decoding with few slots gives the bits of all resident, i
   if (!gpu_ready()) {
     return;
   }
-  check_same_bits(GENERATE(kernel_architecture(), qwen3_architecture(), mixtral_architecture()), torch::kBFloat16, kGpu,
-                  GENERATE(true, false));
+  check_same_bits(
+      GENERATE(kernel_architecture(), qwen3_architecture(), mixtral_architecture(), large_expert_architecture()),
+      torch::kBFloat16, kGpu, GENERATE(true, false));
 }
 
 TEST_CASE("on the GPU, every family decodes to the same bits with few slots", "[gpu]") {
