@@ -19,7 +19,7 @@ namespace hestia {
 /// all have routed experts only, with ordinary attention, RMSNorm and softmax routing (OLMoE, Qwen3-MoE, Mixtral).
 [[nodiscard]] std::string fused_step_refusal(MoeModel& model, const SlotExecutor& slots, std::int64_t rows);
 
-/// A decode step in about eight kernels a layer: what MoeModelImpl::step does with a slot executor, through the decode
+/// A decode step in about seven kernels a layer: what MoeModelImpl::step does with a slot executor, through the decode
 /// kernels. Captured in a graph it follows tokens, position and step in device memory. Results agree with the model's
 /// own within bfloat16 rounding; those of a row do not depend on the other rows, on slots or waves, bit by bit. Not
 /// thread-safe.
