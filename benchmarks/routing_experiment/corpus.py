@@ -1,9 +1,11 @@
-"""Text of twelve domains out of Debian packages, and GSM8K: one JSON-lines file per domain, a document a line.
+"""Text of twelve domains out of Debian packages, documented functions out of them, GSM8K and HumanEval: one JSON-lines
+file per domain, a document a line.
 
 Which documents are taken depends on their names alone, so the same package versions give the same bytes everywhere.
 manifest.json names the packages' versions and, per domain, documents, bytes and the file's SHA-256.
 """
 
+import ast
 import dataclasses
 import gzip
 import hashlib
@@ -15,11 +17,13 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import textwrap
 
 MEGABYTE = 1_000_000
 MIN_BYTES = 400  # of a document
 PIECE_BYTES = 2000  # least of a document that a separator ends
-PROBLEMS_BYTES = 2600  # GSM8K problems are joined until they fill a sequence of 512 tokens
+PROBLEMS_BYTES = 2600  # problems and functions are joined until they fill a sequence of 512 tokens
+FUNCTION_BYTES = (160, 2600)  # least and most of one that is taken
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,17 +164,61 @@ def domain_lines(domain, folder):
     return lines, size
 
 
-def gsm8k_lines(path):
-    """Problems of GSM8K as plain text, several to a document: sequences are as long as in other domains."""
+def joined_lines(name, pieces):
+    """Short pieces, several to a document: sequences are as long as in other domains."""
     lines, text, size = [], "", 0
-    for line in path.read_text(encoding="utf-8").splitlines():
-        problem = json.loads(line)
-        text += f"Question: {problem['question']}\nAnswer: {problem['answer']}\n\n"
+    for piece in pieces:
+        text += piece
         if len(text) >= PROBLEMS_BYTES:
-            lines.append(json.dumps({"name": f"gsm8k#{len(lines)}", "text": text}, ensure_ascii=False))
+            lines.append(json.dumps({"name": f"{name}#{len(lines)}", "text": text}, ensure_ascii=False))
             size += len(text.encode())
             text = ""
     return lines, size
+
+
+def records_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def gsm8k_lines(path):
+    """Problems of GSM8K as plain text."""
+    problems = (f"Question: {record['question']}\nAnswer: {record['answer']}\n\n" for record in records_of(path))
+    return joined_lines("gsm8k", problems)
+
+
+def humaneval_lines(path):
+    """HumanEval's problems with their solutions."""
+    problems = (record["prompt"] + record["canonical_solution"].rstrip() + "\n\n\n" for record in records_of(path))
+    return joined_lines("humaneval", problems)
+
+
+def functions_of(text):
+    """Source of the text's functions with a docstring, as if each stood alone; none of a text that does not parse."""
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return []
+    lines = text.splitlines(keepends=True)
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node):
+            source = textwrap.dedent("".join(lines[node.lineno - 1 : node.end_lineno])).rstrip() + "\n"
+            if FUNCTION_BYTES[0] <= len(source.encode()) <= FUNCTION_BYTES[1]:
+                found.append(source)
+    return found
+
+
+def function_lines(folder):
+    """What HumanEval asks for, at a size that can be trained on: every documented function of the Python packages once,
+    in the order of a hash."""
+    functions = set()
+    for package in PYTHON_PACKAGES:
+        root = folder / "unpacked" / package
+        for path in root.glob("usr/lib/python3.11/**/*.py"):
+            if path.is_file() and not path.is_symlink():
+                functions |= set(functions_of(read_source(path)))
+    order = sorted(functions, key=lambda function: hashlib.sha256(function.encode()).digest())
+    return joined_lines("functions", (function + "\n\n" for function in order))
 
 
 def question_lines(path):
@@ -179,7 +227,7 @@ def question_lines(path):
     return text.splitlines(), len(text.encode())
 
 
-def make(out, gsm8k, gsm8k_test, packages_folder=None):
+def make(out, gsm8k, gsm8k_test, humaneval, packages_folder=None):
     """Writes the corpus into the folder `out`; `packages_folder` keeps the packages for another time."""
     out.mkdir(parents=True, exist_ok=True)
     manifest = {"packages": {}, "domains": {}}
@@ -203,8 +251,10 @@ def make(out, gsm8k, gsm8k_test, packages_folder=None):
             if not lines:
                 sys.exit(f"{domain.name}: no text in {', '.join(domain.packages)}; Debian 12's packages are needed")
             write(domain.name, lines, size)
+        write("functions", *function_lines(folder))
     write("gsm8k", *gsm8k_lines(gsm8k))
     write("gsm8k_test", *question_lines(gsm8k_test))
+    write("humaneval", *humaneval_lines(humaneval))
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 

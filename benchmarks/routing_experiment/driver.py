@@ -34,6 +34,7 @@ ROOT = HERE.parent.parent
 SETS = ("router", "router+lora", "all")
 BASE_SET = "-"
 QUESTIONS = "gsm8k_test"  # a corpus of prompts and answers that is only ever answered
+FUNCTIONS = ("functions", "humaneval")  # measured where the first is among the tuned domains
 SAVING_SECONDS = 45  # what an interrupted pretraining needs to write its checkpoint
 NLL_PREFIX = "nll"
 BASE_NAME = "base"
@@ -82,9 +83,10 @@ def read_arms(path):
 # ---- Running the program
 
 
-def domains_of(recipe):
-    """Domains of text of the recipe's corpora, in their order."""
-    return [domain for domain in corpora_of(recipe) if domain != QUESTIONS]
+def domains_of(recipe, tuned):
+    """Domains of text of the recipe's corpora that are measured, in their order."""
+    left_out = (QUESTIONS, *(FUNCTIONS if FUNCTIONS[0] not in tuned else ()))
+    return [domain for domain in corpora_of(recipe) if domain not in left_out]
 
 
 def corpora_of(recipe):
@@ -284,8 +286,9 @@ def run_arm(arm, options, programs, gpu, threads, facts):
         program("finetune", *merged(words, [f"data.evaluate=[{arm.domain}]"]), "--overwrite")
         row["training"] = training_figures(ROOT / run_dir)
     # Domains that somebody tunes get more text and the static-set test; of the others the perplexity counts.
-    tuned = [domain for domain in domains_of(options.recipe) if domain in options.tuned.split(",")]
-    others = [domain for domain in domains_of(options.recipe) if domain not in options.tuned.split(",")]
+    measured = domains_of(options.recipe, options.tuned.split(","))
+    tuned = [domain for domain in measured if domain in options.tuned.split(",")]
+    others = [domain for domain in measured if domain not in options.tuned.split(",")]
     target = ["--only", "baseline"] if arm.trainable == BASE_SET else ["--only", "tuned", "--checkpoint"]
     points = []
     for domains, more in (
@@ -378,6 +381,9 @@ def run(options):
         sys.exit(f"{results}: holds arms of another base model ({', '.join(others)}); use another --out")
     done = {row["arm"] for row in rows}
     arms = [arm for arm in read_arms(options.arms) if arm.id not in done and re.search(options.only, arm.id)]
+    tuned = options.tuned.split(",")
+    if strange := sorted({arm.domain for arm in arms} - set(tuned)):
+        sys.exit(f"{options.arms}: arms tuned on {', '.join(strange)} need --tuned {','.join([*tuned, *strange])}, or --only")
     deadline = time.monotonic() + options.seconds
     programs = Programs(options.program, deadline)
     recipe = options.recipe.read_text()
@@ -712,7 +718,7 @@ def plot(options):
 
 
 def make_corpus(options):
-    corpus.make(options.out, options.gsm8k, options.gsm8k_test, options.packages)
+    corpus.make(options.out, options.gsm8k, options.gsm8k_test, options.humaneval, options.packages)
     if options.archive:
         corpus.pack(options.out, options.archive)
         print(f"{options.archive}: {options.archive.stat().st_size / (1 << 20):.1f} MiB")
@@ -726,6 +732,7 @@ def main():
     verb.add_argument("--archive", type=pathlib.Path, help="also pack it as FILE.tar.xz")
     verb.add_argument("--gsm8k", type=pathlib.Path, required=True, help="GSM8K's train.jsonl")
     verb.add_argument("--gsm8k-test", type=pathlib.Path, required=True, help="its test.jsonl")
+    verb.add_argument("--humaneval", type=pathlib.Path, required=True, help="HumanEval.jsonl")
     verb.add_argument("--packages", type=pathlib.Path, help="folder that keeps the Debian packages")
     verb.set_defaults(act=make_corpus)
 

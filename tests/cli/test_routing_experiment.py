@@ -8,6 +8,7 @@ import importlib.util
 import json
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -49,10 +50,13 @@ python router+lora 1 loop residency.in_loop=true residency.lambda=0.3 train.lora
 """
 
 
+DOMAINS = driver.domains_of(FOLDER / "tune_a.yaml", ["python"])
+
+
 def toy_corpus(folder):
     source = random.Random(4)
     folder.mkdir()
-    for domain in driver.domains_of(FOLDER / "tune_a.yaml"):
+    for domain in DOMAINS:
         words = ["".join(source.choices("abcdefghij", k=4)) for _ in range(12)]
         lines = [{"name": str(n), "text": " ".join(source.choices(words, k=150))} for n in range(80)]
         (folder / f"{domain}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -124,7 +128,7 @@ class Experiment(unittest.TestCase):
         self.assertEqual([p["residency"] and p["residency"]["lambda"] for p in loop["points"]], [None, 0.5, 0.25, 0.3])
         self.assertEqual([(p["residency"] or {}).get("score") for p in loop["points"]], [None, None, "weight", None])
         whole = rows["python/all/cs.2/seed1"]["points"][0]["domains"]
-        self.assertEqual(sorted(whole), sorted(driver.domains_of(FOLDER / "tune_a.yaml")))
+        self.assertEqual(sorted(whole), sorted(DOMAINS))
         for domain, figures in whole.items():
             self.assertNotEqual(figures["nll"], base["points"][0]["domains"][domain]["nll"], domain)
             self.assertEqual(sorted(figures["loads"]["lru"]), ["1", "2", "4"])
@@ -151,6 +155,52 @@ class Experiment(unittest.TestCase):
             stream.write(json.dumps(other) + "\n")
         self.assertIn("cannot be compared", self.call("table", code=1))
         self.assertIn("another base model (000000000000)", self.run_arms(code=1))
+
+    def test_domains_that_are_measured(self):
+        more = driver.domains_of(FOLDER / "tune_a.yaml", ["gsm8k", "functions"])
+        self.assertEqual(set(more) - set(DOMAINS), {"functions", "humaneval"})
+        self.assertNotIn("gsm8k_test", more)
+        (self.out / "arms.txt").write_text("functions router 1 nll train.learning_rate=1e-3\n")
+        self.call("pretrain")
+        self.assertIn("need --tuned python,gsm8k,functions, or --only", self.run_arms(code=1))
+
+
+class Corpus(unittest.TestCase):
+    def setUp(self):
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.out = pathlib.Path(temporary.name)
+
+    def test_corpus_of_functions(self):
+        documented = 'def double(number):\n    """Returns twice the number, as every test of it says."""\n'
+        long = f"    {documented[:-1].replace(chr(10), chr(10) + '    ')}\n        total = {' + '.join(['number'] * 20)}\n        return total\n"
+        source = f"class Kept:\n{long}\ndef plain():\n    return 1\n\n{documented}    return 2 * number\n"
+        found = driver.corpus.functions_of(source)
+        self.assertEqual(len(found), 1, "one has no docstring, one is short")
+        self.assertTrue(found[0].startswith("def double(number):\n    "))
+        self.assertTrue(found[0].endswith("    return total\n"))
+        self.assertEqual(driver.corpus.functions_of("print 'of another Python'"), [])
+        package = self.out / "unpacked" / driver.corpus.PYTHON_PACKAGES[0] / "usr/lib/python3.11/deep"
+        package.mkdir(parents=True)
+        for number in range(30):
+            (package / f"module{number}.py").write_text(source.replace("double", f"double{number % 20}"))
+        lines, size = driver.corpus.function_lines(self.out)
+        text = "".join(json.loads(line)["text"] for line in lines)
+        self.assertEqual(size, len(text.encode()))
+        names = set(re.findall(r"^def (\w+)", text, flags=re.MULTILINE))
+        self.assertEqual(len(re.findall(r"^def ", text, flags=re.MULTILINE)), len(names), "each once")
+        self.assertGreater(len(names), 10)
+        for line in lines:
+            self.assertGreaterEqual(len(json.loads(line)["text"]), driver.corpus.PROBLEMS_BYTES)
+
+    def test_corpus_of_humaneval(self):
+        problem = {"prompt": "def one():\n" + '    """' + "x" * 900 + '"""\n', "canonical_solution": "    return 1\n\n"}
+        path = self.out / "HumanEval.jsonl"
+        path.write_text("".join(json.dumps({**problem, "task_id": number}) + "\n" for number in range(7)))
+        lines, size = driver.corpus.humaneval_lines(path)
+        self.assertEqual(len(lines), 2)
+        self.assertEqual([json.loads(line)["text"].count("    return 1\n\n\n") for line in lines], [3, 3])
+        self.assertEqual(size, sum(len(json.loads(line)["text"]) for line in lines))
 
 
 class Table(unittest.TestCase):
