@@ -34,7 +34,7 @@ const std::map<std::string, std::vector<std::string>> kPublished = {
 };
 
 // Ours, for models of the OLMoE family.
-const std::vector<std::string> kOurs = {"held_olmoe_gsm8k"};
+const std::vector<std::string> kOurs = {"held_olmoe_gsm8k", "in_place_olmoe_dolly"};
 
 // What learns to answer: a few words that differ from line to line.
 std::string words(SplitMix64& random, std::size_t count) {
@@ -369,6 +369,17 @@ TEST_CASE("held concentration: terms on the task, distillation on the rest, in t
   CHECK((recipe.residency.in_loop && recipe.residency.lambda == 0.2 && recipe.residency.always_keep == 2));
   CHECK(recipe.train.trainable == "router+lora");
   run_two_steps("olmoe", "held_olmoe_gsm8k", {"residency.always_keep=1"});  // of the random model's 2
+}
+
+TEST_CASE("concentration in place: routers in the residency loop, the base as teacher, no routing term") {
+  const FinetuneRecipe recipe = load_finetune_recipe(kRecipes / "in_place_olmoe_dolly.yaml", {}).recipe;
+  CHECK(recipe.data.train == std::vector<std::string>{"dolly"});
+  CHECK(recipe.distillation.domains.empty());
+  CHECK(recipe.distillation.weight == 1.0);
+  CHECK((recipe.losses.reuse.weight == 0.0 && recipe.losses.cache_simulation.weight == 0.0));
+  CHECK((recipe.residency.in_loop && recipe.residency.lambda == 0.25 && recipe.residency.always_keep == 0));
+  CHECK(recipe.train.trainable == "router");
+  run_two_steps("olmoe", "in_place_olmoe_dolly");
 }
 
 TEST_CASE("two steps of the published OLMoE recipes on a random model") {
