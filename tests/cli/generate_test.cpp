@@ -25,6 +25,15 @@ std::vector<std::string> generate(std::vector<std::string> more) {
   return all;
 }
 
+// What simulate counts of --policy lfu --expert-slots 5 --start prefill.
+SimulationCounts counts_of_lfu(const RoutingTrace& trace) {
+  SimulationOptions options;
+  options.policy = CachePolicyKind::kLfu;
+  options.slots = 5;
+  options.start = CacheStart::kPrefill;
+  return simulate(trace, options);
+}
+
 TEST_CASE("generate says the same with few slots as with all experts, and counts what simulate counts") {
   const TemporaryFolder folder;
   const std::string trace_file = folder.path() / "trace.csv";
@@ -39,11 +48,7 @@ TEST_CASE("generate says the same with few slots as with all experts, and counts
   CHECK(few["traced"] == true);
 
   const RoutingTrace trace = read_trace(trace_file);
-  SimulationOptions options;
-  options.policy = CachePolicyKind::kLfu;
-  options.slots = 5;
-  options.start = CacheStart::kPrefill;
-  const SimulationCounts counts = simulate(trace, options);
+  const SimulationCounts counts = counts_of_lfu(trace);
   CHECK(few["cache"]["fetch"] == "waves");  // on a CPU
   CHECK(few["cache"]["requests"] == counts.requests);
   CHECK(few["cache"]["hits"] == counts.hits);
@@ -322,11 +327,7 @@ TEST_CASE("generate runs a file of prompts one after the other, each as it runs 
   const std::vector<std::string> lines = lines_of(done(hestia(generate_all(file, recorded))));
   REQUIRE(lines.size() == 3);
   const RoutingTrace trace = read_trace(trace_file);
-  SimulationOptions options;
-  options.policy = CachePolicyKind::kLfu;
-  options.slots = 5;
-  options.start = CacheStart::kPrefill;
-  const SimulationCounts counts = simulate(trace, options);
+  const SimulationCounts counts = counts_of_lfu(trace);
   std::int64_t requests = 0;
   std::int64_t hits = 0;
   std::int64_t loads = 0;
