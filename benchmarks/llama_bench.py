@@ -8,8 +8,8 @@
 
 Writes the GGUF file where it is not there yet: bfloat16 weights of that shape (14 GB for OLMoE-1B-7B; routers and norms
 float32), then runs llama-bench once per number of layers whose experts stay on the CPU, and appends a JSON line for each.
-The comparison is with `hestia bench` on the same machine: a layer of four whose experts are on the GPU takes as much of
-its memory as 16 of 64 expert slots per layer do.
+The comparison is with `hestia bench` on the same machine: experts of one layer in four on the GPU take as much of its
+memory as 16 of 64 expert slots in every layer do.
 """
 
 import argparse

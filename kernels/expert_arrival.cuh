@@ -17,7 +17,7 @@
 
 namespace hestia {
 
-/// Counters between the blocks; zero between launches.
+/// Counters between the blocks; zero between steps.
 struct FetchWorkspace {
   unsigned served;                              ///< 1 + loads, once the step is served
   unsigned ended;                               ///< blocks that wait for nothing any more
