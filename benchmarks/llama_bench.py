@@ -19,8 +19,12 @@ import os
 import pathlib
 import subprocess
 
-import gguf
 import numpy as np
+
+try:
+    import gguf
+except ModuleNotFoundError:
+    raise SystemExit("llama_bench: needs the package gguf; build/venv/bin/pip install gguf==0.19.0") from None
 
 POOL = 1 << 26  # random values that all matrices are cut out of
 
@@ -128,6 +132,7 @@ def main():
             "dtype": "bfloat16", "batch": 1, "prompt_tokens": arguments.prompt_tokens, "new_tokens": arguments.new_tokens,
             "repeats": arguments.repeats, "tokens_per_second": found["avg_ts"], "tokens_per_second_spread": found["stddev_ts"],
             "samples": found["samples_ts"], "threads": found["n_threads"], "flash_attention": found["flash_attn"],
+            "command": " ".join([arguments.bench.name, "-m", arguments.gguf.name, *command[3:]]),
             "gpu": found["gpu_info"], "cpu": found["cpu_info"],
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
