@@ -50,6 +50,7 @@ struct GenerateArguments {
   std::string expert_slots;
   std::string policy = "lru";
   std::string fetch = "auto";
+  std::string prefetch = "off";
   double gamma = SlotCacheOptions{}.gamma;
   std::uint64_t seed = 1;
   std::string start = "cold";
@@ -189,6 +190,13 @@ void add_counts(Totals& totals, const std::vector<SlotCacheCounts>& counts) {
     totals.loads += layer.loads;
     totals.evictions += layer.evictions;
   }
+}
+
+void add_prefetched(PrefetchTotals& totals, const PrefetchTotals& more) {
+  totals.guesses += more.guesses;
+  totals.right += more.right;
+  totals.useful_bytes += more.useful_bytes;
+  totals.copied_bytes += more.copied_bytes;
 }
 
 double rate_of(const DecodeTimes& times) {
@@ -588,11 +596,19 @@ void run_generate(const GenerateArguments& arguments) {
 
   DecoderOptions options;
   const std::int64_t blob_bytes = stored_expert_bytes(stored, dtype, format);
+  const PrefetchKind prefetch = prefetch_from_name(arguments.prefetch);
+  if (prefetch != PrefetchKind::kOff && arguments.expert_slots.empty()) {
+    throw UsageError(
+        fmt::format("--prefetch: got {} with all experts on the device, where nothing is fetched; give --expert-slots, "
+                    "or leave it out",
+                    arguments.prefetch));
+  }
   if (!arguments.expert_slots.empty()) {
     options.cache.emplace();
     options.cache->slots = parse_expert_slots(arguments.expert_slots, stored, blob_bytes, stored.top_k);
     options.cache->policy = policy_from_name(arguments.policy);
     options.cache->fetch = fetch_path_from_name(arguments.fetch);
+    options.cache->prefetch = prefetch;
     options.cache->gamma = arguments.gamma;
     options.cache->seed = arguments.seed;
   }
@@ -691,6 +707,7 @@ void run_generate(const GenerateArguments& arguments) {
           {"hit_rate", per(totals.hits, totals.requests)},
           {"loads_per_token_and_layer", per(totals.loads, times.steps * moe_layers)},
           {"bytes_per_token", per(totals.loads * blob_bytes, times.steps)},
+          {"prefetch", prefetch_json(decoder)},
       };
     } else {
       found["cache"] = nullptr;
@@ -707,6 +724,7 @@ void run_generate(const GenerateArguments& arguments) {
 
   Recorder recorder(arguments);
   Totals totals;
+  PrefetchTotals prefetched;
   DecodeTimes all;
   std::int64_t prompt_tokens = 0;
   std::int64_t new_tokens = 0;
@@ -741,6 +759,7 @@ void run_generate(const GenerateArguments& arguments) {
       std::cout << result.dump() << std::endl;
     }
     add_counts(totals, decoder.counts());
+    add_prefetched(prefetched, decoder.prefetch_totals());
     all.prompt_seconds += decoder.times().prompt_seconds;
     all.step_seconds += decoder.times().step_seconds;
     all.steps += decoder.times().steps;
@@ -781,6 +800,14 @@ void run_generate(const GenerateArguments& arguments) {
       rows.emplace_back(
           "loads", fmt::format("{:.3f} per token and layer, {} per token", per(totals.loads, all.steps * moe_layers),
                                format_bytes(per(totals.loads * blob_bytes, all.steps))));
+      if (decoder.prefetch() != PrefetchKind::kOff) {
+        rows.emplace_back("prefetch",
+                          fmt::format("{}: {} of {} guesses right ({:.1f} %), {} useful and {} wasted per token",
+                                      prefetch_name(decoder.prefetch()), prefetched.right, prefetched.guesses,
+                                      100.0 * per(prefetched.right, prefetched.guesses),
+                                      format_bytes(per(prefetched.useful_bytes, all.steps)),
+                                      format_bytes(per(prefetched.copied_bytes - prefetched.useful_bytes, all.steps))));
+      }
     } else {
       rows.emplace_back("experts", "all resident");
     }
@@ -827,6 +854,11 @@ void add_generate(CLI::App& app) {
           "--fetch", arguments->fetch,
           "how misses come: auto, together (one kernel copies and computes), copies (the copy engine, told by a host "
           "thread), waves (kernels of their own), staged (the copy engine, told by the host between kernels)")
+      ->capture_default_str();
+  verb->add_option(
+          "--prefetch", arguments->prefetch,
+          "what the link brings while nothing is asked for: off, or next-gate (what the next layer's gate would "
+          "choose too early and has no slot)")
       ->capture_default_str();
   verb->add_option("--gamma", arguments->gamma, "discount of the policy gamma")->capture_default_str();
   verb->add_option("--start", arguments->start,

@@ -50,6 +50,7 @@ FieldList BenchOptions::fields() {
       "fetch", fetch,
       "how misses come: in one kernel with the products, by the copy engine, or in kernels of their own; auto: by size",
       fetch_path_names());
+  list.add("prefetch", prefetch, "what the link brings of the next layer while nothing is asked for", prefetch_names());
   list.add("start", start, "slots at the first step; full: all experts, in arms with as many slots",
            {"cold", "prefill", "preload", "full"});
   list.add("batch", batch, "sequences decoded together", {.low = 1, .high = 32});
@@ -245,6 +246,18 @@ void check_bench_formats(const LoadedRecipe<BenchRecipe>& loaded, const Architec
     }
   }
   problems.throw_usage_if_any();
+}
+
+Json prefetch_json(const Decoder& decoder) {
+  if (decoder.prefetch() == PrefetchKind::kOff) {
+    return {};
+  }
+  const PrefetchTotals totals = decoder.prefetch_totals();
+  return {{"kind", prefetch_name(decoder.prefetch())},
+          {"guesses", totals.guesses},
+          {"right", totals.right},
+          {"useful_bytes", totals.useful_bytes},
+          {"wasted_bytes", totals.copied_bytes - totals.useful_bytes}};
 }
 
 Json expert_store_json(const ExpertStore& store) {
@@ -446,6 +459,30 @@ class Bench {
     return cache;
   }
 
+  // Of an arm with all experts resident.
+  [[nodiscard]] DecoderOptions options_of(std::int64_t batch, std::int64_t capacity) const {
+    DecoderOptions options;
+    options.rows = batch;
+    options.capacity = capacity;
+    options.graph = recipe_.bench.graph;
+    options.kernels = recipe_.bench.kernels;
+    options.start_early = recipe_.bench.start_early;
+    return options;
+  }
+
+  void set_start(const Architecture& a, DecoderOptions& options) const {
+    options.start = start_of(recipe_.bench.start);
+    if (options.start == CacheStart::kPreload && recipe_.bench.start == "preload") {
+      options.preload = preload_;
+    } else if (options.start == CacheStart::kPreload) {
+      std::vector<std::uint16_t> all;
+      for (std::int64_t expert = 0; expert < a.num_experts; ++expert) {
+        all.push_back(static_cast<std::uint16_t>(expert));
+      }
+      options.preload.assign(a.moe_layers().size(), all);
+    }
+  }
+
   // Measures the arms that take turns: their rows, without what is known only after them.
   std::vector<Json> run_group(std::int64_t batch, std::int64_t prompt_tokens, std::int64_t new_tokens) {
     const Architecture a = offloaded_->model->architecture();
@@ -472,36 +509,26 @@ class Bench {
     for (const std::string& slots : recipe_.bench.slots) {
       for (const std::string& policy : recipe_.bench.policies) {
         for (const std::string& fetch : recipe_.bench.fetch) {
-          if (slots == "all" &&
-              (&policy != &recipe_.bench.policies.front() || &fetch != &recipe_.bench.fetch.front())) {
-            continue;
-          }
-          DecoderOptions options;
-          options.rows = batch;
-          options.capacity = prompt_tokens + new_tokens;
-          options.cache = cache_of(a, slots, policy, batch);
-          if (options.cache) {
-            options.cache->fetch = fetch_path_from_name(fetch);
-          }
-          options.start = options.cache ? start_of(recipe_.bench.start) : CacheStart::kCold;
-          if (options.start == CacheStart::kPreload && recipe_.bench.start == "preload") {
-            options.preload = preload_;
-          } else if (options.start == CacheStart::kPreload) {
-            std::vector<std::uint16_t> all;
-            for (std::int64_t expert = 0; expert < a.num_experts; ++expert) {
-              all.push_back(static_cast<std::uint16_t>(expert));
+          for (const std::string& prefetch : recipe_.bench.prefetch) {
+            const bool first = &policy == &recipe_.bench.policies.front() && &fetch == &recipe_.bench.fetch.front() &&
+                               &prefetch == &recipe_.bench.prefetch.front();
+            if (slots == "all" && !first) {
+              continue;
             }
-            options.preload.assign(a.moe_layers().size(), all);
+            DecoderOptions options = options_of(batch, prompt_tokens + new_tokens);
+            options.cache = cache_of(a, slots, policy, batch);
+            if (options.cache) {
+              options.cache->fetch = fetch_path_from_name(fetch);
+              options.cache->prefetch = prefetch_from_name(prefetch);
+              set_start(a, options);
+            }
+            Arm arm;
+            arm.slots = slots;
+            arm.policy = options.cache ? policy : "";
+            arm.decoder = std::make_unique<Decoder>(*offloaded_, options);
+            arm.decoder->replay(replay);
+            arms.push_back(std::move(arm));
           }
-          options.graph = recipe_.bench.graph;
-          options.kernels = recipe_.bench.kernels;
-          options.start_early = recipe_.bench.start_early;
-          Arm arm;
-          arm.slots = slots;
-          arm.policy = options.cache ? policy : "";
-          arm.decoder = std::make_unique<Decoder>(*offloaded_, options);
-          arm.decoder->replay(replay);
-          arms.push_back(std::move(arm));
         }
       }
     }
@@ -512,12 +539,7 @@ class Bench {
     std::vector<std::vector<std::int64_t>> asked;
     for (Arm& arm : arms) {
       if (arm.decoder->slots().all_resident() && asked.empty()) {
-        DecoderOptions options;
-        options.rows = batch;
-        options.capacity = prompt_tokens + new_tokens;
-        options.graph = recipe_.bench.graph;
-        options.kernels = recipe_.bench.kernels;
-        asked = requests(options, prompt, new_tokens, replay);
+        asked = requests(options_of(batch, prompt_tokens + new_tokens), prompt, new_tokens, replay);
       }
       count_round(arm, prompt, new_tokens, bound, asked);
       progress.advance(1);
@@ -642,6 +664,7 @@ class Bench {
         {"prompt_tokens", prompt_tokens},
         {"new_tokens", new_tokens},
         {"fetch", arm.policy.empty() ? "" : fetch_path_name(arm.decoder->fetch_path())},
+        {"prefetch", prefetch_json(*arm.decoder)},
         {"graph", arm.decoder->in_graphs()},
         {"kernels", arm.decoder->in_kernels()},
         {"start_early", arm.decoder->in_kernels() && recipe_.bench.start_early},

@@ -24,6 +24,9 @@ __device__ inline void store_release(unsigned* address, unsigned value) {
 __device__ inline void store_release_system(unsigned* address, unsigned value) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
+__device__ inline void store_release_system(unsigned long long* address, unsigned long long value) {
+  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
 __device__ inline void count_down(unsigned* address) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(~0U) : "memory");
 }

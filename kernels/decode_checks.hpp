@@ -32,6 +32,7 @@ inline void check_decode_multiple(const char* kernel, const char* name, std::int
 }
 
 void check_decode_router(const DecodeRouterShape& shape);
+void check_router_guess(const DecodeRouterShape& shape, const DecodeRouterInputs& in);
 void check_router_slots(const DecodeRouterShape& shape, const DecodeRouterInputs& in, const DecodeRouterOutputs& out);
 void check_decode_linear(const DecodeLinearShape& shape);
 void check_decode_attention(const DecodeAttentionShape& shape);

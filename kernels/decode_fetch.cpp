@@ -23,6 +23,12 @@ void check_decode_fetch(std::int64_t num_tokens, std::int64_t top_k, const Decod
     throw std::invalid_argument("decode fetch: layer must be below " + std::to_string(fetch.cache.num_layers) +
                                 ", got " + std::to_string(fetch.layer));
   }
+  if (fetch.request != nullptr && fetch.blob.bytes == 0) {
+    throw std::invalid_argument("decode fetch: asking a host thread needs the blob's layout, got none");
+  }
+  if (fetch.request != nullptr && fetch.prefetch != nullptr && fetch.staging == nullptr) {
+    throw std::invalid_argument("decode fetch: what was guessed comes through a staging place, got none");
+  }
 }
 
 std::size_t fetch_own_bytes(const ExpertBlob& blob) {
@@ -36,6 +42,14 @@ void decode_fetch_gate_up_cpu(const DecodeExpertsShape& shape, const DecodeFetch
   check_decode_fetch(shape.num_tokens, shape.top_k, fetch);
   slot_cache_serve_cpu(fetch.cache, fetch.state, fetch.layer, fetch.selected, 1, shape.top_k, fetch.answer);
   const ExpertStoreShape store{fetch.cache.num_layers, fetch.cache.num_experts, expert_blob(shape).bytes};
+  if (fetch.prefetch != nullptr) {
+    PrefetchState::Guess& guess = fetch.prefetch->guesses[fetch.layer % 2];
+    const SlotCacheLoad* const loads = fetch.answer.loads;
+    fetch.prefetch->counts.right += std::count_if(loads, loads + fetch.answer.step->loads, [&](const auto& load) {
+      return guess.expert == static_cast<std::uint32_t>(load.expert) + 1;
+    });
+    guess.expert = 0;
+  }
   if (fetch.answer.step->loads > 0) {
     expert_fetch_cpu(store, fetch.store, fetch.layer, fetch.answer.step, fetch.answer.loads, 1, pool);
   }

@@ -72,9 +72,9 @@ FetchStep fetch_step(const DecodeExpertsShape& shape, const DecodeFetch& fetch, 
   step.hit_slots = fetch.hit_slots;
   step.store =
       static_cast<const uint4*>(fetch.store) + static_cast<std::size_t>(fetch.layer * fetch.cache.num_experts) * words;
-  step.blob_words = words;
+  step.words = words;
   step.first_words = blob.down / sizeof(uint4);
-  step.own_words = fetch_own_bytes(blob) / sizeof(uint4);
+  step.staging = static_cast<const uint4*>(fetch.staging);
   step.poll_ns = static_cast<unsigned>(fetch.poll_ns);
   step.blocks_per_pair = blocks_per_pair;
   step.down_blocks_per_pair = down_blocks_per_pair;

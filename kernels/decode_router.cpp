@@ -51,6 +51,22 @@ void check_decode_router(const DecodeRouterShape& shape) {
   }
 }
 
+void check_router_guess(const DecodeRouterShape& shape, const DecodeRouterInputs& in) {
+  if (in.guess == nullptr) {
+    return;
+  }
+  if (shape.num_tokens != 1) {
+    throw std::invalid_argument("decode router: guesses in a step of one token, got " +
+                                std::to_string(shape.num_tokens));
+  }
+  if (in.guess->slot_of == nullptr || in.guess->state == nullptr) {
+    throw std::invalid_argument("decode router: a guess needs the next layer's slots and a place to be put, got none");
+  }
+  if ((in.guess->forced == nullptr) != (in.forced == nullptr)) {
+    throw std::invalid_argument("decode router: either both layers' choices come from a trace or none");
+  }
+}
+
 void check_router_slots(const DecodeRouterShape& shape, const DecodeRouterInputs& in, const DecodeRouterOutputs& out) {
   if (out.slots != nullptr && in.slot_of == nullptr) {
     throw std::invalid_argument("decode router: slots of the selected need the table of the slot cache, got none");
@@ -80,9 +96,39 @@ void rms_norm_row(const std::uint16_t* x, const std::uint16_t* weight, std::int6
   }
 }
 
+namespace {
+
+void guess_next(DecodeRouterShape shape, const DecodeRouterInputs& in) {
+  const DecodeGuess& guess = *in.guess;
+  DecodeRouterInputs next = in;
+  next.norm_weight = guess.norm_weight;
+  next.router = guess.router;
+  next.bias = nullptr;
+  next.slot_of = guess.slot_of;
+  next.forced = guess.forced;
+  next.fetch = nullptr;
+  next.guess = nullptr;
+  shape.bonus = guess.bonus;
+  DecodeRouterOutputs out = guess.scratch;
+  std::vector<std::uint16_t> normal(static_cast<std::size_t>(shape.hidden_size));
+  out.normal = normal.data();
+  decode_router_cpu(shape, next, out);
+  PrefetchState& state = *guess.state;
+  const std::vector<std::int32_t> selected(out.selected, out.selected + shape.top_k);
+  const auto missing =
+      std::find_if(selected.begin(), selected.end(), [&](std::int32_t expert) { return guess.slot_of[expert] < 0; });
+  const bool found = missing != selected.end();
+  state.tag = (state.tag + 1) % kPrefetchTags;
+  state.guesses[guess.layer % 2] = {found ? static_cast<std::uint32_t>(*missing) + 1 : 0U, state.tag};
+  state.counts.guesses += found ? 1 : 0;
+}
+
+}  // namespace
+
 void decode_router_cpu(const DecodeRouterShape& shape, const DecodeRouterInputs& in, const DecodeRouterOutputs& out) {
   check_decode_router(shape);
   check_router_slots(shape, in, out);
+  check_router_guess(shape, in);
   for (std::int64_t t = 0; t < shape.num_tokens; ++t) {
     std::uint16_t* const normal = out.normal + t * shape.hidden_size;
     float* const logits = out.logits + t * shape.num_experts;
@@ -120,6 +166,9 @@ void decode_router_cpu(const DecodeRouterShape& shape, const DecodeRouterInputs&
       const float weight = probabilities[selected[k]];
       out.weights[t * shape.top_k + k] = (shape.normalise_top_k ? weight / chosen : weight) * shape.routed_scale;
     }
+  }
+  if (in.guess != nullptr) {
+    guess_next(shape, in);
   }
 }
 

@@ -80,6 +80,42 @@ __device__ int forced_expert(const DecodeRouterShape& shape, const DecodeRouterI
   return static_cast<int>(inputs.forced[row * top_k + (thread < top_k ? thread : 0)]);
 }
 
+/// DecodeGuess as the kernel takes it.
+struct GuessStep {
+  DecodeGuess next;
+  int first_blob;  // of the next layer
+};
+
+/// Puts the guess where the next layer looks for it: the first expert whose thread says that it is missing. By the
+/// first warp of the block that has chosen.
+__device__ void note_guess(const GuessStep& guess, const std::int32_t* selected, bool is_missing) {
+  const unsigned missing = __ballot_sync(0xffffffffU, is_missing);
+  if (threadIdx.x == 0) {
+    PrefetchState& state = *guess.next.state;
+    const unsigned tag = (state.tag + 1) % kPrefetchTags;
+    state.tag = tag;
+    state.guesses[guess.next.layer % 2] = {
+        missing == 0 ? 0U : static_cast<unsigned>(selected[__ffs(static_cast<int>(missing)) - 1]) + 1, tag};
+    state.counts.guesses += missing == 0 ? 0 : 1;
+  }
+}
+
+/// Tells the host thread of the guess once it has been made and the layer itself has been served: the second of the two
+/// blocks does. By one thread.
+__device__ void meet_and_tell(const GuessStep& guess) {
+  PrefetchState& state = *guess.next.state;
+  if (count_and_see(&state.met) == 1) {
+    state.met = 0;
+    const volatile PrefetchState::Guess& made = state.guesses[guess.next.layer % 2];
+    const unsigned expert = made.expert;
+    const unsigned blob = expert == 0 ? 0U : static_cast<unsigned>(guess.first_blob) + expert;
+    if (guess.next.request != nullptr) {
+      store_release_system(reinterpret_cast<unsigned long long*>(&guess.next.request->guess),
+                           static_cast<unsigned long long>(made.tag) << 32 | blob);
+    }
+  }
+}
+
 /// The choice for one token by one block, which sees all of its logits. `forced`: the thread's forced_expert.
 /// `selected`: the choice once more, shared, of kMaxTopK. Returns whether the thread's expert has no slot.
 __device__ bool choose(const DecodeRouterShape& shape, const DecodeRouterInputs& inputs, std::size_t token, int forced,
@@ -192,12 +228,12 @@ __device__ bool choose(const DecodeRouterShape& shape, const DecodeRouterInputs&
   return is_missing;
 }
 
-/// Grid: (tiles of `tile` <= kWarps experts, T). Dynamic shared memory: the normalised row, later the bits that serving
-/// takes. kServes: T is 1.
-template <bool kServes>
+/// Grid: (tiles of `tile` <= kWarps experts, T), with kGuesses as many more tiles, of the next layer's router. Dynamic
+/// shared memory: the normalised row, later the bits that serving takes. kServes, kGuesses: T is 1.
+template <bool kServes, bool kGuesses>
 __global__ void __launch_bounds__(kThreads)
     router_kernel(DecodeRouterShape shape, DecodeRouterInputs in, DecodeRouterOutputs out, unsigned* ended, int tile,
-                  ServeStep serve) {
+                  ServeStep serve, GuessStep guess) {
   static_assert(kThreads == arrival::kThreads && kMaxTopK <= kDecodeMaxTopK);
   extern __shared__ uint4 shared[];
   __shared__ float partial[kWarps];
@@ -208,7 +244,24 @@ __global__ void __launch_bounds__(kThreads)
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / kDecodeWarp;
   const int lane = thread % kDecodeWarp;
-  const int expert = static_cast<int>(blockIdx.x) * tile + warp;
+  int block = static_cast<int>(blockIdx.x);
+  bool guesses = false;
+  if constexpr (kGuesses) {
+    const int tiles = static_cast<int>(gridDim.x) / 2;
+    guesses = block >= tiles;
+    if (guesses) {
+      block -= tiles;
+      ended += 1;
+      shape.bonus = guess.next.bonus;
+      in.norm_weight = guess.next.norm_weight;
+      in.router = guess.next.router;
+      in.bias = nullptr;
+      in.slot_of = guess.next.slot_of;
+      in.forced = guess.next.forced;
+      out = guess.next.scratch;
+    }
+  }
+  const int expert = block * tile + warp;
   const bool has_expert = warp < tile && expert < shape.num_experts;
   const auto* const row =
       reinterpret_cast<const float4*>(in.router + static_cast<std::size_t>(has_expert ? expert : 0) * hidden);
@@ -258,7 +311,7 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   }
-  if (blockIdx.x == 0) {
+  if (block == 0 && !guesses) {
 #pragma unroll 1
     for (int chunk = thread; chunk < hidden / 8; chunk += kThreads) {
       reinterpret_cast<uint4*>(out.normal + token * hidden)[chunk] = shared[chunk];
@@ -267,9 +320,19 @@ __global__ void __launch_bounds__(kThreads)
   if (__syncthreads_or(last ? 1 : 0) != 0) {
     const bool is_missing = choose(shape, in, token, forced, out.logits + token * shape.num_experts,
                                    out.probabilities + token * shape.num_experts, out, selected);
-    if constexpr (kServes) {
+    if (guesses) {
+      if (thread < kDecodeWarp) {
+        __syncwarp();
+        note_guess(guess, selected, is_missing);
+      }
+    } else if constexpr (kServes) {
       if (__syncthreads_or(is_missing ? 1 : 0) != 0) {
         arrival::serve_and_ask(serve, selected, reinterpret_cast<unsigned*>(shared));
+      }
+    }
+    if constexpr (kGuesses) {
+      if (thread == 0) {
+        meet_and_tell(guess);
       }
     }
   }
@@ -278,28 +341,35 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 std::size_t decode_router_workspace(const DecodeRouterShape& shape) {
-  return static_cast<std::size_t>(shape.num_tokens) * sizeof(unsigned);
+  return (static_cast<std::size_t>(shape.num_tokens) + 1) * sizeof(unsigned);  // one of the guess
 }
 
 void decode_router_cuda(const DecodeRouterShape& shape, const DecodeRouterInputs& in, const DecodeRouterOutputs& out,
                         void* workspace, void* stream) {
   check_decode_router(shape);
   check_router_slots(shape, in, out);
+  check_router_guess(shape, in);
   const std::size_t row_bytes = static_cast<std::size_t>(shape.hidden_size) * sizeof(std::uint16_t);
   check_decode_range("decode router", "the hidden size", shape.hidden_size, 16 * 1024);
   const std::int64_t tile =
       std::min<std::int64_t>((shape.num_tokens * shape.num_experts + kSpread - 1) / kSpread, kWarps);
-  const dim3 grid(static_cast<unsigned>((shape.num_experts + tile - 1) / tile),
-                  static_cast<unsigned>(shape.num_tokens));
-  const auto start = [&](auto* kernel, std::size_t shared, const ServeStep& serve) {
+  const auto tiles = static_cast<unsigned>((shape.num_experts + tile - 1) / tile);
+  const bool serves = in.fetch != nullptr && row_bytes <= kMaxServingRow;
+  const ServeStep serve = serves ? serve_step(*in.fetch, shape.top_k) : ServeStep{};
+  const std::size_t shared = serves ? std::max(row_bytes, serving::bytes_of_bits(in.fetch->cache)) : row_bytes;
+  GuessStep guess{};
+  if (in.guess != nullptr) {
+    guess = {*in.guess, static_cast<int>(in.guess->layer * shape.num_experts)};
+  }
+  const auto start = [&](auto* kernel) {
+    const dim3 grid(in.guess != nullptr ? 2 * tiles : tiles, static_cast<unsigned>(shape.num_tokens));
     launch_kernel("router_kernel", kernel, grid, kThreads, shared, stream, shape.dependent, shape, in, out,
-                  static_cast<unsigned*>(workspace), static_cast<int>(tile), serve);
+                  static_cast<unsigned*>(workspace), static_cast<int>(tile), serve, guess);
   };
-  if (in.fetch != nullptr && row_bytes <= kMaxServingRow) {
-    start(router_kernel<true>, std::max(row_bytes, serving::bytes_of_bits(in.fetch->cache)),
-          serve_step(*in.fetch, shape.top_k));
+  if (in.guess != nullptr) {
+    start(serves ? router_kernel<true, true> : router_kernel<false, true>);
   } else {
-    start(router_kernel<false>, row_bytes, ServeStep{});
+    start(serves ? router_kernel<true, false> : router_kernel<false, false>);
   }
 }
 

@@ -24,6 +24,8 @@ struct FetchWorkspace {
   unsigned through[kDecodeMaxTopK];             ///< blocks that have written gate and up of each hit
   unsigned left[kDecodeMaxTopK * kFetchParts];  ///< warps that still copy of each part of each load
   unsigned copied[kDecodeMaxTopK];              ///< 1: the host thread has not copied its share of the load yet
+  unsigned staged_load;                         ///< 1 + the load of which something was prefetched, 0: none
+  unsigned staged_words;                        ///< of 16 bytes, how much
 };
 
 /// What of DecodeFetch serving a step takes.
@@ -35,6 +37,9 @@ struct ServeStep {
   SlotCacheAnswer answer;
   FetchWorkspace* workspace;
   CopyRequest* request;
+  PrefetchState* prefetch;
+  unsigned blob_words;  ///< of 16 bytes; 0 without `request`
+  unsigned own_words;   ///< that the kernel copies of the first load where a host thread copies the rest
   unsigned copiers;
 };
 
@@ -46,6 +51,9 @@ inline ServeStep serve_step(const DecodeFetch& fetch, std::int64_t top_k) {
           fetch.answer,
           static_cast<FetchWorkspace*>(fetch.workspace),
           fetch.request,
+          fetch.prefetch,
+          static_cast<unsigned>(fetch.blob.bytes / sizeof(uint4)),
+          static_cast<unsigned>(fetch_own_bytes(fetch.blob) / sizeof(uint4)),
           static_cast<unsigned>(fetch.copiers)};
 }
 
@@ -53,9 +61,9 @@ inline ServeStep serve_step(const DecodeFetch& fetch, std::int64_t top_k) {
 struct FetchStep : ServeStep {
   const std::int32_t* selected;
   const std::int32_t* hit_slots;
-  const uint4* store;       ///< of the layer
-  std::size_t own_words;    ///< of the first load, where a host thread copies the others
-  std::size_t blob_words;   ///< of 16 bytes
+  const uint4* store;  ///< of the layer
+  const uint4* staging;
+  std::size_t words;        ///< of a blob, of 16 bytes
   std::size_t first_words;  ///< gate and up: part 0; down is part 1
   unsigned poll_ns;
   unsigned blocks_per_pair;       ///< that compute gate and up of one expert
@@ -143,6 +151,8 @@ __device__ inline void leave(const FetchStep& step) {
   if (atomicAdd(&step.workspace->ended, 1U) == waiting - 1) {
     step.workspace->served = 0;
     step.workspace->ended = 0;
+    step.workspace->staged_load = 0;
+    step.workspace->staged_words = 0;
     for (int k = 0; k < step.top_k; ++k) {
       step.workspace->through[k] = 0;
     }
@@ -231,6 +241,51 @@ __device__ inline int arrived_slot(const FetchStep& step, const Turn& turn, int*
   return *shared;
 }
 
+/// A load of which something has been prefetched.
+struct Staged {
+  unsigned load = 0;   ///< 1 + its number; 0: none
+  unsigned words = 0;  ///< of 16 bytes, from its front on
+};
+
+/// What has landed of the guess for this layer, which is settled by this, among the `loads` of a step that has been
+/// served; a block of kThreads.
+__device__ inline Staged settle_guess(const ServeStep& step, unsigned loads) {
+  __shared__ Staged staged;
+  const auto thread = static_cast<unsigned>(threadIdx.x);
+  PrefetchState& state = *step.prefetch;
+  PrefetchState::Guess& guess = state.guesses[step.layer % 2];
+  const unsigned expert = guess.expert;
+  const unsigned tag = guess.tag;
+  if (thread == 0) {
+    staged = {};
+  }
+  __syncthreads();
+  if (thread < loads && expert == static_cast<unsigned>(step.answer.loads[thread].expert) + 1) {
+    ++state.counts.right;
+    if (step.request != nullptr) {
+      const unsigned landed = load_acquire_system(&state.landed[step.layer % 2]);
+      const unsigned pieces = landed >> 8 == tag ? landed & 0xffU : 0U;
+      const auto words =
+          static_cast<unsigned>(min(pieces * (kPrefetchPiece / sizeof(uint4)), std::size_t{step.blob_words}));
+      state.counts.useful_bytes += static_cast<std::int64_t>(words) * static_cast<std::int64_t>(sizeof(uint4));
+      staged = {words > 0 ? thread + 1 : 0, words};
+    }
+  }
+  __syncthreads();
+  if (thread == 0) {
+    guess.expert = 0;
+  }
+  return staged;
+}
+
+/// Where the kernel's own share of the first load begins and ends, in words.
+__device__ inline unsigned own_begin(const Staged& staged) {
+  return staged.load == 1 ? staged.words : 0;
+}
+__device__ inline unsigned own_end(const ServeStep& step, const Staged& staged) {
+  return min(own_begin(staged) + step.own_words, step.blob_words);
+}
+
 /// Serves the step, says so and asks for its copies; a block of kThreads. `bits`: serving::bytes_of_bits of shared
 /// memory.
 __device__ inline void serve_and_ask(const ServeStep& step, const std::int32_t* selected, unsigned* bits) {
@@ -241,19 +296,29 @@ __device__ inline void serve_and_ask(const ServeStep& step, const std::int32_t* 
   __syncthreads();
   const auto loads = static_cast<unsigned>(step.answer.step->loads);
   const bool asks = step.request != nullptr && loads > 0;
+  const Staged staged = step.prefetch != nullptr ? settle_guess(step, loads) : Staged();
   if (thread < loads * kFetchParts) {
-    step.workspace->left[thread] = !asks || thread == 0 ? step.copiers * (kThreads / kDecodeWarp) : 0;
+    const bool copies = !asks || thread == 0 || (staged.load > 0 && thread == (staged.load - 1) * kFetchParts);
+    step.workspace->left[thread] = copies ? step.copiers * (kThreads / kDecodeWarp) : 0;
   }
   if (asks && thread < loads) {
     step.workspace->copied[thread] = 1;
   }
   __syncthreads();
   if (thread == 0) {
+    step.workspace->staged_load = staged.load;
+    step.workspace->staged_words = staged.words;
     store_release(&step.workspace->served, 1 + loads);
   }
   if (asks) {  // behind it: those who wait on the GPU need not wait for the way to the host
+    const auto begin = [&](int load) {
+      const unsigned words = load == 0                                        ? own_end(step, staged)
+                             : static_cast<unsigned>(load) + 1 == staged.load ? staged.words
+                                                                              : 0U;
+      return words * static_cast<unsigned>(sizeof(uint4));
+    };
     ask_for_copies<kThreads>(step.answer.loads, static_cast<int>(loads),
-                             step.layer * static_cast<int>(step.cache.num_experts), step.request);
+                             step.layer * static_cast<int>(step.cache.num_experts), begin, step.request);
   }
 }
 
@@ -276,10 +341,12 @@ __device__ inline void serve_and_copy(const FetchStep& step, uint4* pool) {
     shared_loads = wait_served(step, 100);
   }
   __syncthreads();
-  const auto copy = [&](unsigned number, unsigned part, std::size_t begin, std::size_t end) {
+  // What others write into `staging` meanwhile lies behind `end`.
+  const auto move = [&](unsigned number, bool is_staged, std::size_t begin, std::size_t end) {
     const volatile SlotCacheLoad& load = step.answer.loads[number];
-    const uint4* const from = step.store + static_cast<std::size_t>(load.expert) * step.blob_words;
-    uint4* const to = pool + static_cast<std::size_t>(load.slot) * step.blob_words;
+    const uint4* const from =
+        is_staged ? step.staging : step.store + static_cast<std::size_t>(load.expert) * step.words;
+    uint4* const to = pool + static_cast<std::size_t>(load.slot) * step.words;
     const std::size_t stride = std::size_t{step.copiers} * kThreads * kInFlight;
     const unsigned warp = blockIdx.x * (kThreads / kDecodeWarp) + thread / kDecodeWarp;
     for (std::size_t at = begin + warp * kDecodeWarp * kInFlight + thread % kDecodeWarp; at < end; at += stride) {
@@ -287,7 +354,8 @@ __device__ inline void serve_and_copy(const FetchStep& step, uint4* pool) {
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
         if (at + i * kDecodeWarp < end) {
-          words[i] = load_weights(from + at + i * kDecodeWarp);
+          const uint4* const word = from + at + i * kDecodeWarp;
+          words[i] = is_staged ? load_arrived(word) : load_weights(word);
         }
       }
       // Plain stores: the products find them in L2.
@@ -298,6 +366,8 @@ __device__ inline void serve_and_copy(const FetchStep& step, uint4* pool) {
         }
       }
     }
+  };
+  const auto tell = [&](unsigned number, unsigned part) {
     __syncwarp();
     if (thread % kDecodeWarp == 0) {
       count_down(&step.workspace->left[number * kFetchParts + part]);
@@ -305,11 +375,22 @@ __device__ inline void serve_and_copy(const FetchStep& step, uint4* pool) {
   };
   if (step.request == nullptr) {
     for (unsigned load = 0; load < shared_loads; ++load) {
-      copy(load, 0, 0, step.first_words);
-      copy(load, 1, step.first_words, step.blob_words);
+      move(load, false, 0, step.first_words);
+      tell(load, 0);
+      move(load, false, step.first_words, step.words);
+      tell(load, 1);
     }
   } else if (shared_loads > 0) {
-    copy(0, 0, 0, step.own_words);
+    const volatile FetchWorkspace& said = *step.workspace;
+    const Staged staged{said.staged_load, said.staged_words};
+    move(0, false, own_begin(staged), own_end(step, staged));
+    if (staged.load > 0) {
+      move(staged.load - 1, true, 0, staged.words);
+    }
+    tell(0, 0);
+    if (staged.load > 1) {
+      tell(staged.load - 1, 0);
+    }
   }
   __syncthreads();
   if (thread == 0) {

@@ -57,7 +57,8 @@ __global__ void __launch_bounds__(kAskThreads)
   for (int i = thread; i < count; i += kAskThreads) {
     flags[i] = 1;
   }
-  ask_for_copies<kAskThreads>(loads + first, count, first_blob, request);
+  ask_for_copies<kAskThreads>(
+      loads + first, count, first_blob, [](int) { return 0U; }, request);
   for (int i = thread; i < count; i += kAskThreads) {
     while (load_acquire_system(flags + i) != 0) {
       __nanosleep(500);

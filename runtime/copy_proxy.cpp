@@ -1,5 +1,6 @@
 #include "copy_proxy.hpp"
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <string>
@@ -10,6 +11,7 @@
 #include <fmt/format.h>
 
 #include "hestia/core/error.hpp"
+#include "hestia/kernels/expert_prefetch.hpp"
 
 namespace hestia {
 namespace {
@@ -47,7 +49,6 @@ WriteValue write_value() {
 struct CopyProxy::Impl {
   const std::uint8_t* store = nullptr;
   std::size_t blob_bytes = 0;
-  std::size_t own_bytes = 0;
   std::uint8_t* pool = nullptr;
   std::uint32_t* flags = nullptr;
   int device = 0;
@@ -56,6 +57,17 @@ struct CopyProxy::Impl {
   CopyRequest* device_request = nullptr;  // as kernels do
   /// Loads take turns, so that one keeps the link busy while the copy of another begins or is told of.
   std::array<cudaStream_t, 2> streams{};
+
+  std::optional<CopyStaging> staging;
+  cudaStream_t ahead = nullptr;            // of guesses
+  std::array<cudaEvent_t, 2> asked_for{};  // all that was asked for, in each stream
+  std::array<cudaEvent_t, 2> pieces{};     // behind the last pieces, by turns
+  std::uint64_t said = 0;                  // the last guess, as the kernel said it
+  std::int64_t guessed = -1;               // blob that is brought; -1: none
+  std::uint32_t brought = 0;               // pieces of it that were begun
+  std::uint32_t turn = 0;                  // of `pieces`
+  std::atomic<std::int64_t> guessed_bytes{0};
+
   std::atomic<bool> awake{false};
   std::atomic<bool> ended{false};
   std::atomic<std::int64_t> taken{0};
@@ -69,9 +81,17 @@ struct CopyProxy::Impl {
       awake.notify_one();
       thread.join();
     }
-    for (cudaStream_t stream : streams) {
+    if (ahead != nullptr) {
+      (void)cudaStreamSynchronize(ahead);  // nobody waits for a guess, and its place may be given away now
+    }
+    for (cudaStream_t stream : {streams[0], streams[1], ahead}) {
       if (stream != nullptr) {
         (void)cudaStreamDestroy(stream);
+      }
+    }
+    for (cudaEvent_t event : {asked_for[0], asked_for[1], pieces[0], pieces[1]}) {
+      if (event != nullptr) {
+        (void)cudaEventDestroy(event);
       }
     }
     if (request != nullptr) {
@@ -86,25 +106,85 @@ struct CopyProxy::Impl {
     }
   }
 
+  void write_behind(cudaStream_t stream, std::uint32_t* word, std::uint32_t value) {
+    if (write(stream, reinterpret_cast<CUdeviceptr>(word), value, 0) != CUDA_SUCCESS) {
+      note(cudaErrorUnknown);
+    }
+  }
+
   void serve(std::uint32_t count) {
     for (std::uint32_t i = 0; i < count; ++i) {
       const CopyRequest::Load load = request->loads[i];
       cudaStream_t stream = streams[i % streams.size()];
-      const std::size_t begin = i == 0 ? own_bytes : 0;
-      note(cudaMemcpyAsync(pool + static_cast<std::size_t>(load.slot) * blob_bytes + begin,
-                           store + static_cast<std::size_t>(load.blob) * blob_bytes + begin, blob_bytes - begin,
-                           cudaMemcpyHostToDevice, stream));
-      if (write(stream, reinterpret_cast<CUdeviceptr>(flags + i), 0, 0) != CUDA_SUCCESS) {
-        note(cudaErrorUnknown);
+      const std::size_t begin = load.begin;
+      if (begin < blob_bytes) {
+        note(cudaMemcpyAsync(pool + static_cast<std::size_t>(load.slot) * blob_bytes + begin,
+                             store + static_cast<std::size_t>(load.blob) * blob_bytes + begin, blob_bytes - begin,
+                             cudaMemcpyHostToDevice, stream));
       }
+      write_behind(stream, flags + i, 0);
     }
+    if (!staging) {
+      return;
+    }
+    // The guess for this layer was said before, one for the next may have been said since.
+    hear_guess();
+    const std::int64_t layer = request->loads[0].blob / staging->experts_per_layer;
+    if (guessed >= 0 && guessed / staging->experts_per_layer == layer) {
+      guessed = -1;
+    }
+    for (std::size_t i = 0; i < streams.size(); ++i) {
+      note(cudaEventRecord(asked_for[i], streams[i]));
+      note(cudaStreamWaitEvent(ahead, asked_for[i]));
+    }
+  }
+
+  void hear_guess() {
+    const std::uint64_t now = std::atomic_ref<std::uint64_t>(request->guess).load(std::memory_order_acquire);
+    if (now != said) {
+      said = now;
+      guessed = static_cast<std::int64_t>(static_cast<std::uint32_t>(now)) - 1;
+      brought = 0;
+    }
+  }
+
+  // Begins the next piece of the guess, unless enough are on their way.
+  void bring_piece() {
+    hear_guess();
+    const std::size_t begin = brought * kPrefetchPiece;
+    if (guessed < 0 || begin >= blob_bytes || brought == kPrefetchMostPieces) {
+      return;
+    }
+    cudaEvent_t event = pieces[turn % pieces.size()];
+    const cudaError_t before = cudaEventQuery(event);
+    if (before == cudaErrorNotReady) {
+      return;
+    }
+    note(before);
+    const std::size_t bytes = std::min(kPrefetchPiece, blob_bytes - begin);
+    const auto place = static_cast<std::size_t>(guessed / staging->experts_per_layer % 2);
+    note(cudaMemcpyAsync(staging->places + place * blob_bytes + begin,
+                         store + static_cast<std::size_t>(guessed) * blob_bytes + begin, bytes, cudaMemcpyHostToDevice,
+                         ahead));
+    ++brought;
+    write_behind(ahead, staging->landed + place, static_cast<std::uint32_t>(said >> 32U) << 8U | brought);
+    note(cudaEventRecord(event, ahead));
+    ++turn;
+    guessed_bytes += static_cast<std::int64_t>(bytes);
   }
 
   void run() {
     note(cudaSetDevice(device));
+    // A graph may be captured meanwhile: what this thread asks of events has nothing to do with that.
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    note(cudaThreadExchangeStreamCaptureMode(&mode));
     std::atomic_ref<std::uint32_t> asked(request->count);
     while (true) {
-      awake.wait(false);
+      if (!awake) {
+        awake.wait(false);
+        hear_guess();
+        guessed = -1;  // of steps that are over
+      }
       if (ended) {
         return;
       }
@@ -114,18 +194,19 @@ struct CopyProxy::Impl {
         asked.store(0, std::memory_order_relaxed);
         ++taken;
         serve(count);
+      } else if (staging) {
+        bring_piece();
       }
     }
   }
 };
 
-CopyProxy::CopyProxy(const ExpertStore& store, std::size_t own_bytes, std::uint8_t* pool, std::uint32_t* flags,
-                     int device)
+CopyProxy::CopyProxy(const ExpertStore& store, std::uint8_t* pool, std::uint32_t* flags,
+                     const std::optional<CopyStaging>& staging, int device)
     : impl_(std::make_unique<Impl>()) {
   Impl& impl = *impl_;
   impl.store = store.blobs().const_data_ptr<std::uint8_t>();
   impl.blob_bytes = store.layout().bytes;
-  impl.own_bytes = own_bytes;
   impl.pool = pool;
   impl.flags = flags;
   impl.device = device;
@@ -143,6 +224,13 @@ CopyProxy::CopyProxy(const ExpertStore& store, std::size_t own_bytes, std::uint8
   for (cudaStream_t& stream : impl.streams) {
     check(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, greatest), "no stream");
   }
+  if (staging) {
+    impl.staging = staging;
+    check(cudaStreamCreateWithPriority(&impl.ahead, cudaStreamNonBlocking, least), "no stream");
+    for (cudaEvent_t* event : {&impl.asked_for[0], &impl.asked_for[1], &impl.pieces[0], &impl.pieces[1]}) {
+      check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "no event");
+    }
+  }
   // Some systems have the function and refuse it.
   if (impl.write(impl.streams[0], reinterpret_cast<CUdeviceptr>(flags), 0, 0) != CUDA_SUCCESS) {
     throw RunError("copy proxy: this GPU or driver refuses cuStreamWriteValue32; fetch with --fetch together");
@@ -159,6 +247,10 @@ CopyRequest* CopyProxy::request() const noexcept {
 
 std::int64_t CopyProxy::requests() const noexcept {
   return impl_->taken;
+}
+
+std::int64_t CopyProxy::guessed_bytes() const noexcept {
+  return impl_->guessed_bytes;
 }
 
 void CopyProxy::wake() {

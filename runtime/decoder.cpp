@@ -145,6 +145,12 @@ struct Decoder::Impl {
           "the copy engine is not told what to fetch: that takes the decode kernels and, but for one row whose experts "
           "fit the slots, CUDA graphs; kernels fetch the misses, in waves");
     }
+    if (options.cache && options.cache->prefetch != PrefetchKind::kOff && !prefetches()) {
+      log_warning(
+          fmt::format("--prefetch {}: takes a GPU with the decode kernels, one row, slots of each layer's own for all "
+                      "experts of a token, and --fetch auto or copies; nothing is prefetched",
+                      prefetch_name(options.cache->prefetch)));
+    }
   }
 
   // Before anything is taken, so that one message says all of it.
@@ -334,6 +340,8 @@ struct Decoder::Impl {
   [[nodiscard]] bool copies() const {
     return fused && slots->fetch_path() == FetchPath::kCopies && (slots->fetches_in_one() || in_graphs());
   }
+
+  [[nodiscard]] bool prefetches() const { return fused && slots->prefetch() != PrefetchKind::kOff; }
 
   void synchronize() const {
     if (stream) {
@@ -576,6 +584,15 @@ FetchPath Decoder::fetch_path() const noexcept {
   const FetchPath path = impl_->slots->fetch_path();
   const bool serves = path == FetchPath::kCopies ? impl_->copies() : impl_->fused != nullptr;
   return serves || path == FetchPath::kStaged ? path : FetchPath::kWaves;
+}
+
+PrefetchKind Decoder::prefetch() const noexcept {
+  return impl_->prefetches() ? impl_->slots->prefetch() : PrefetchKind::kOff;
+}
+
+PrefetchTotals Decoder::prefetch_totals() const {
+  impl_->synchronize();
+  return impl_->slots->prefetch_totals();
 }
 
 bool Decoder::in_graphs() const noexcept {

@@ -19,6 +19,19 @@ constexpr std::string_view kForms =
     "write a number of slots per layer (16), of one pool (total:256) or of bytes (memory:6GiB)";
 
 constexpr std::array<std::string_view, 5> kFetchPaths = {"auto", "together", "copies", "waves", "staged"};
+constexpr std::array<std::string_view, 2> kPrefetchKinds = {"off", "next-gate"};
+
+// Place of `name` among `names`; UsageError with the nearest.
+std::size_t index_of_name(std::string_view name, const std::vector<std::string>& names, std::string_view what) {
+  const auto found = std::find(names.begin(), names.end(), name);
+  if (found != names.end()) {
+    return static_cast<std::size_t>(found - names.begin());
+  }
+  const std::string nearest = nearest_name(name, names);
+  throw UsageError(fmt::format("{}: unknown name, got \"{}\"; {}choose one of {}", what, name,
+                               nearest.empty() ? "" : fmt::format("did you mean \"{}\"? ", nearest),
+                               fmt::join(names, ", ")));
+}
 
 [[noreturn]] void refuse(std::string_view text, std::string_view why) {
   throw UsageError(fmt::format("--expert-slots: {}, got \"{}\"; {}", why, text, kForms));
@@ -116,14 +129,19 @@ std::string fetch_path_name(FetchPath path) {
 }
 
 FetchPath fetch_path_from_name(std::string_view name) {
-  const auto* const found = std::find(kFetchPaths.begin(), kFetchPaths.end(), name);
-  if (found != kFetchPaths.end()) {
-    return static_cast<FetchPath>(found - kFetchPaths.begin());
-  }
-  const std::string nearest = nearest_name(name, fetch_path_names());
-  throw UsageError(fmt::format("fetch path: unknown name, got \"{}\"; {}choose one of {}", name,
-                               nearest.empty() ? "" : fmt::format("did you mean \"{}\"? ", nearest),
-                               fmt::join(kFetchPaths, ", ")));
+  return static_cast<FetchPath>(index_of_name(name, fetch_path_names(), "fetch path"));
+}
+
+std::vector<std::string> prefetch_names() {
+  return {kPrefetchKinds.begin(), kPrefetchKinds.end()};
+}
+
+std::string prefetch_name(PrefetchKind kind) {
+  return std::string(kPrefetchKinds.at(static_cast<std::size_t>(kind)));
+}
+
+PrefetchKind prefetch_from_name(std::string_view name) {
+  return static_cast<PrefetchKind>(index_of_name(name, prefetch_names(), "prefetch"));
 }
 
 }  // namespace hestia

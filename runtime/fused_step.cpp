@@ -113,6 +113,8 @@ struct FusedStep::Impl {
   Tensor hidden_TD, normal_TD, projected, attended;
   Tensor probabilities_TE, router_logits_LBE, selected_LBK, weights_LBK, hit_slots_BK;
   Tensor router_workspace, attention_workspace;
+  // What the gate of the layer behind says too early.
+  Tensor guess_logits_E, guess_probabilities_E, guess_selected_K, guess_weights_K;
 
   [[nodiscard]] DecodeNorm norm() const {
     return architecture.norm == NormKind::kRmsWide ? DecodeNorm::kRmsWide : DecodeNorm::kRms;
@@ -136,6 +138,33 @@ struct FusedStep::Impl {
     decode_linear_cuda(shape,
                        {bits(x), bits(norm_weight), bits(weight), bits(bias), bits(residual), mutable_bits(normal_TD)},
                        out, stream);
+  }
+
+  // What the router of layer `index` is given to guess what the layer behind it will miss.
+  [[nodiscard]] std::optional<DecodeGuess> guess_behind(std::int64_t index) const {
+    const std::int64_t next = index + 1;
+    std::optional<DecodeGuess> guess;
+    if (next < architecture.num_layers) {
+      guess = slots->router_guess(next);
+    }
+    if (!guess) {
+      return guess;
+    }
+    const Parts& parts = layers[static_cast<std::size_t>(next)].parts;
+    guess->norm_weight = bits(part(parts, P::kPostAttentionNorm));
+    guess->router = part(parts, P::kRouter).const_data_ptr<float>();
+    if (replayed) {
+      guess->forced = (*replayed)[next].const_data_ptr<std::int64_t>();
+    } else if (rule) {
+      guess->bonus = rule->bonus(next);
+    }
+    guess->scratch = {nullptr,
+                      guess_logits_E.mutable_data_ptr<float>(),
+                      guess_probabilities_E.mutable_data_ptr<float>(),
+                      guess_selected_K.mutable_data_ptr<std::int32_t>(),
+                      guess_weights_K.mutable_data_ptr<float>(),
+                      nullptr};
+    return guess;
   }
 
   void run_layer(std::int64_t index, const Tensor& position_1, const Tensor& step_1, void* stream) {
@@ -179,6 +208,8 @@ struct FusedStep::Impl {
     const Tensor weights = weights_LBK[index];
     const std::optional<DecodeFetch> fetch = slots->router_fetch(selected, hit_slots_BK, index);
     in.fetch = fetch ? &*fetch : nullptr;
+    const std::optional<DecodeGuess> guess = guess_behind(index);
+    in.guess = guess ? &*guess : nullptr;
     decode_router_cuda(shape, in,
                        {mutable_bits(normal_TD), router_logits_LBE[index].mutable_data_ptr<float>(),
                         probabilities_TE.mutable_data_ptr<float>(), selected.mutable_data_ptr<std::int32_t>(),
@@ -247,6 +278,10 @@ FusedStep::FusedStep(MoeModel model, KeyValueCache& cache, std::shared_ptr<SlotE
   impl.selected_LBK = torch::zeros({a.num_layers, rows, a.top_k}, options.dtype(torch::kInt32));
   impl.hit_slots_BK = torch::zeros({rows, a.top_k}, options.dtype(torch::kInt32));
   impl.weights_LBK = torch::zeros({a.num_layers, rows, a.top_k}, floats);
+  impl.guess_logits_E = torch::zeros({a.num_experts}, floats);
+  impl.guess_probabilities_E = torch::zeros({a.num_experts}, floats);
+  impl.guess_selected_K = torch::zeros({a.top_k}, options.dtype(torch::kInt32));
+  impl.guess_weights_K = torch::zeros({a.top_k}, floats);
   const DecodeRouterShape router{
       .num_tokens = rows, .hidden_size = a.hidden_size, .num_experts = a.num_experts, .top_k = a.top_k};
   const auto bytes = options.dtype(torch::kUInt8);

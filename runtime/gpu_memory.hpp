@@ -13,7 +13,7 @@ namespace hestia {
 struct DecoderMemory {
   std::int64_t slot_bytes = 0;       ///< Of one expert.
   std::int64_t slots = 0;            ///< In all, scratch slots included.
-  std::int64_t scratch_slots = 0;    ///< Of these.
+  std::int64_t scratch_slots = 0;    ///< Of these; two of them for guesses, where these are prefetched.
   std::int64_t layers = 0;           ///< MoE layers, each with as many slots; 0: one pool.
   bool all_resident = false;         ///< Every expert has a slot, and no cache is asked for.
   std::int64_t key_value_bytes = 0;  ///< Of all rows and tokens.

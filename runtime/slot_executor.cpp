@@ -2,6 +2,7 @@
 #include "hestia/runtime/slot_executor.hpp"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
 #include <stdexcept>
 #include <utility>
@@ -42,6 +43,15 @@ std::uint16_t* mutable_bits(const Tensor& bfloat16) {
   return static_cast<std::uint16_t*>(bfloat16.mutable_data_ptr());
 }
 
+// An expert as the decode kernels take it.
+ExpertBlob blob_of(const Architecture& a, const ExpertStore& store, std::int64_t rows, std::int64_t top_k) {
+  return expert_blob({.num_tokens = rows,
+                      .top_k = top_k,
+                      .hidden_size = a.hidden_size,
+                      .expert_hidden_size = a.expert_intermediate_size,
+                      .format = store.format()});
+}
+
 // Whether the decode kernels take these experts, lying as they do in the blob.
 bool kernels_take(const Architecture& a, const ExpertStore& store, std::int64_t rows, std::int64_t top_k,
                   torch::Device device) {
@@ -51,11 +61,7 @@ bool kernels_take(const Architecture& a, const ExpertStore& store, std::int64_t 
       top_k > kDecodeMaxTopK) {
     return false;
   }
-  const ExpertBlob blob = expert_blob({.num_tokens = rows,
-                                       .top_k = top_k,
-                                       .hidden_size = a.hidden_size,
-                                       .expert_hidden_size = a.expert_intermediate_size,
-                                       .format = store.format()});
+  const ExpertBlob blob = blob_of(a, store, rows, top_k);
   if (store.format() != ExpertFormat::kBfloat16) {
     return layout.bytes == blob.bytes;
   }
@@ -110,14 +116,17 @@ struct SlotExecutor::Impl {
   ExpertWeights slots;
   std::unique_ptr<UnpackedExperts> unpacked;  // of packed slots, where the kernels do not take them
   bool kernels = false;
+  ExpertBlob as_kernels;  // an expert as they take it
   bool early = false;
   Tensor hidden_TKF, product_TKD;  // of the decode kernels
   Tensor fetch_workspace;
   Tensor wave_flags;  // int32 [E], the host thread's answers where waves are asked for
   std::unique_ptr<CopyProxy> proxy;
-  bool asks = false;    // the proxy is awake
-  bool in_one = false;  // one kernel can serve, fetch and multiply
-  Tensor misses_read;   // of kStaged: the step and its loads, in pinned memory
+  bool asks = false;                       // the proxy is awake
+  bool in_one = false;                     // one kernel can serve, fetch and multiply
+  Tensor prefetch_state, prefetch_places;  // PrefetchState and two blobs; undefined: nothing is prefetched
+  std::int64_t copied_before = 0;          // bytes of guesses, at the reset
+  Tensor misses_read;                      // of kStaged: the step and its loads, in pinned memory
 
   // The cache, on the device.
   Tensor cache_memory, step_memory, loads_memory, slots_TK, waves_TK, wave_slots, resident_LE;
@@ -361,6 +370,12 @@ struct SlotExecutor::Impl {
                       .workspace = fetch_workspace.data_ptr()};
     fetch.answer.wave_slots = nullptr;
     fetch.request = asks ? proxy->request() : nullptr;
+    fetch.blob = as_kernels;
+    if (prefetch_state.defined()) {
+      fetch.prefetch = as<PrefetchState>(prefetch_state);
+      fetch.staging =
+          prefetch_places.const_data_ptr<std::uint8_t>() + static_cast<std::size_t>(moe_layer % 2) * as_kernels.bytes;
+    }
     return fetch;
   }
 
@@ -471,6 +486,7 @@ SlotExecutor::SlotExecutor(const Architecture& architecture, ExpertStore store, 
         torch::zeros({rows, top_k, architecture.expert_intermediate_size}, options.dtype(torch::kBFloat16));
     impl.product_TKD = torch::zeros({rows, top_k, architecture.hidden_size}, options.dtype(torch::kFloat32));
     impl.fetch_workspace = device_bytes(decode_fetch_workspace(), device);
+    impl.as_kernels = blob_of(architecture, impl.store, rows, top_k);
   }
   if (!impl.shape) {
     return;
@@ -501,8 +517,10 @@ SlotExecutor::SlotExecutor(const Architecture& architecture, ExpertStore store, 
     impl.in_one = rows == 1 && impl.overlaps(1);
     const FetchPath by_kernels = impl.in_one ? FetchPath::kTogether : FetchPath::kWaves;
     impl.fetch_path = cache->fetch;
+    const bool prefetches = cache->prefetch != PrefetchKind::kOff && impl.in_one && impl.shape->layers_per_group == 1;
     if (impl.fetch_path == FetchPath::kAuto) {
-      impl.fetch_path = static_cast<std::int64_t>(layout.bytes) >= kCopiedExpertBytes ? FetchPath::kCopies : by_kernels;
+      const bool copies = prefetches || static_cast<std::int64_t>(layout.bytes) >= kCopiedExpertBytes;
+      impl.fetch_path = copies ? FetchPath::kCopies : by_kernels;
     } else if (impl.fetch_path == FetchPath::kTogether) {
       impl.fetch_path = by_kernels;
     }
@@ -510,15 +528,16 @@ SlotExecutor::SlotExecutor(const Architecture& architecture, ExpertStore store, 
       if (!impl.in_one) {
         impl.wave_flags = torch::zeros({architecture.num_experts}, options.dtype(torch::kInt32));
       }
-      const ExpertBlob blob = expert_blob({.num_tokens = rows,
-                                           .top_k = top_k,
-                                           .hidden_size = architecture.hidden_size,
-                                           .expert_hidden_size = architecture.expert_intermediate_size,
-                                           .format = impl.store.format()});
+      std::optional<CopyStaging> staging;
+      if (prefetches) {
+        impl.prefetch_state = device_bytes(sizeof(PrefetchState), device);
+        impl.prefetch_places = device_bytes(2 * impl.as_kernels.bytes, device);
+        staging = {impl.prefetch_places.mutable_data_ptr<std::uint8_t>(),
+                   as<PrefetchState>(impl.prefetch_state)->landed, architecture.num_experts};
+      }
       try {
-        impl.proxy = std::make_unique<CopyProxy>(impl.store, impl.in_one ? fetch_own_bytes(blob) : 0,
-                                                 impl.slots_SB.mutable_data_ptr<std::uint8_t>(), impl.copy_flags(),
-                                                 device.index());
+        impl.proxy = std::make_unique<CopyProxy>(impl.store, impl.slots_SB.mutable_data_ptr<std::uint8_t>(),
+                                                 impl.copy_flags(), staging, device.index());
         if (!impl.in_one) {
           // Its first launch, of no step: none may come while kernels wait for the thread, nor in a capture.
           expert_ask_cuda(impl.store_shape(), 0, impl.answer().step, impl.answer().loads, 1, impl.copy_flags(),
@@ -530,6 +549,8 @@ SlotExecutor::SlotExecutor(const Architecture& architecture, ExpertStore store, 
         }
         log_warning(fmt::format("{}; kernels fetch the misses themselves", error.what()));
         impl.fetch_path = by_kernels;
+        impl.prefetch_state = Tensor();
+        impl.prefetch_places = Tensor();
       }
     }
   }
@@ -591,6 +612,17 @@ std::optional<DecodeFetch> SlotExecutor::router_fetch(const torch::Tensor& selec
                          moe_layer);
 }
 
+std::optional<DecodeGuess> SlotExecutor::router_guess(std::int64_t moe_layer) const {
+  const Impl& impl = *impl_;
+  if (!impl.prefetch_state.defined()) {
+    return std::nullopt;
+  }
+  return DecodeGuess{.slot_of = slot_of(moe_layer),
+                     .layer = moe_layer,
+                     .state = as<PrefetchState>(impl.prefetch_state),
+                     .request = impl.asks ? impl.proxy->request() : nullptr};
+}
+
 void SlotExecutor::decode(const torch::Tensor& x_TD, const torch::Tensor& selected_TK, const torch::Tensor& weights_TK,
                           const torch::Tensor& hit_slots_TK, const torch::Tensor& out_TD, std::int64_t moe_layer,
                           std::span<const torch::Tensor> ahead) {
@@ -636,6 +668,11 @@ void SlotExecutor::reset(std::int64_t sequence, const std::vector<std::vector<st
     if (counters->defined()) {
       counters->zero_();  // as they are, unless a step was cut off
     }
+  }
+  if (impl.prefetch_state.defined()) {
+    constexpr auto kKept = static_cast<std::int64_t>(offsetof(PrefetchState, met));  // what the host thread knows, too
+    impl.prefetch_state.narrow(0, kKept, impl.prefetch_state.numel() - kKept).zero_();
+    impl.copied_before = impl.proxy->guessed_bytes();
   }
   const SlotCacheShape& shape = *impl.shape;
   const std::int64_t groups = impl.groups();
@@ -737,6 +774,21 @@ std::vector<SlotCacheCounts> SlotExecutor::counts() const {
     std::memcpy(counts.data(), impl.state.counts, bytes);
   }
   return counts;
+}
+
+PrefetchKind SlotExecutor::prefetch() const noexcept {
+  return impl_->prefetch_state.defined() ? PrefetchKind::kNextGate : PrefetchKind::kOff;
+}
+
+PrefetchTotals SlotExecutor::prefetch_totals() const {
+  const Impl& impl = *impl_;
+  if (!impl.prefetch_state.defined()) {
+    return {};
+  }
+  c10::cuda::getCurrentCUDAStream(impl.device.index()).synchronize();
+  PrefetchState state;
+  C10_CUDA_CHECK(cudaMemcpy(&state, impl.prefetch_state.const_data_ptr(), sizeof state, cudaMemcpyDeviceToHost));
+  return {state.counts, impl.proxy->guessed_bytes() - impl.copied_before};
 }
 
 std::int64_t SlotExecutor::num_slots() const noexcept {

@@ -290,7 +290,11 @@ TEST_CASE("generate says where the experts lie, and that a CPU pins nothing") {
   REQUIRE(json["warnings"].size() == 1);
   CHECK_THAT(json["warnings"][0].get<std::string>(), Catch::Contains("--pinned-memory"));
   CHECK(json["tokens"] == Json::parse(done(hestia(generate({}))))["tokens"]);
-  // A path that is a GPU's alone.
+  // Paths that are a GPU's alone.
+  const Json guessed = Json::parse(done(hestia(generate({"--expert-slots", "5", "--prefetch", "next-gate"}))));
+  CHECK(guessed["cache"]["prefetch"].is_null());
+  REQUIRE(guessed["warnings"].size() == 1);
+  CHECK_THAT(guessed["warnings"][0].get<std::string>(), Catch::Contains("--prefetch next-gate"));
   CHECK(Json::parse(done(hestia(generate({"--expert-slots", "5", "--fetch", "staged"}))))["cache"]["fetch"] == "waves");
 }
 

@@ -9,6 +9,7 @@
 #include "hestia/core/json_lines.hpp"
 #include "hestia/core/recipe.hpp"
 #include "hestia/routing/trace.hpp"
+#include "hestia/runtime/decoder.hpp"
 #include "hestia/runtime/expert_store.hpp"
 #include "hestia/trainer/recipes.hpp"
 
@@ -33,7 +34,8 @@ struct BenchOptions {
   std::vector<std::string> policies = {"lru"};
   std::vector<std::string> expert_formats = {"bf16"};  ///< As `--expert-format` takes them.
   double gamma = 0.9;
-  std::vector<std::string> fetch = {"auto"};  ///< SlotCacheOptions::fetch
+  std::vector<std::string> fetch = {"auto"};    ///< SlotCacheOptions::fetch
+  std::vector<std::string> prefetch = {"off"};  ///< SlotCacheOptions::prefetch
   /// cold | prefill | preload, of the section `preload` | full: slots hold every expert, so that every request is a
   /// hit.
   std::string start = "cold";
@@ -105,6 +107,10 @@ void check_bench_formats(const LoadedRecipe<BenchRecipe>& loaded, const Architec
 /// Where the experts lie, as results have it: {"bytes", "experts", "pinned_bytes", "pinned_experts", "staging_bytes"};
 /// nothing is pinned for a CPU.
 [[nodiscard]] Json expert_store_json(const ExpertStore& store);
+
+/// What a decoder prefetched since its `begin`: `kind`, `guesses`, `right`, `useful_bytes`, `wasted_bytes`; null where
+/// it does not. Synchronises.
+[[nodiscard]] Json prefetch_json(const Decoder& decoder);
 
 /// Decodes every arm of the grid and returns one object per arm (docs/decoding.md has the fields). One format of the
 /// experts after the other, so that one store is held at a time; in it, the arms of one batch and length take turns,

@@ -11,11 +11,15 @@ namespace hestia {
 /// word i of device memory that the kernel has set to 1 before. A kernel asks again once all words are 0.
 struct CopyRequest {
   struct Load {
-    std::int32_t blob = 0;  ///< of the store: layer * E + expert
+    std::int32_t blob = 0;    ///< of the store: layer * E + expert
+    std::uint32_t begin = 0;  ///< bytes at the front of the blob that are not the thread's to copy
     std::int32_t slot = 0;
   };
   std::uint32_t count = 0;
   Load loads[kSlotCacheMaxExperts];
+  /// What the link may bring while nothing is asked for (PrefetchState): tag << 32 | 1 + blob; no blob: nothing. Each
+  /// replaces the one before.
+  std::uint64_t guess = 0;
 };
 
 }  // namespace hestia

@@ -5,6 +5,7 @@
 
 #include "hestia/kernels/copy_request.hpp"
 #include "hestia/kernels/decode_experts.hpp"
+#include "hestia/kernels/expert_prefetch.hpp"
 #include "hestia/kernels/slot_cache.hpp"
 
 namespace hestia {
@@ -14,8 +15,8 @@ inline constexpr std::int64_t kFetchCopiers = 32;
 
 /// Parts of a blob that the kernel's own copies bring one by one: gate and up, then down.
 inline constexpr std::int64_t kFetchParts = 2;
-/// Bytes at the front of the first load that the kernel copies itself while the host thread wakes: up to 1 MiB of its
-/// first part.
+/// Bytes of the first load that the kernel copies itself while the host thread wakes, from its front or from behind
+/// what was prefetched: up to 1 MiB, and no more than gate and up.
 [[nodiscard]] std::size_t fetch_own_bytes(const ExpertBlob& blob);
 
 /// Weights that kernels behind this one will read.
@@ -40,10 +41,17 @@ struct DecodeFetch {
   /// decode_fetch_workspace() bytes, aligned to 16: zero before the first call, and zero again after each; between a
   /// router that has served and this kernel, what the router wrote.
   void* workspace = nullptr;
-  /// Null: the kernel copies all misses itself. Else it copies the first fetch_own_bytes of the first one and waits for
-  /// a host thread that copies the rest and, behind load i, writes 0 to word i of decode_fetch_flags(workspace). Memory
-  /// as the kernel sees it. Ignored by the CPU.
+  /// Null: the kernel copies all misses itself. Else it copies fetch_own_bytes of the first one and waits for a host
+  /// thread that copies the rest and, behind load i, writes 0 to word i of decode_fetch_flags(workspace). Memory as the
+  /// kernel sees it. Ignored by the CPU.
   CopyRequest* request = nullptr;
+  ExpertBlob blob = {};  ///< expert_blob(shape); may be left out without `request`.
+  /// Null: nothing was guessed. Else the guess for this layer is looked at, and counted where it is right. With
+  /// `request`, what has landed of it in `staging` is moved into its slot and not asked for.
+  PrefetchState* prefetch = nullptr;
+  /// A blob of device memory, aligned to 16, into which the host thread copies guesses for layers of this one's parity.
+  /// Ignored by the CPU.
+  const void* staging = nullptr;
   std::int64_t copiers = kFetchCopiers;  ///< Blocks that copy.
   std::int64_t poll_ns = 2000;           ///< Time between looks of the blocks that wait for a miss.
   /// What blocks that wait for the last miss bring into L2 once the hits are through: memory has nothing else to do

@@ -35,6 +35,8 @@ struct DecodeRouterShape {
   bool dependent = false;
 };
 
+struct DecodeGuess;
+
 /// What goes in. bfloat16 values are their bits.
 struct DecodeRouterInputs {
   const std::uint16_t* hidden = nullptr;       ///< bfloat16 [T, H], before the norm
@@ -54,6 +56,8 @@ struct DecodeRouterInputs {
   /// Its `selected` and `hit_slots` are the router's outputs. Null, or a hidden size beyond 6144: that kernel serves
   /// every step. `slots` must be written then. The CPU checks it and does no more.
   const DecodeFetch* fetch = nullptr;
+  /// In a step of one token: guesses what the next layer will miss, too. Null: does not.
+  const DecodeGuess* guess = nullptr;
 };
 
 /// What comes out, each overwritten.
@@ -64,6 +68,22 @@ struct DecodeRouterOutputs {
   std::int32_t* selected = nullptr;  ///< int32 [T, K], by falling score, ties to the lower index, also under a prior
   float* weights = nullptr;          ///< float32 [T, K], their mixing weights, from the probabilities
   std::int32_t* slots = nullptr;     ///< int32 [T, K], slot_of of the selected; null: not written
+};
+
+/// The next layer's gate, asked too early: its choice for this layer's hidden state, by the same rule and sizes. The
+/// guess is the first of the chosen, by falling score, that has no slot; hidden states of neighbouring layers are alike
+/// (A. Eliseev and D. Mazur, Fast Inference of Mixture-of-Experts Language Models with Offloading, arXiv:2312.17238,
+/// prefetch so). All pointers as in DecodeRouterInputs, of the next layer; it has no bias.
+struct DecodeGuess {
+  const std::uint16_t* norm_weight = nullptr;
+  const float* router = nullptr;
+  const std::int32_t* slot_of = nullptr;  ///< Nobody else may write it meanwhile: slots are not shared by layers.
+  const std::int64_t* forced = nullptr;   ///< What a trace chooses in the next layer, of the same steps: always right.
+  float bonus = 0.0F;                     ///< In place of the shape's.
+  std::int64_t layer = 0;                 ///< Number of the next layer among those with experts.
+  PrefetchState* state = nullptr;         ///< Gets the guess, and its count.
+  CopyRequest* request = nullptr;         ///< Is told of it, once the layer's own loads are asked for; null: nobody.
+  DecodeRouterOutputs scratch = {};       ///< Written but for `normal`, and `slots`, which may be null.
 };
 
 /// RMSNorm, router product, softmax and Top-K: normal = rmsnorm(hidden), logits = router normal + bias,

@@ -102,6 +102,10 @@ class Decoder {
   [[nodiscard]] const SlotExecutor& slots() const noexcept;
   /// How misses come; by waves where SlotCacheOptions::fetch does not serve.
   [[nodiscard]] FetchPath fetch_path() const noexcept;
+  /// What is prefetched; kOff where SlotCacheOptions::prefetch does not serve.
+  [[nodiscard]] PrefetchKind prefetch() const noexcept;
+  /// What that did since `begin`.
+  [[nodiscard]] PrefetchTotals prefetch_totals() const;
   /// Whether whole steps run in the decode kernels.
   [[nodiscard]] bool in_kernels() const noexcept;
   /// Whether steps are captured in CUDA graphs: DecoderOptions::graph on a GPU, unless the host copies the misses.

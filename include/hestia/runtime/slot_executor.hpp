@@ -11,6 +11,7 @@
 #include <torch/types.h>
 
 #include "hestia/kernels/decode_fetch.hpp"
+#include "hestia/kernels/decode_router.hpp"
 #include "hestia/kernels/slot_cache.hpp"
 #include "hestia/model/moe_model.hpp"
 #include "hestia/routing/simulator.hpp"
@@ -53,6 +54,23 @@ inline constexpr std::int64_t kCopiedExpertBytes = std::int64_t{4} << 20;
 /// Inverse of fetch_path_name. Throws UsageError with the nearest name.
 [[nodiscard]] FetchPath fetch_path_from_name(std::string_view name);
 
+/// What is brought before it is asked for.
+enum class PrefetchKind : std::int32_t {
+  kOff,
+  kNextGate,  ///< What the next layer's gate would choose for this layer's hidden state and has no slot (DecodeGuess).
+};
+
+/// Names on the command line and in recipes, in enum order: off, next-gate.
+[[nodiscard]] std::vector<std::string> prefetch_names();
+[[nodiscard]] std::string prefetch_name(PrefetchKind kind);
+/// Inverse of prefetch_name. Throws UsageError with the nearest name.
+[[nodiscard]] PrefetchKind prefetch_from_name(std::string_view name);
+
+/// What prefetching did since the reset.
+struct PrefetchTotals : PrefetchCounts {
+  std::int64_t copied_bytes = 0;  ///< Over the link; those that are not useful were wasted.
+};
+
 /// Options of a slot cache.
 struct SlotCacheOptions {
   ExpertSlots slots;
@@ -62,6 +80,9 @@ struct SlotCacheOptions {
   bool stress = false;                            ///< See SlotCacheShape::stress.
   /// For steps in the decode kernels; all others come as kWaves. kStaged is for all steps.
   FetchPath fetch = FetchPath::kAuto;
+  /// Serves where one kernel fetches and multiplies, with copies by the engine (which kAuto is then) and slots of each
+  /// layer's own; elsewhere nothing is prefetched.
+  PrefetchKind prefetch = PrefetchKind::kOff;
 };
 
 /// Whether a step of `num_selected` ids may have misses that find no slot to stay in, so that scratch slots are needed.
@@ -105,6 +126,9 @@ class SlotExecutor : public Executor {
   /// its own. Its pointers are the executor's and the tensors'.
   [[nodiscard]] std::optional<DecodeFetch> router_fetch(const torch::Tensor& selected_TK,
                                                         const torch::Tensor& hit_slots_TK, std::int64_t moe_layer);
+  /// What the router kernel of the layer before `moe_layer` is given so that it guesses what this one will miss;
+  /// nullopt where nothing is prefetched. The caller adds norm, router, rule or trace, and places for the scratch.
+  [[nodiscard]] std::optional<DecodeGuess> router_guess(std::int64_t moe_layer) const;
   /// One step of a layer in the decode kernels, with the residual in place: out_TD += the experts' mixed outputs,
   /// rounded once. x_TD, out_TD: bfloat16 [T, D]; selected_TK: int32; weights_TK: float32; hit_slots_TK: int32, slot_of
   /// the selected, not looked at when all are resident; all contiguous, on the GPU. ahead: weights that are read next,
@@ -140,6 +164,11 @@ class SlotExecutor : public Executor {
   /// Requests that the host thread of `copies` has taken.
   [[nodiscard]] std::int64_t copy_requests() const noexcept;
 
+  /// What is prefetched in steps whose routers guess; kOff where SlotCacheOptions::prefetch does not serve.
+  [[nodiscard]] PrefetchKind prefetch() const noexcept;
+  /// Since the reset, all zero where nothing is prefetched. Synchronises with the device; of the host thread's bytes a
+  /// few may belong to what comes next.
+  [[nodiscard]] PrefetchTotals prefetch_totals() const;
   /// Counts of each MoE layer since the reset; empty when all are resident. Synchronises with the device.
   [[nodiscard]] std::vector<SlotCacheCounts> counts() const;
   /// Experts that fit the slots of one layer, or all of them in one pool; every expert when all are resident.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <memory>
 
 #include "decode_support.hpp"
 #include "hestia/kernels/decode_router.hpp"
@@ -37,6 +38,13 @@ Case random_case(SplitMix64& random, const DecodeExpertsShape& shape, const Slot
   return c;
 }
 
+/// An expert that was guessed for a layer, -1: none, and what landed of it.
+struct Guess {
+  std::int32_t expert = -1;
+  std::uint32_t pieces = 0;
+  bool stale = false;  // what landed is of an older guess
+};
+
 /// A cache with its slots and what a step writes, on one side or the other.
 class Side {
  public:
@@ -55,7 +63,8 @@ class Side {
         h_(Bits(top_k() * static_cast<std::size_t>(c.shape.expert_hidden_size), 0x7fc0), gpu),
         y_(std::vector<float>(top_k() * static_cast<std::size_t>(c.shape.hidden_size), kUntouched), gpu),
         out_(Bits(static_cast<std::size_t>(c.shape.hidden_size), 0x7fc0), gpu),
-        workspace_(Bytes(gpu ? decode_fetch_workspace() : 1), gpu) {
+        workspace_(Bytes(gpu ? decode_fetch_workspace() : 1), gpu),
+        prefetch_({PrefetchState()}, gpu) {
     const std::vector<std::uint64_t> seeds(static_cast<std::size_t>(c.cache.num_layers / c.cache.layers_per_group), 5);
     Guarded<std::uint64_t> seed_memory(seeds, gpu);
     if (gpu) {
@@ -94,6 +103,10 @@ class Side {
                               .store = store_.data(),
                               .answer = answer,
                               .workspace = workspace_.data(),
+                              .request = host_ ? host_->request() : nullptr,
+                              .blob = expert_blob(shape),
+                              .prefetch = prefetch_.data(),
+                              .staging = staging_ ? staging_->data() : nullptr,
                               .ahead = {{store_.data(), case_.store.size()}, {input.data(), x.size() * 2}}};
       if (gpu_) {
         if (from_router) {
@@ -133,6 +146,34 @@ class Side {
                               out_.data());
     }
   }
+
+  /// From now on a host thread copies what the kernel does not copy itself.
+  void copy_by_host() {
+    host_ = std::make_unique<CopyingHost>(case_.store.data(), expert_blob(case_.shape).bytes, pool_.data(),
+                                          decode_fetch_flags(workspace_.data()));
+  }
+  [[nodiscard]] const CopyingHost& host() const { return *host_; }
+
+  /// What a router and a host thread leave before the step of `layer`: behind what landed, the place holds anything.
+  void guessed(SplitMix64& random, std::int64_t layer, const Guess& guess) {
+    PrefetchState state = prefetch_.values().front();
+    state.tag = (state.tag + 1) % kPrefetchTags;
+    state.guesses[layer % 2] = {static_cast<std::uint32_t>(guess.expert) + 1, state.tag};
+    state.landed[layer % 2] = (guess.stale ? state.tag - 1 : state.tag) << 8U | guess.pieces;
+    prefetch_.set({state});
+    const std::size_t bytes = expert_blob(case_.shape).bytes;
+    Bytes place(bytes);
+    std::generate(place.begin(), place.end(), [&] { return static_cast<std::uint8_t>(random.below(256)); });
+    if (guess.expert >= 0) {
+      const std::size_t blob = static_cast<std::size_t>(layer * case_.cache.num_experts + guess.expert) * bytes;
+      const std::size_t landed = guess.stale ? 0 : std::min(bytes, guess.pieces * kPrefetchPiece);
+      std::copy_n(case_.store.begin() + static_cast<std::ptrdiff_t>(blob), landed, place.begin());
+    }
+    if (gpu_) {
+      staging_ = std::make_unique<Guarded<std::uint8_t>>(place, true);
+    }
+  }
+  [[nodiscard]] PrefetchCounts prefetched() const { return prefetch_.values().front().counts; }
 
   /// The router on the GPU, forced to `selected`; its serving ends before this returns.
   void route(const std::vector<std::int32_t>& selected, const DecodeFetch& fetch, std::int32_t* ids,
@@ -201,10 +242,15 @@ class Side {
   }
   [[nodiscard]] bool guards_whole() const {
     return h_.guards_whole() && y_.guards_whole() && out_.guards_whole() && pool_.guards_whole() &&
-           memory_.guards_whole() && slot_of_.guards_whole() && step_.guards_whole() && loads_.guards_whole() &&
-           wave_of_.guards_whole() && workspace_.guards_whole();
+           memory_.guards_whole() && prefetch_.guards_whole() && slot_of_.guards_whole() && step_.guards_whole() &&
+           loads_.guards_whole() && wave_of_.guards_whole() && workspace_.guards_whole();
   }
   [[nodiscard]] std::int32_t loads() const { return step_.values().front().loads; }
+  [[nodiscard]] std::vector<SlotCacheLoad> loaded() const {
+    std::vector<SlotCacheLoad> all = loads_.values();
+    all.resize(static_cast<std::size_t>(loads()));
+    return all;
+  }
 
  private:
   [[nodiscard]] std::size_t top_k() const { return static_cast<std::size_t>(case_.shape.top_k); }
@@ -224,6 +270,9 @@ class Side {
   Guarded<float> y_;
   Guarded<std::uint16_t> out_;
   Guarded<std::uint8_t> workspace_;
+  Guarded<PrefetchState> prefetch_;
+  std::unique_ptr<Guarded<std::uint8_t>> staging_;
+  std::unique_ptr<CopyingHost> host_;
   int served_early_ = 0;
 };
 
@@ -263,6 +312,78 @@ void check_steps(SplitMix64& random, const DecodeExpertsShape& shape, const Slot
   CHECK(with_misses > 0);
   CHECK(together.served_early() == from_router);
   CHECK((num_steps < 12 || cache.stress || all_hits > 0));
+}
+
+/// A host thread copies, and a guess may have landed in part, in whole or not, or be wrong: the same slots and bits.
+void check_guesses(SplitMix64& random, const DecodeExpertsShape& shape, const SlotCacheShape& cache, bool gpu,
+                   int num_steps) {
+  CAPTURE(shape.hidden_size, shape.expert_hidden_size, shape.top_k, expert_format_name(shape.format), cache.num_experts,
+          cache.slots);
+  const Case c = random_case(random, shape, cache);
+  const std::size_t bytes = expert_blob(shape).bytes;
+  Bytes slots(static_cast<std::size_t>(slot_cache_num_slots(cache)) * bytes);
+  std::generate(slots.begin(), slots.end(), [&] { return static_cast<std::uint8_t>(random.below(256)); });
+  Side together(c, slots, gpu);
+  Side apart(c, slots, gpu);
+  if (gpu) {
+    together.copy_by_host();
+  }
+  const std::size_t own = fetch_own_bytes(expert_blob(shape));
+  const auto pieces = static_cast<std::uint64_t>((bytes + kPrefetchPiece - 1) / kPrefetchPiece);
+  PrefetchCounts expected;
+  std::size_t copied = 0;
+  std::vector<std::int32_t> selected(static_cast<std::size_t>(shape.top_k));
+  for (int step = 0; step < num_steps; ++step) {
+    for (std::int32_t& expert : selected) {
+      if (step == 0 || random.below(3) == 0) {
+        expert = static_cast<std::int32_t>(random.below(static_cast<std::uint64_t>(cache.num_experts)));
+      }
+    }
+    const auto layer = static_cast<std::int64_t>(random.below(static_cast<std::uint64_t>(cache.num_layers)));
+    const Bits x = random_bits(random, static_cast<std::size_t>(shape.hidden_size), 1.0);
+    const std::vector<float> mixing(selected.size(), 0.25F);
+    Guess guess{.pieces = static_cast<std::uint32_t>(random.below(pieces + 1)), .stale = random.below(5) == 0};
+    if (random.below(8) > 0) {
+      guess.expert = random.below(3) > 0
+                         ? selected[random.below(selected.size())]
+                         : static_cast<std::int32_t>(random.below(static_cast<std::uint64_t>(cache.num_experts)));
+    }
+    CAPTURE(step, layer, selected, guess.expert, guess.pieces, guess.stale);
+    together.guessed(random, layer, guess);
+    apart.run(selected, layer, x, mixing, false, true, false);
+    together.run(selected, layer, x, mixing, true, true, gpu && random.below(2) != 0);
+    together.require_equal(apart);
+    const std::vector<SlotCacheLoad> loads = apart.loaded();
+    const auto found = std::find_if(loads.begin(), loads.end(), [&](auto load) { return load.expert == guess.expert; });
+    const bool right = found != loads.end();
+    const std::size_t landed = right && !guess.stale ? std::min(bytes, guess.pieces * kPrefetchPiece) : 0;
+    expected.right += right ? 1 : 0;
+    expected.useful_bytes += gpu ? static_cast<std::int64_t>(landed) : 0;
+    CHECK(together.prefetched().right == expected.right);
+    CHECK(together.prefetched().useful_bytes == expected.useful_bytes);
+    if (!loads.empty()) {
+      const std::size_t before = found == loads.begin() ? landed : 0;
+      copied += loads.size() * bytes - std::min(bytes, before + own) - (found == loads.begin() ? 0 : landed);
+    }
+    if (gpu) {
+      CHECK(together.host().copied() == copied);
+      CHECK_FALSE(together.host().failed());
+    }
+  }
+  CHECK(expected.right > num_steps / 8);
+}
+
+void check_all_guesses(SplitMix64& random, bool gpu) {
+  DecodeExpertsShape shape{.num_tokens = 1, .top_k = 4, .hidden_size = 72, .expert_hidden_size = 40};
+  const SlotCacheShape cache{.num_layers = 2, .num_experts = 12, .slots = 5};
+  check_guesses(random, shape, cache, gpu, 40);
+  shape.format = ExpertFormat::kInt4;
+  check_guesses(random, shape, cache, gpu, 40);
+  // Blobs of several pieces, and more of them than the kernel copies itself.
+  check_guesses(random, {.num_tokens = 1, .top_k = 3, .hidden_size = 520, .expert_hidden_size = 264},
+                {.num_layers = 2, .num_experts = 7, .slots = 4}, gpu, 40);
+  check_guesses(random, {.num_tokens = 1, .top_k = 3, .hidden_size = 1000, .expert_hidden_size = 840},
+                {.num_layers = 2, .num_experts = 6, .slots = 3}, gpu, 25);
 }
 
 void check_all(SplitMix64& random, bool gpu) {
@@ -313,6 +434,18 @@ TEST_CASE("decode fetch: on CUDA one kernel equals serving, fetching and computi
   }
 }
 
+TEST_CASE("decode fetch: guesses are counted where they are right") {
+  SplitMix64 random(63);
+  check_all_guesses(random, false);
+}
+
+TEST_CASE("decode fetch: on CUDA what landed of a guess is moved, and a host thread brings the rest", "[gpu]") {
+  if (gpu_ready()) {
+    SplitMix64 random(64);
+    check_all_guesses(random, true);
+  }
+}
+
 TEST_CASE("decode fetch: what it does not take is refused by name") {
   const DecodeExpertsShape shape{.num_tokens = 1, .top_k = 4, .hidden_size = 8, .expert_hidden_size = 8};
   const SlotCacheShape cache{.num_layers = 2, .num_experts = 12, .slots = 6};
@@ -328,4 +461,14 @@ TEST_CASE("decode fetch: what it does not take is refused by name") {
   refused([](auto&, auto& f) { f.cache.slots = 3; }, "at least as many slots as a token has experts, got 3 for 4");
   refused([](auto&, auto& f) { f.cache.policy = CachePolicyKind::kStatic; }, "it takes no static cache");
   refused([](auto&, auto& f) { f.layer = 2; }, "layer must be below 2, got 2");
+  CopyRequest request;
+  PrefetchState state;
+  refused([&](auto&, auto& f) { f.request = &request; }, "needs the blob's layout, got none");
+  refused(
+      [&](auto& s, auto& f) {
+        f.request = &request;
+        f.blob = expert_blob(s);
+        f.prefetch = &state;
+      },
+      "comes through a staging place, got none");
 }

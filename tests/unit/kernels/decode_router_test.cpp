@@ -54,7 +54,17 @@ struct Result {
   bool operator==(const Result&) const = default;
 };
 
-Result run(const Case& c, bool with_bias, bool with_resident, bool gpu) {
+/// What the next layer's gate is asked, and what it said.
+struct Asked {
+  const Case& next;
+  std::int64_t layer = 1;
+  bool tells = true;         // a host thread
+  PrefetchState state = {};  // before, then after
+  std::vector<float> logits = {};
+  std::uint64_t told = 0;
+};
+
+Result run(const Case& c, bool with_bias, bool with_resident, bool gpu, Asked* asked = nullptr) {
   const auto tokens = static_cast<std::size_t>(c.shape.num_tokens);
   const std::size_t scores = tokens * static_cast<std::size_t>(c.shape.num_experts);
   const std::size_t choices = tokens * static_cast<std::size_t>(c.shape.top_k);
@@ -71,20 +81,51 @@ Result run(const Case& c, bool with_bias, bool with_resident, bool gpu) {
   Guarded<std::int32_t> selected(std::vector<std::int32_t>(choices, -1), gpu);
   Guarded<float> weights(std::vector<float>(choices), gpu);
   Guarded<std::int32_t> slots(std::vector<std::int32_t>(choices, -7), gpu);
-  const DecodeRouterInputs in{hidden.data(),
-                              norm_weight.data(),
-                              router.data(),
-                              with_bias ? bias.data() : nullptr,
-                              with_resident ? slot_of.data() : nullptr,
-                              c.forced.empty() ? nullptr : forced.data(),
-                              static_cast<std::int64_t>(c.forced.size() / choices),
-                              step.data()};
+  DecodeRouterInputs in{hidden.data(),
+                        norm_weight.data(),
+                        router.data(),
+                        with_bias ? bias.data() : nullptr,
+                        with_resident ? slot_of.data() : nullptr,
+                        c.forced.empty() ? nullptr : forced.data(),
+                        static_cast<std::int64_t>(c.forced.size() / choices),
+                        step.data()};
   const DecodeRouterOutputs out{normal.data(),   logits.data(),  probabilities.data(),
                                 selected.data(), weights.data(), with_resident ? slots.data() : nullptr};
   bool counters_zero = true;
+  // Of one token that asks.
+  const Case& next = asked != nullptr ? asked->next : c;
+  Guarded<std::uint16_t> next_norm(next.norm_weight, gpu);
+  Guarded<float> next_router(next.router, gpu);
+  Guarded<std::int32_t> next_slots(next.slot_of, gpu);
+  Guarded<std::int64_t> next_forced(next.forced, gpu);
+  Guarded<float> next_logits(std::vector<float>(scores), gpu);
+  Guarded<float> next_probabilities(std::vector<float>(scores), gpu);
+  Guarded<std::int32_t> next_selected(std::vector<std::int32_t>(choices), gpu);
+  Guarded<float> next_weights(std::vector<float>(choices), gpu);
+  Guarded<PrefetchState> state({asked != nullptr ? asked->state : PrefetchState()}, gpu);
+  void* request = nullptr;
+  void* request_on_device = nullptr;
+  if (gpu && asked != nullptr && asked->tells) {
+    require_cuda(cudaHostAlloc(&request, sizeof(CopyRequest), cudaHostAllocMapped));
+    require_cuda(cudaHostGetDevicePointer(&request_on_device, request, 0));
+    new (request) CopyRequest();
+  }
+  const DecodeGuess guess{
+      next_norm.data(),
+      next_router.data(),
+      next_slots.data(),
+      next.forced.empty() ? nullptr : next_forced.data(),
+      next.shape.bonus,
+      asked != nullptr ? asked->layer : 0,
+      state.data(),
+      static_cast<CopyRequest*>(request_on_device),
+      {nullptr, next_logits.data(), next_probabilities.data(), next_selected.data(), next_weights.data(), nullptr}};
+  if (asked != nullptr) {
+    in.guess = &guess;
+  }
   if (gpu) {
     Guarded<std::uint8_t> workspace(std::vector<std::uint8_t>(decode_router_workspace(c.shape), 0), true);
-    for (int repeat = 0; repeat < 2; ++repeat) {
+    for (int repeat = asked != nullptr ? 1 : 0; repeat < 2; ++repeat) {
       decode_router_cuda(c.shape, in, out, workspace.data(), nullptr);
     }
     const std::vector<std::uint8_t> after = workspace.values();
@@ -96,7 +137,16 @@ Result run(const Case& c, bool with_bias, bool with_resident, bool gpu) {
                 selected.values(), weights.values(), slots.values()};
   result.guards_whole = counters_zero && normal.guards_whole() && logits.guards_whole() &&
                         probabilities.guards_whole() && selected.guards_whole() && weights.guards_whole() &&
-                        slots.guards_whole();
+                        slots.guards_whole() && next_logits.guards_whole() && next_probabilities.guards_whole() &&
+                        next_selected.guards_whole() && next_weights.guards_whole() && state.guards_whole();
+  if (asked != nullptr) {
+    asked->state = state.values().front();
+    asked->logits = next_logits.values();
+  }
+  if (request != nullptr) {
+    asked->told = static_cast<const CopyRequest*>(request)->guess;
+    require_cuda(cudaFreeHost(request));
+  }
   return result;
 }
 
@@ -257,7 +307,80 @@ void check_forced(SplitMix64& random, bool gpu) {
   }
 }
 
+// The first of what the next gate chooses that has no slot; the layer's own results are those without.
+void check_guess(SplitMix64& random, bool gpu) {
+  int none = 0;
+  int some = 0;
+  for (const Size& s : kSizes) {
+    for (const int variant : {0, 1, 2, 3, 4, 5}) {
+      CAPTURE(s.hidden, s.experts, s.top_k, variant);
+      Case c = random_case(random, 1, s.hidden, s.experts, s.top_k);
+      Case next = random_case(random, 1, s.hidden, s.experts, s.top_k);
+      next.hidden = c.hidden;
+      if (random.below(3) == 0) {
+        std::fill(next.slot_of.begin(), next.slot_of.end(), 3);  // nothing can be missing
+      }
+      c.shape.norm = variant == 1 ? DecodeNorm::kRmsWide : DecodeNorm::kRms;
+      c.shape.bonus = variant % 2 == 1 ? 1.5F : 0.0F;
+      c.shape.always_keep = variant % 4;
+      c.shape.score = variant >= 4 ? ResidencyScore::kWeight : ResidencyScore::kLogit;
+      c.shape.dependent = variant == 2;
+      next.shape = c.shape;
+      next.shape.bonus = c.shape.bonus * 0.25F;  // a factor of the layer
+      if (variant == 2) {
+        for (int i = 0; i < 3 * s.top_k; ++i) {
+          c.forced.push_back(static_cast<std::int64_t>(random.below(static_cast<std::uint64_t>(s.experts))));
+          next.forced.push_back(static_cast<std::int64_t>(random.below(static_cast<std::uint64_t>(s.experts))));
+        }
+        c.step = 4;
+      }
+      Asked asked{.next = next, .layer = variant + 1, .tells = variant != 3};
+      asked.state.tag = variant == 0 ? kPrefetchTags - 1 : 40;
+      asked.state.counts.guesses = 7;
+      const std::uint32_t tag = variant == 0 ? 0 : 41;
+      const bool with_resident = variant % 2 == 1;
+      const Result plain = run(c, variant >= 2, with_resident, gpu);
+      CHECK(run(c, variant >= 2, with_resident, gpu, &asked) == plain);
+      const Result of_next = run(next, false, true, gpu);
+      CHECK(asked.logits == of_next.logits);
+      std::vector<std::int32_t> chosen = choice(next, asked.logits.data(), true);
+      if (variant == 2) {
+        chosen.assign(next.forced.begin() + s.top_k, next.forced.begin() + 2 * s.top_k);  // step 4 of 3
+      }
+      const auto missing = std::find_if(chosen.begin(), chosen.end(),
+                                        [&](auto e) { return next.slot_of[static_cast<std::size_t>(e)] < 0; });
+      const std::uint32_t expected = missing == chosen.end() ? 0 : static_cast<std::uint32_t>(*missing) + 1;
+      (expected == 0 ? none : some) += 1;
+      const PrefetchState::Guess& guess = asked.state.guesses[asked.layer % 2];
+      CHECK(guess.expert == expected);
+      CHECK(guess.tag == tag);
+      CHECK(asked.state.tag == tag);
+      CHECK(asked.state.met == 0);
+      CHECK(asked.state.guesses[1 - asked.layer % 2].tag == 0);
+      CHECK(asked.state.counts.guesses == 7 + (expected == 0 ? 0 : 1));
+      if (gpu && asked.tells) {
+        const auto blob = expected == 0 ? 0U : static_cast<std::uint64_t>(asked.layer * s.experts) + expected;
+        CHECK(asked.told == (static_cast<std::uint64_t>(tag) << 32U | blob));
+      }
+    }
+  }
+  CHECK(none > 0);
+  CHECK(some > 0);
+}
+
 }  // namespace
+
+TEST_CASE("decode router: a guess is what the next gate chooses too early and has no slot") {
+  SplitMix64 random(27);
+  check_guess(random, false);
+}
+
+TEST_CASE("decode router: on CUDA a guess is what the next gate chooses too early and has no slot", "[gpu]") {
+  if (gpu_ready()) {
+    SplitMix64 random(28);
+    check_guess(random, true);
+  }
+}
 
 TEST_CASE("decode router: a trace's experts are served in place of the rule's") {
   SplitMix64 random(26);
@@ -298,6 +421,19 @@ TEST_CASE("decode router: sizes that the kernel does not take are refused by nam
   const Case c = random_case(random, 1, 8, 4, 2);
   CHECK_THROWS_WITH(decode_router_cpu(c.shape, {.fetch = &fetch}, {}),
                     Catch::Contains("serving a step needs the slots of the selected, got none"));
+  DecodeGuess guess;
+  CHECK_THROWS_WITH(decode_router_cpu(c.shape, {.guess = &guess}, {}),
+                    Catch::Contains("a guess needs the next layer's slots and a place to be put, got none"));
+  const Case two = random_case(random, 2, 8, 4, 2);
+  CHECK_THROWS_WITH(decode_router_cpu(two.shape, {.guess = &guess}, {}),
+                    Catch::Contains("guesses in a step of one token, got 2"));
+  PrefetchState state;
+  const std::int64_t forced = 0;
+  guess.slot_of = c.slot_of.data();
+  guess.state = &state;
+  guess.forced = &forced;
+  CHECK_THROWS_WITH(decode_router_cpu(c.shape, {.guess = &guess}, {}),
+                    Catch::Contains("either both layers' choices come from a trace or none"));
 }
 
 TEST_CASE("decode router: CUDA equals the definition, and chooses by the CPU's rule on its logits", "[gpu]") {

@@ -1,9 +1,12 @@
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include <cuda_runtime_api.h>
@@ -11,6 +14,7 @@
 
 #include "hestia/core/float_bits.hpp"
 #include "hestia/core/random.hpp"
+#include "hestia/kernels/copy_request.hpp"
 #include "hestia/kernels/soft_cache.hpp"
 
 namespace hestia::testing {
@@ -69,6 +73,14 @@ class Guarded {
     }
     return result;
   }
+  /// As many values as before.
+  void set(const std::vector<Value>& values) {
+    if (gpu_) {
+      require_cuda(cudaMemcpy(data(), values.data(), size_ * sizeof(Value), cudaMemcpyHostToDevice));
+    } else {
+      std::copy_n(values.begin(), size_, data());
+    }
+  }
   bool guards_whole() const {
     const std::vector<unsigned char> all = bytes();
     for (std::size_t i = 0; i < kGuard; ++i) {
@@ -94,6 +106,66 @@ class Guarded {
   bool gpu_;
   std::vector<unsigned char> host_;
   void* device_ = nullptr;
+};
+
+/// The host thread of a CopyRequest, the simplest one: copies from `store`, on the host, to `pool`, on the GPU, and
+/// puts `flags` back. Kernels that run meanwhile must have been launched before once.
+class CopyingHost {
+ public:
+  CopyingHost(const std::uint8_t* store, std::size_t blob_bytes, std::uint8_t* pool, std::uint32_t* flags) {
+    require_cuda(cudaHostAlloc(&request_, sizeof(CopyRequest), cudaHostAllocMapped));
+    require_cuda(cudaHostGetDevicePointer(&request_on_device_, request_, 0));
+    require_cuda(cudaHostAlloc(&zero_, sizeof(std::uint32_t), cudaHostAllocDefault));
+    *static_cast<std::uint32_t*>(zero_) = 0;
+    require_cuda(cudaStreamCreateWithFlags(&copies_, cudaStreamNonBlocking));
+    auto* const request = new (request_) CopyRequest();
+    thread_ = std::thread([=, this] {
+      std::atomic_ref<std::uint32_t> count(request->count);
+      while (!ended_) {
+        const std::uint32_t asked = count.load(std::memory_order_acquire);
+        if (asked == 0) {
+          continue;
+        }
+        count.store(0, std::memory_order_relaxed);
+        ++requests_;
+        for (std::uint32_t i = 0; i < asked; ++i) {
+          const CopyRequest::Load load = request->loads[i];
+          const std::size_t from = static_cast<std::size_t>(load.blob) * blob_bytes + load.begin;
+          const std::size_t to = static_cast<std::size_t>(load.slot) * blob_bytes + load.begin;
+          note(cudaMemcpyAsync(pool + to, store + from, blob_bytes - load.begin, cudaMemcpyHostToDevice, copies_));
+          note(cudaMemcpyAsync(flags + i, zero_, sizeof(std::uint32_t), cudaMemcpyHostToDevice, copies_));
+          copied_ += blob_bytes - load.begin;
+        }
+      }
+    });
+  }
+  CopyingHost(const CopyingHost&) = delete;
+  CopyingHost& operator=(const CopyingHost&) = delete;
+  ~CopyingHost() {
+    ended_ = true;
+    thread_.join();
+    cudaStreamDestroy(copies_);
+    cudaFreeHost(request_);
+    cudaFreeHost(zero_);
+  }
+  CopyRequest* request() const { return static_cast<CopyRequest*>(request_on_device_); }
+  std::uint64_t guess() const { return static_cast<const CopyRequest*>(request_)->guess; }
+  int requests() const { return requests_; }
+  std::size_t copied() const { return copied_; }
+  bool failed() const { return failed_; }
+
+ private:
+  void note(cudaError_t error) { failed_ = failed_ || error != cudaSuccess; }
+
+  void* request_ = nullptr;
+  void* request_on_device_ = nullptr;
+  void* zero_ = nullptr;
+  cudaStream_t copies_ = nullptr;
+  std::atomic<bool> ended_{false};
+  std::atomic<int> requests_{0};
+  std::atomic<std::size_t> copied_{0};
+  std::atomic<bool> failed_{false};
+  std::thread thread_;
 };
 
 /// What `enqueue(stream)` does, captured as a graph.

@@ -2,10 +2,8 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <memory>
 #include <numeric>
-#include <thread>
 
 #include "decode_support.hpp"
 
@@ -279,53 +277,21 @@ TEST_CASE("expert fetch: a host thread copies what a kernel asks for, wave by wa
   Guarded<SlotCacheStep> step({SlotCacheStep()}, true);
   Guarded<std::uint8_t> slots(empty, true);
   Guarded<std::uint32_t> flags(std::vector<std::uint32_t>(kExperts), true);
-  void* request_memory = nullptr;
-  void* request_on_device = nullptr;
-  void* zero = nullptr;
-  require_cuda(cudaHostAlloc(&request_memory, sizeof(CopyRequest), cudaHostAllocMapped));
-  require_cuda(cudaHostGetDevicePointer(&request_on_device, request_memory, 0));
-  require_cuda(cudaHostAlloc(&zero, sizeof(std::uint32_t), cudaHostAllocDefault));
-  *static_cast<std::uint32_t*>(zero) = 0;
-  auto* const request = new (request_memory) CopyRequest();
-  cudaStream_t copies = nullptr;
+  CopyingHost host(store.data(), kBlob, slots.data(), flags.data());
   cudaStream_t stream = nullptr;
-  require_cuda(cudaStreamCreateWithFlags(&copies, cudaStreamNonBlocking));
   require_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-  std::atomic<bool> ended{false};
-  std::atomic<int> requests{0};
-  std::atomic<int> error{0};
-  std::thread thread([&] {
-    std::atomic_ref<std::uint32_t> count(request->count);
-    while (!ended) {
-      const std::uint32_t asked = count.load(std::memory_order_acquire);
-      if (asked == 0) {
-        continue;
-      }
-      count.store(0, std::memory_order_relaxed);
-      ++requests;
-      for (std::uint32_t i = 0; i < asked; ++i) {
-        const CopyRequest::Load load = request->loads[i];
-        error = error | static_cast<int>(cudaMemcpyAsync(slots.data() + static_cast<std::size_t>(load.slot) * kBlob,
-                                                         store.data() + static_cast<std::size_t>(load.blob) * kBlob,
-                                                         kBlob, cudaMemcpyHostToDevice, copies));
-        error = error | static_cast<int>(cudaMemcpyAsync(flags.data() + i, zero, sizeof(std::uint32_t),
-                                                         cudaMemcpyHostToDevice, copies));
-      }
-    }
-  });
   Bytes expected = empty;
   for (const auto& [num_loads, waves_asked] :
        {std::pair{0, 0}, std::pair{1, 1}, std::pair{129, 1}, std::pair{400, 2}}) {
     CAPTURE(num_loads);
     const SlotCacheStep now{.requests = num_loads, .loads = num_loads, .waves = 2, .wave_size = kWaveSize};
     require_cuda(cudaMemcpy(step.data(), &now, sizeof now, cudaMemcpyHostToDevice));
-    const int before = requests;
+    const int before = host.requests();
     for (std::int64_t wave = 1; wave <= 3; ++wave) {  // one past the last at least
-      expert_ask_cuda(shape, kLayer, step.data(), loads.data(), wave, flags.data(),
-                      static_cast<CopyRequest*>(request_on_device), stream);
+      expert_ask_cuda(shape, kLayer, step.data(), loads.data(), wave, flags.data(), host.request(), stream);
     }
     require_cuda(cudaStreamSynchronize(stream));
-    CHECK(requests - before == waves_asked);
+    CHECK(host.requests() - before == waves_asked);
     for (std::size_t i = 0; i < static_cast<std::size_t>(num_loads); ++i) {
       std::copy_n(store.begin() + (kLayer * kExperts + all[i].expert) * static_cast<std::ptrdiff_t>(kBlob), kBlob,
                   expected.begin() + all[i].slot * static_cast<std::ptrdiff_t>(kBlob));
@@ -334,13 +300,8 @@ TEST_CASE("expert fetch: a host thread copies what a kernel asks for, wave by wa
     const std::vector<std::uint32_t> left = flags.values();
     CHECK(std::all_of(left.begin(), left.end(), [](auto word) { return word == 0; }));
   }
-  ended = true;
-  thread.join();
-  CHECK(error == 0);
+  CHECK_FALSE(host.failed());
   CHECK(slots.guards_whole());
   CHECK(flags.guards_whole());
-  require_cuda(cudaStreamDestroy(copies));
   require_cuda(cudaStreamDestroy(stream));
-  require_cuda(cudaFreeHost(request_memory));
-  require_cuda(cudaFreeHost(zero));
 }

@@ -9,6 +9,7 @@
 #include <catch2/catch.hpp>
 
 #include "hestia/core/error.hpp"
+#include "hestia/core/log.hpp"
 #include "hestia/model/adapters.hpp"
 #include "hestia/model/key_value_cache.hpp"
 #include "hestia/routing/residency.hpp"
@@ -122,6 +123,8 @@ struct Run {
   FetchPath path = FetchPath::kAuto;
   bool in_kernels = false;
   std::int64_t copy_requests = 0;
+  PrefetchKind prefetch = PrefetchKind::kOff;
+  PrefetchTotals prefetched;
 };
 
 Run run(const OffloadedModel& offloaded, DecoderOptions options, const Tensor& prompt, std::int64_t steps) {
@@ -130,8 +133,8 @@ Run run(const OffloadedModel& offloaded, DecoderOptions options, const Tensor& p
   Decoder decoder(offloaded, options);
   decoder.begin(prompt);
   decoder.decode(steps);
-  return {decoder.tokens(),     decoder.logits().clone(), decoder.counts(),
-          decoder.fetch_path(), decoder.in_kernels(),     decoder.slots().copy_requests()};
+  return {decoder.tokens(),     decoder.logits().clone(),        decoder.counts(),   decoder.fetch_path(),
+          decoder.in_kernels(), decoder.slots().copy_requests(), decoder.prefetch(), decoder.prefetch_totals()};
 }
 
 std::int64_t loads_of(const std::vector<SlotCacheCounts>& counts) {
@@ -153,23 +156,39 @@ void check_same_bits(const Architecture& a, torch::Dtype dtype, torch::Device de
     CHECK(resident.counts.empty());
     REQUIRE(resident.tokens.sizes() == at::IntArrayRef({rows, 13}));
     const bool on_gpu = device.is_cuda() && kernels;
-    std::vector<FetchPath> paths = {FetchPath::kTogether};
+    std::vector<std::pair<FetchPath, PrefetchKind>> paths = {{FetchPath::kTogether, PrefetchKind::kOff}};
     if (on_gpu) {
-      paths = {FetchPath::kTogether, FetchPath::kCopies, FetchPath::kWaves, FetchPath::kStaged};
+      paths = {{FetchPath::kTogether, PrefetchKind::kOff},
+               {FetchPath::kCopies, PrefetchKind::kOff},
+               {FetchPath::kWaves, PrefetchKind::kOff},
+               {FetchPath::kStaged, PrefetchKind::kOff},
+               {FetchPath::kAuto, PrefetchKind::kNextGate}};
     }
     std::int64_t copied = 0;
     bool can_copy = false;
+    std::int64_t guesses = 0;
+    bool can_guess = false;
     const auto check = [&](DecoderOptions options) {
       options.kernels = kernels;
-      for (const FetchPath path : paths) {
+      for (const auto& [path, prefetch] : paths) {
         options.cache->fetch = path;
+        options.cache->prefetch = prefetch;
         const Run found = run(offloaded, options, prompt, 12);
         CAPTURE(rows, options.cache->slots.per_layer, options.cache->slots.pool, options.graph,
                 policy_name(options.cache->policy), fetch_path_name(path));
         CHECK(found.tokens.equal(resident.tokens));
         CHECK(found.logits.equal(resident.logits));
         CHECK(loads_of(found.counts) > 0);
-        const bool copies = path == FetchPath::kCopies && found.in_kernels && (options.graph || rows == 1);
+        const bool guess = prefetch != PrefetchKind::kOff && found.in_kernels && rows == 1 &&
+                           options.cache->slots.per_layer >= a.top_k && options.cache->policy != Kind::kStatic;
+        CHECK((found.prefetch == PrefetchKind::kNextGate) == guess);
+        CHECK(found.prefetched.guesses >= found.prefetched.right);
+        CHECK(found.prefetched.useful_bytes >= 0);
+        CHECK(found.prefetched.copied_bytes >= found.prefetched.useful_bytes);
+        CHECK((guess || found.prefetched.guesses + found.prefetched.copied_bytes == 0));
+        guesses += found.prefetched.guesses;
+        can_guess = can_guess || guess;
+        const bool copies = guess || (path == FetchPath::kCopies && found.in_kernels && (options.graph || rows == 1));
         CHECK((found.path == FetchPath::kCopies) == copies);
         CHECK((copies || found.copy_requests == 0));
         copied += found.copy_requests;
@@ -198,6 +217,53 @@ void check_same_bits(const Architecture& a, torch::Dtype dtype, torch::Device de
     options.start_early = false;
     check(options);
     CHECK((copied > 0) == can_copy);
+    CHECK((guesses > 0) == can_guess);
+  }
+}
+
+// Guesses change no count; those that a trace makes are right.
+void check_guesses(const Architecture& a, ExpertFormat format) {
+  const OffloadedModel offloaded = make_offloaded(a, torch::kBFloat16, kGpu, format);
+  const Tensor steps_LSBK = random_normal({3, 60, 1, a.num_experts}, 74).argsort(std::int64_t{3}).narrow(3, 0, a.top_k);
+  DecoderOptions options;
+  options.capacity = 80;
+  options.cache = slots_of(a.top_k + 2);
+  Decoder plain(offloaded, options);
+  options.cache->prefetch = PrefetchKind::kNextGate;
+  Decoder guessing(offloaded, options);
+  CHECK(guessing.fetch_path() == FetchPath::kCopies);
+  for (const bool by_trace : {false, true}) {
+    if (by_trace) {
+      plain.replay(DecodeReplay{steps_LSBK, {}});
+      guessing.replay(DecodeReplay{steps_LSBK, {}});
+    }
+    for (std::int64_t sequence = 0; sequence < 2; ++sequence) {
+      CAPTURE(by_trace, sequence);
+      const Tensor prompt = prompt_of(a, 1, 6, 75 + static_cast<std::uint64_t>(sequence));
+      for (Decoder* decoder : {&plain, &guessing}) {
+        decoder->begin(prompt, sequence);
+        decoder->decode(2);
+        decoder->decode(50);
+      }
+      CHECK(guessing.tokens().equal(plain.tokens()));
+      CHECK(guessing.logits().equal(plain.logits()));
+      const std::vector<SlotCacheCounts> found = guessing.counts();
+      const std::vector<SlotCacheCounts> expected = plain.counts();
+      std::int64_t missing_layers = 0;  // of steps, at most
+      for (std::size_t layer = 0; layer < found.size(); ++layer) {
+        CHECK(found[layer].hits == expected[layer].hits);
+        CHECK(found[layer].loads == expected[layer].loads);
+        CHECK(found[layer].evictions == expected[layer].evictions);
+        missing_layers += layer > 0 ? std::min<std::int64_t>(found[layer].steps, found[layer].loads) : 0;
+      }
+      const PrefetchTotals totals = guessing.prefetch_totals();
+      CHECK(totals.guesses > 10);
+      CHECK(totals.guesses <= 2 * 52);
+      CHECK(totals.right <= missing_layers);
+      CHECK((by_trace ? totals.right == totals.guesses : totals.right < totals.guesses));
+      CHECK(totals.copied_bytes > 0);
+      CHECK(totals.copied_bytes >= totals.useful_bytes);
+    }
   }
 }
 
@@ -556,6 +622,29 @@ TEST_CASE("on the GPU, decoding with few slots gives the bits of all resident, i
   check_same_bits(
       GENERATE(kernel_architecture(), qwen3_architecture(), mixtral_architecture(), large_expert_architecture()),
       torch::kBFloat16, kGpu, GENERATE(true, false));
+}
+
+TEST_CASE("on the GPU, guesses at the next layer change no bit and no count, and a trace's are right", "[gpu]") {
+  if (!gpu_ready()) {
+    return;
+  }
+  Architecture a = GENERATE(kernel_architecture(), large_expert_architecture());
+  a.num_experts = 24;  // that a guess may be wrong
+  check_guesses(a, GENERATE(ExpertFormat::kBfloat16, ExpertFormat::kInt4));
+}
+
+TEST_CASE("on a CPU nothing is prefetched, and a warning says so") {
+  const OffloadedModel offloaded = make_offloaded(kernel_architecture(), torch::kFloat32, kCpu);
+  DecoderOptions options;
+  options.cache = slots_of(5);
+  options.cache->prefetch = PrefetchKind::kNextGate;
+  const std::size_t before = degradations().size();
+  const Run found = run(offloaded, options, prompt_of(kernel_architecture()), 4);
+  CHECK(found.prefetch == PrefetchKind::kOff);
+  CHECK(found.prefetched.copied_bytes == 0);
+  REQUIRE(degradations().size() == before + 1);
+  CHECK_THAT(degradations().back(),
+             Catch::Contains("--prefetch next-gate") && Catch::Contains("nothing is prefetched"));
 }
 
 TEST_CASE("on the GPU, every family decodes to the same bits with few slots", "[gpu]") {

@@ -45,6 +45,19 @@ TEST_CASE("slots are given per layer, for one pool, or by memory") {
   CHECK(parse("memory:4KiB").pool == 2);
 }
 
+TEST_CASE("fetch paths and prefetching have names, and a name that is none is refused with the nearest") {
+  for (const std::string& name : fetch_path_names()) {
+    CHECK(fetch_path_name(fetch_path_from_name(name)) == name);
+  }
+  for (const std::string& name : prefetch_names()) {
+    CHECK(prefetch_name(prefetch_from_name(name)) == name);
+  }
+  CHECK_THROWS_WITH(fetch_path_from_name("copy"), Catch::Contains("fetch path: unknown name, got \"copy\"") &&
+                                                      Catch::Contains("auto, together, copies, waves, staged"));
+  CHECK_THROWS_WITH(prefetch_from_name("next_gate"), Catch::Contains("prefetch: unknown name, got \"next_gate\"") &&
+                                                         Catch::Contains("did you mean \"next-gate\"?"));
+}
+
 TEST_CASE("what is no number of slots is refused with the forms there are") {
   for (const std::string text : {"", "x", "4x", "0", "-1", "7", "total:", "total:0", "total:19", "total:3.5", "memory:",
                                  "memory:GiB", "memory:-1GiB", "memory:nan", "memory:1TiB", "memory:2KiB", "16 "}) {
