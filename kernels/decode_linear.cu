@@ -17,7 +17,8 @@ constexpr int kThreads = kWarps * kDecodeWarp;
 constexpr int kTile = kMmaRows;
 constexpr int kColumns = kMmaColumns;
 constexpr int kStepChunks = 4;                 // chunks of 8 values of H that a warp takes in one step
-constexpr int kFewTiles = 2 * 132;             // below, blocks are scarce and each keeps more loads in flight
+constexpr int kFewTiles = 132;                 // up to one block per multiprocessor, each has more loads in flight
+constexpr int kFewDepth = 8;                   // steps in flight of these
 constexpr std::size_t kMaxShared = 40 * 1024;  // bytes of rows that a block normalises itself
 constexpr int kMaxOwnRows = 2;                 // of them; more are normalised once, by a kernel before
 
@@ -30,9 +31,9 @@ struct Sizes {
   float norm_eps;
 };
 
-template <int kTiles, int kGroups>
+template <int kGroups>
 struct Shared {
-  static constexpr int kStride = kTiles * kTile + 4;  // spares bank conflicts
+  static constexpr int kStride = kTile + 4;  // spares bank conflicts
   float squares[kMaxOwnRows][kWarps];
   float parts[kWarps][kGroups * kColumns][kStride];
 };
@@ -47,53 +48,51 @@ __global__ void __launch_bounds__(kThreads)
   block_rms_norm<kThreads>(x + first, weight, size, sizes.norm_eps, sizes.norm, normal + first, squares);
 }
 
-/// Grid: tiles of kTiles * 16 rows of the weights. Up to kGroups * 8 rows of the step. Each thread keeps the weights of
-/// kDepth steps in flight, the first of them from before the norm. Lane l holds chunk l % 4 of each step, of weight
-/// rows l / 4 and l / 4 + 8 of a tile and of row l / 4 of a group: the layout of multiply_add's fragments. kNormed: the
-/// block normalises the rows first, into dynamic shared memory.
-template <int kTiles, int kGroups, int kDepth, bool kNormed, class Out>
-__global__ void __launch_bounds__(kThreads, kTiles* kGroups* kDepth <= 4 ? 3 : 1)
+/// Grid: tiles of 16 rows of the weights. Up to kGroups * 8 rows of the step. Each thread keeps the weights of kDepth
+/// steps in flight, the first of them from before the norm, and kHeld chunks of the rows. Lane l holds chunk l % 4 of
+/// each step, of weight rows l / 4 and l / 4 + 8 and of row l / 4 of a group: the layout of multiply_add's fragments.
+/// kNormed: the block normalises the rows first, into dynamic shared memory.
+template <int kGroups, int kDepth, int kHeld, bool kNormed, class Out>
+__global__ void __launch_bounds__(kThreads, kDepth < kFewDepth ? 3 : 1)
     linear_kernel(Sizes sizes, DecodeLinearInputs in, Out* out) {
-  __shared__ Shared<kTiles, kGroups> shared;
+  static_assert(kDepth * kGroups % kHeld == 0);
+  constexpr bool kFew = kDepth == kFewDepth;
+  constexpr bool kWeightsFirst = kGroups > 1 && !kFew;  // the order in which the compiler spills nothing
+  __shared__ Shared<kGroups> shared;
   extern __shared__ uint4 normal[];
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / kDecodeWarp;
   const int lane = thread % kDecodeWarp;
-  const int first_row = static_cast<int>(blockIdx.x) * kTiles * kTile;
+  const int first_row = static_cast<int>(blockIdx.x) * kTile;
   const int first_chunk = warp * sizes.warp_steps * kStepChunks + lane % 4;
+  const int chunks = min(sizes.chunks - first_chunk, sizes.warp_steps * kStepChunks);  // from the lane's first on
 
-  const uint4* weights[kTiles][2];
+  const uint4* weights[2];
 #pragma unroll
-  for (int m = 0; m < kTiles; ++m) {
+  for (int half = 0; half < 2; ++half) {
+    const int row = min(first_row + half * 8 + lane / 4, sizes.output_size - 1);
+    weights[half] =
+        reinterpret_cast<const uint4*>(in.weight) + static_cast<std::size_t>(row) * sizes.chunks + first_chunk;
+  }
+  // left: chunks of the lane from where `weights` and `x` point.
+  const auto load_step = [&](int left, int step, uint4(&w)[2]) {
+    const bool there = step * kStepChunks < left;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = min(first_row + m * kTile + half * 8 + lane / 4, sizes.output_size - 1);
-      weights[m][half] = reinterpret_cast<const uint4*>(in.weight) + static_cast<std::size_t>(row) * sizes.chunks;
-    }
-  }
-  const auto chunk_of = [&](int step) { return first_chunk + step * kStepChunks; };
-  const auto within = [&](int step) { return step < sizes.warp_steps && chunk_of(step) < sizes.chunks; };
-  const auto load_step = [&](int step, uint4(&w)[kTiles][2]) {
-    const bool there = within(step);
-#pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        w[m][half] = there ? load_weights(weights[m][half] + chunk_of(step)) : make_uint4(0, 0, 0, 0);
-      }
+      w[half] = there ? load_weights(weights[half] + step * kStepChunks) : make_uint4(0, 0, 0, 0);
     }
   };
-  uint4 w[kDepth][kTiles][2];
+  uint4 w[kDepth][2];
 #pragma unroll
   for (int s = 0; s < kDepth; ++s) {
-    load_step(s, w[s]);
+    load_step(chunks, s, w[s]);
   }
   after_kernel_before();
 
-  const int first_t = thread / (kTiles * kTile);  // of the thread's first sum
-  const int first_n = first_row + thread % (kTiles * kTile);
+  const int first_t = thread / kTile;  // of the thread's first sum
+  const int first_n = first_row + thread % kTile;
   float first_residual = 0.0F;
-  if (in.residual != nullptr && first_t < sizes.num_tokens && first_n < sizes.output_size) {
+  if (kFew && in.residual != nullptr && first_t < sizes.num_tokens && first_n < sizes.output_size) {
     first_residual = bfloat16_value(in.residual[static_cast<std::size_t>(first_t) * sizes.output_size + first_n]);
   }
   if constexpr (kNormed) {
@@ -104,56 +103,64 @@ __global__ void __launch_bounds__(kThreads, kTiles* kGroups* kDepth <= 4 ? 3 : 1
     }
     __syncthreads();
   }
-  const uint4* rows[kGroups];
+  // Rows past the last are zeros; nobody reads their products.
+  const uint4* x = (kNormed ? normal : reinterpret_cast<const uint4*>(in.x)) + lane / 4 * sizes.chunks + first_chunk;
+  const int stride = kColumns * sizes.chunks;
+  const auto value = [&](int left, int number) {
+    const int step = number / kGroups;
+    const int g = number % kGroups;
+    const bool there = step * kStepChunks < left && g * kColumns + lane / 4 < sizes.num_tokens;
+    return there ? x[g * stride + step * kStepChunks] : make_uint4(0, 0, 0, 0);
+  };
+  uint4 values[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    values[i] = value(chunks, i);
+  }
+
+  float sums[2][kGroups][4] = {};  // two, so that products wait less for one another
+  int left = chunks;
+  int steps = sizes.warp_steps;
+#pragma unroll 1
+  do {
+#pragma unroll
+    for (int s = 0; s < kDepth; ++s) {
+      const uint4 a = w[s][0];
+      const uint4 b = w[s][1];
+      if constexpr (kWeightsFirst) {
+        load_step(left, kDepth + s, w[s]);
+      }
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        const int number = s * kGroups + g;
+        uint4& v = values[number % kHeld];
+        multiply_add(sums[0][g], a.x, b.x, a.y, b.y, v.x, v.y);
+        multiply_add(sums[1][g], a.z, b.z, a.w, b.w, v.z, v.w);
+        v = value(left, number + kHeld);
+      }
+      if constexpr (!kWeightsFirst) {
+        load_step(left, kDepth + s, w[s]);
+      }
+    }
+    weights[0] += kDepth * kStepChunks;
+    weights[1] += kDepth * kStepChunks;
+    x += kDepth * kStepChunks;
+    left -= kDepth * kStepChunks;
+    steps -= kDepth;
+  } while (steps > 0);
+
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
-    const int t = min(g * kColumns + lane / 4, sizes.num_tokens - 1);
-    rows[g] = (kNormed ? normal : reinterpret_cast<const uint4*>(in.x)) + static_cast<std::size_t>(t) * sizes.chunks;
-  }
-
-  float sums[2][kTiles][kGroups][4] = {};  // two, so that products wait less for one another
-  for (int base = 0; base < sizes.warp_steps; base += kDepth) {
-    uint4 values[kDepth][kGroups];
 #pragma unroll
-    for (int s = 0; s < kDepth; ++s) {
-      const bool there = within(base + s);
-#pragma unroll
-      for (int g = 0; g < kGroups; ++g) {
-        values[s][g] = there ? rows[g][chunk_of(base + s)] : make_uint4(0, 0, 0, 0);
-      }
-    }
-#pragma unroll
-    for (int s = 0; s < kDepth; ++s) {
-#pragma unroll
-      for (int g = 0; g < kGroups; ++g) {
-        const uint4& v = values[s][g];
-#pragma unroll
-        for (int m = 0; m < kTiles; ++m) {
-          const uint4& a = w[s][m][0];
-          const uint4& b = w[s][m][1];
-          multiply_add(sums[0][m][g], a.x, b.x, a.y, b.y, v.x, v.y);
-          multiply_add(sums[1][m][g], a.z, b.z, a.w, b.w, v.z, v.w);
-        }
-      }
-      load_step(base + kDepth + s, w[s]);
-    }
-  }
-
-#pragma unroll
-  for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        shared.parts[warp][g * kColumns + lane % 4 * 2 + i % 2][m * kTile + i / 2 * 8 + lane / 4] =
-            __fadd_rn(sums[0][m][g][i], sums[1][m][g][i]);
-      }
+    for (int i = 0; i < 4; ++i) {
+      shared.parts[warp][g * kColumns + lane % 4 * 2 + i % 2][i / 2 * 8 + lane / 4] =
+          __fadd_rn(sums[0][g][i], sums[1][g][i]);
     }
   }
   __syncthreads();
-  for (int i = thread; i < sizes.num_tokens * kTiles * kTile; i += kThreads) {
-    const int t = i / (kTiles * kTile);
-    const int row = i % (kTiles * kTile);
+  for (int i = thread; i < sizes.num_tokens * kTile; i += kThreads) {
+    const int t = i / kTile;
+    const int row = i % kTile;
     const int n = first_row + row;
     if (n >= sizes.output_size) {
       continue;
@@ -168,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, kTiles* kGroups* kDepth <= 4 ? 3 : 1
     }
     const std::size_t at = static_cast<std::size_t>(t) * sizes.output_size + n;
     if (in.residual != nullptr) {
-      sum = __fadd_rn(i == thread ? first_residual : bfloat16_value(in.residual[at]), sum);
+      sum = __fadd_rn(kFew && i == thread ? first_residual : bfloat16_value(in.residual[at]), sum);
     }
     if constexpr (sizeof(Out) == sizeof(float)) {
       out[at] = sum;
@@ -182,21 +189,20 @@ std::size_t row_bytes(const Sizes& sizes) {
   return static_cast<std::size_t>(sizes.chunks) * sizeof(uint4);
 }
 
-template <int kTiles, int kGroups, int kDepth, class Out>
+template <int kGroups, int kDepth, int kHeld, class Out>
 void launch(const Sizes& sizes, const DecodeLinearInputs& in, Out* out, void* stream, bool dependent) {
-  const int rows = kTiles * kTile;
-  const auto grid = static_cast<unsigned>((sizes.output_size + rows - 1) / rows);
+  const auto grid = static_cast<unsigned>((sizes.output_size + kTile - 1) / kTile);
   const auto start = [&](auto* kernel, std::size_t shared) {
     launch_kernel("linear_kernel", kernel, grid, kThreads, shared, stream, dependent, sizes, in, out);
   };
   if constexpr (kGroups == 1) {
     if (in.norm_weight != nullptr) {
-      start(linear_kernel<kTiles, kGroups, kDepth, true, Out>,
+      start(linear_kernel<kGroups, kDepth, kHeld, true, Out>,
             row_bytes(sizes) * static_cast<std::size_t>(sizes.num_tokens));
       return;
     }
   }
-  start(linear_kernel<kTiles, kGroups, kDepth, false, Out>, 0);
+  start(linear_kernel<kGroups, kDepth, kHeld, false, Out>, 0);
 }
 
 template <class Out>
@@ -219,14 +225,14 @@ void linear(const DecodeLinearShape& shape, DecodeLinearInputs in, Out* out, voi
   }
   const bool few = shape.output_size <= kFewTiles * kTile;
   if (shape.num_tokens <= kColumns) {
-    few ? launch<1, 1, 8>(sizes, in, out, stream, shape.dependent)
-        : launch<1, 1, 4>(sizes, in, out, stream, shape.dependent);
+    few ? launch<1, kFewDepth, 8>(sizes, in, out, stream, shape.dependent)
+        : launch<1, 4, 4>(sizes, in, out, stream, shape.dependent);
   } else if (shape.num_tokens <= 2 * kColumns) {
-    few ? launch<1, 2, 8>(sizes, in, out, stream, shape.dependent)
-        : launch<2, 2, 4>(sizes, in, out, stream, shape.dependent);
+    few ? launch<2, kFewDepth, 16>(sizes, in, out, stream, shape.dependent)
+        : launch<2, 4, 2>(sizes, in, out, stream, shape.dependent);
   } else {
-    few ? launch<1, 4, 8>(sizes, in, out, stream, shape.dependent)
-        : launch<2, 4, 4>(sizes, in, out, stream, shape.dependent);
+    few ? launch<4, kFewDepth, 16>(sizes, in, out, stream, shape.dependent)
+        : launch<4, 2, 4>(sizes, in, out, stream, shape.dependent);
   }
 }
 

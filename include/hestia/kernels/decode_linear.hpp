@@ -43,9 +43,9 @@ void decode_linear_cpu(const DecodeLinearShape& shape, const DecodeLinearInputs&
 
 /// The same on the GPU: device pointers (x, norm_weight, weight and normal aligned to 16), asynchronous on `stream` (a
 /// cudaStream_t) of the current device, one kernel, or two where `normal` is written, no allocation, fit for capture in
-/// a graph. A block owns 16 or 32 rows of `weight`, its warps a part of H each, in products of tensor cores that serve
-/// all rows of the step at once; the parts are added in order. Throws std::invalid_argument where `normal` is needed
-/// and null, and RunError with the CUDA error when the launch fails, or when Hestia was built without its CUDA kernels.
+/// a graph. A block owns 16 rows of `weight`, its warps a part of H each, in products of tensor cores that serve all
+/// rows of the step at once; the parts are added in order. Throws std::invalid_argument where `normal` is needed and
+/// null, and RunError with the CUDA error when the launch fails, or when Hestia was built without its CUDA kernels.
 void decode_linear_cuda(const DecodeLinearShape& shape, const DecodeLinearInputs& in, std::uint16_t* out, void* stream);
 void decode_linear_cuda(const DecodeLinearShape& shape, const DecodeLinearInputs& in, float* out, void* stream);
 
