@@ -44,6 +44,13 @@ __device__ inline uint4 load_arrived(const void* address) {
   return value;
 }
 
+constexpr int kLine = 128;  // bytes of a line of L2
+
+/// Asks for the line of `address` to be brought into L2. Nothing waits for it.
+__device__ inline void prefetch_line(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 /// 16 bytes of weights, kArriving: that other blocks of this kernel may have written.
 template <bool kArriving>
 __device__ uint4 load_weights_of(const void* address) {

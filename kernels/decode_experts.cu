@@ -60,12 +60,11 @@ __device__ void prefetch_down(const DecodeSizes& sizes, const std::uint16_t* dow
   if (!sizes.dependent || i >= sizes.hidden) {
     return;
   }
-  constexpr std::size_t kLine = 128;
   const auto* const first =
       reinterpret_cast<const unsigned char*>(down + static_cast<std::size_t>(i) * sizes.expert_hidden);
   const std::size_t bytes = static_cast<std::size_t>(min(kDownRows, sizes.hidden - i)) * sizes.expert_hidden * 2;
   for (std::size_t at = threadIdx.x % kDecodeWarp * kLine; at < bytes; at += kDecodeWarp * kLine) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(first + at));
+    prefetch_line(first + at);
   }
 }
 

@@ -18,6 +18,8 @@ constexpr int kTile = kMmaRows;
 constexpr int kColumns = kMmaColumns;
 constexpr int kStepChunks = 4;                 // chunks of 8 values of H that a warp takes in one step
 constexpr int kFewTiles = 132;                 // up to one block per multiprocessor, each has more loads in flight
+constexpr int kBlocks = 3;                     // per multiprocessor, of more tiles
+constexpr int kLinesAhead = 2;                 // per lane; all blocks that run at once ask for half of L2
 constexpr int kFewDepth = 8;                   // steps in flight of these
 constexpr std::size_t kMaxShared = 40 * 1024;  // bytes of rows that a block normalises itself
 constexpr int kMaxOwnRows = 2;                 // of them; more are normalised once, by a kernel before
@@ -29,6 +31,7 @@ struct Sizes {
   int warp_steps;   // of a warp; even, so that warps part at lines of 128 bytes
   DecodeNorm norm;
   float norm_eps;
+  bool dependent;  // DecodeLinearShape::dependent
 };
 
 template <int kGroups>
@@ -48,12 +51,29 @@ __global__ void __launch_bounds__(kThreads)
   block_rms_norm<kThreads>(x + first, weight, size, sizes.norm_eps, sizes.norm, normal + first, squares);
 }
 
+/// Brings what the warp reads of its tile behind its first kDepth steps into L2, as far as kLinesAhead goes.
+template <int kDepth>
+__device__ void prefetch_steps(const Sizes& sizes, const std::uint16_t* weight, int first_row, int warp, int lane) {
+  constexpr int kLineChunks = kLine / static_cast<int>(sizeof(uint4));
+  const int row = first_row + lane % kTile;
+  const int begin = warp * sizes.warp_steps * kStepChunks;
+  const int end = min(begin + sizes.warp_steps * kStepChunks, sizes.chunks);
+#pragma unroll
+  for (int i = 0; i < kLinesAhead; ++i) {
+    const int line = i * (kDecodeWarp / kTile) + lane / kTile;
+    const int chunk = begin + kDepth * kStepChunks + line * kLineChunks;
+    if (chunk < end && row < sizes.output_size) {
+      prefetch_line(reinterpret_cast<const uint4*>(weight) + static_cast<std::size_t>(row) * sizes.chunks + chunk);
+    }
+  }
+}
+
 /// Grid: tiles of 16 rows of the weights. Up to kGroups * 8 rows of the step. Each thread keeps the weights of kDepth
 /// steps in flight, the first of them from before the norm, and kHeld chunks of the rows. Lane l holds chunk l % 4 of
 /// each step, of weight rows l / 4 and l / 4 + 8 and of row l / 4 of a group: the layout of multiply_add's fragments.
 /// kNormed: the block normalises the rows first, into dynamic shared memory.
 template <int kGroups, int kDepth, int kHeld, bool kNormed, class Out>
-__global__ void __launch_bounds__(kThreads, kDepth < kFewDepth ? 3 : 1)
+__global__ void __launch_bounds__(kThreads, kDepth < kFewDepth ? kBlocks : 1)
     linear_kernel(Sizes sizes, DecodeLinearInputs in, Out* out) {
   static_assert(kDepth * kGroups % kHeld == 0);
   constexpr bool kFew = kDepth == kFewDepth;
@@ -86,6 +106,9 @@ __global__ void __launch_bounds__(kThreads, kDepth < kFewDepth ? 3 : 1)
 #pragma unroll
   for (int s = 0; s < kDepth; ++s) {
     load_step(chunks, s, w[s]);
+  }
+  if (sizes.dependent && blockIdx.x < kBlocks * kFewTiles) {
+    prefetch_steps<kDepth>(sizes, in.weight, first_row, warp, lane);
   }
   after_kernel_before();
 
@@ -197,7 +220,7 @@ void launch(const Sizes& sizes, const DecodeLinearInputs& in, Out* out, void* st
   };
   if constexpr (kGroups == 1) {
     if (in.norm_weight != nullptr) {
-      start(linear_kernel<kGroups, kDepth, kHeld, true, Out>,
+      start(linear_kernel<kGroups, kDepth, kHeld / 2, true, Out>,  // shared memory is near
             row_bytes(sizes) * static_cast<std::size_t>(sizes.num_tokens));
       return;
     }
@@ -210,8 +233,13 @@ void linear(const DecodeLinearShape& shape, DecodeLinearInputs in, Out* out, voi
   check_decode_linear(shape);
   const auto chunks = static_cast<int>(shape.input_size / 8);
   const int steps = (chunks + kStepChunks - 1) / kStepChunks;
-  const Sizes sizes{static_cast<int>(shape.num_tokens),          chunks,     static_cast<int>(shape.output_size),
-                    (steps + 2 * kWarps - 1) / (2 * kWarps) * 2, shape.norm, shape.norm_eps};
+  const Sizes sizes{static_cast<int>(shape.num_tokens),
+                    chunks,
+                    static_cast<int>(shape.output_size),
+                    (steps + 2 * kWarps - 1) / (2 * kWarps) * 2,
+                    shape.norm,
+                    shape.norm_eps,
+                    shape.dependent};
   if (in.norm_weight != nullptr &&
       (sizes.num_tokens > kMaxOwnRows || row_bytes(sizes) * static_cast<std::size_t>(sizes.num_tokens) > kMaxShared)) {
     if (in.normal == nullptr) {

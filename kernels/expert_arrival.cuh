@@ -193,7 +193,6 @@ __device__ inline void wait_arrived(const FetchStep& step, unsigned load, unsign
 /// Brings the share of block `block` of what is read next into L2, one warp, once the hits are through and no other
 /// load can push it out again; not at all when `last`, the last load, is there before.
 __device__ inline void bring_ahead(const FetchStep& step, unsigned last, unsigned block) {
-  constexpr std::size_t kLine = 128;
   if (step.ahead[0].bytes == 0) {
     return;
   }
@@ -212,7 +211,7 @@ __device__ inline void bring_ahead(const FetchStep& step, unsigned last, unsigne
     const std::size_t stride = std::size_t{step.blocks_per_pair} * kDecodeWarp * kLine;
     for (std::size_t at = (std::size_t{block} * kDecodeWarp + threadIdx.x % kDecodeWarp) * kLine; at < what.bytes;
          at += stride) {
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(data + at));
+      prefetch_line(data + at);
     }
   }
 }

@@ -266,8 +266,12 @@ TEST_CASE("decode linear: dependent launches await one another", "[gpu]") {
     return;
   }
   SplitMix64 random(35);
-  for (const std::int64_t tokens : {1, 2, 9, 32}) {
-    Case c = random_case(random, tokens, 1536, 1536);
+  // With blocks that have all their weights on their way at once, and with others.
+  for (const auto& [tokens, size] :
+       {std::tuple{1, 1536}, std::tuple{2, 1536}, std::tuple{9, 1536}, std::tuple{32, 1536}, std::tuple{1, 2184},
+        std::tuple{9, 2184}, std::tuple{32, 2184}}) {
+    CAPTURE(tokens, size);
+    Case c = random_case(random, tokens, size, size);
     const auto chain = [&](bool dependent) {
       c.shape.dependent = dependent;
       Guarded<std::uint16_t> norm_weight(c.norm_weight, true);
