@@ -248,10 +248,10 @@ struct Mix {
   float values[8] = {};
 };
 
-/// Grid: (blocks, G * groups, T); blocks take the stretches by turns, one after the other. kLanes lanes hold a key, 8
-/// values each; those past d hold zeros. The keys of earlier tokens are on their way before the kernel before has
-/// ended; the new one is that of the last stretch.
-template <int kLanes, int kHeads>
+/// Grid: (blocks, G * groups, T); blocks take the stretches by turns, one after the other, or one each: kTurns tells.
+/// kLanes lanes hold a key, 8 values each; those past d hold zeros. The keys of earlier tokens are on their way before
+/// the kernel before has ended; the new one is that of the last stretch.
+template <int kLanes, int kHeads, bool kTurns>
 __global__ void __launch_bounds__(kThreads, kHeads == 1 ? 5 : 1)
     attention_kernel(Sizes sizes, DecodeAttentionInputs in, DecodeKeyValues cache, std::uint16_t* out,
                      Workspace workspace) {
@@ -354,13 +354,14 @@ __global__ void __launch_bounds__(kThreads, kHeads == 1 ? 5 : 1)
     }
   }
   for (int stretch = first_stretch; stretch < stretches; stretch += blocks) {
-    if (stretch != first_stretch) {
+    const bool first = !kTurns || stretch == first_stretch;
+    if (!first) {
       go_to(stretch);
       __syncthreads();  // the one before has been read
     }
     Mix mix[kHeads];
     for (int base = 0; base < num_own; base += kKeys * kStride) {
-      if (base > 0 || stretch != first_stretch) {
+      if (base > 0 || !first) {
         load(base);
       }
       bool there[kKeys];
@@ -477,6 +478,9 @@ __global__ void __launch_bounds__(kThreads, kHeads == 1 ? 5 : 1)
         workspace.softmax[to] = make_float2(largest, total);
       }
     }
+    if constexpr (!kTurns) {
+      break;
+    }
   }
   __syncthreads();
   unsigned* const ended = workspace.ended + first_head;
@@ -543,19 +547,21 @@ void launch(const DecodeAttentionShape& shape, const Sizes& sizes, const DecodeA
   const int blocks = std::clamp(kMostBlocks / rows, 1, sizes.cut.stretches);
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(sizes.num_keys * sizes.cut.groups),
                   static_cast<unsigned>(shape.num_tokens));
-  const auto start = [&](auto* kernel) {
+  const auto start = [&]<int kHeads>() {
+    auto* const kernel =
+        blocks < sizes.cut.stretches ? attention_kernel<kLanes, kHeads, true> : attention_kernel<kLanes, kHeads, false>;
     launch_kernel("attention_kernel", kernel, grid, kThreads, 0, stream, shape.dependent, sizes, in, cache, out,
                   workspace);
   };
   switch (sizes.cut.heads) {
     case 1:
-      start(attention_kernel<kLanes, 1>);
+      start.template operator()<1>();
       break;
     case 2:
-      start(attention_kernel<kLanes, 2>);
+      start.template operator()<2>();
       break;
     default:
-      start(attention_kernel<kLanes, kMaxHeads>);
+      start.template operator()<kMaxHeads>();
   }
 }
 
