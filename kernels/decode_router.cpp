@@ -118,7 +118,7 @@ void guess_next(DecodeRouterShape shape, const DecodeRouterInputs& in) {
   const auto missing =
       std::find_if(selected.begin(), selected.end(), [&](std::int32_t expert) { return guess.slot_of[expert] < 0; });
   const bool found = missing != selected.end();
-  state.tag = (state.tag + 1) % kPrefetchTags;
+  state.tag = state.tag % kPrefetchTags + 1;
   state.guesses[guess.layer % 2] = {found ? static_cast<std::uint32_t>(*missing) + 1 : 0U, state.tag};
   state.counts.guesses += found ? 1 : 0;
 }

@@ -92,7 +92,7 @@ __device__ void note_guess(const GuessStep& guess, const std::int32_t* selected,
   const unsigned missing = __ballot_sync(0xffffffffU, is_missing);
   if (threadIdx.x == 0) {
     PrefetchState& state = *guess.next.state;
-    const unsigned tag = (state.tag + 1) % kPrefetchTags;
+    const unsigned tag = state.tag % kPrefetchTags + 1;
     state.tag = tag;
     state.guesses[guess.next.layer % 2] = {
         missing == 0 ? 0U : static_cast<unsigned>(selected[__ffs(static_cast<int>(missing)) - 1]) + 1, tag};

@@ -24,8 +24,8 @@ struct FetchWorkspace {
   unsigned through[kDecodeMaxTopK];             ///< blocks that have written gate and up of each hit
   unsigned left[kDecodeMaxTopK * kFetchParts];  ///< warps that still copy of each part of each load
   unsigned copied[kDecodeMaxTopK];              ///< 1: the host thread has not copied its share of the load yet
-  unsigned staged_load;                         ///< 1 + the load of which something was prefetched, 0: none
-  unsigned staged_words;                        ///< of 16 bytes, how much
+  unsigned staged_load;                         ///< 1 + the load that was guessed before, 0: none
+  unsigned staged_tag;                          ///< of the guess
 };
 
 /// What of DecodeFetch serving a step takes.
@@ -151,8 +151,11 @@ __device__ inline void leave(const FetchStep& step) {
   if (atomicAdd(&step.workspace->ended, 1U) == waiting - 1) {
     step.workspace->served = 0;
     step.workspace->ended = 0;
+    if (step.workspace->staged_load > 0) {
+      step.prefetch->landed[step.layer % 2] = 0;
+    }
     step.workspace->staged_load = 0;
-    step.workspace->staged_words = 0;
+    step.workspace->staged_tag = 0;
     for (int k = 0; k < step.top_k; ++k) {
       step.workspace->through[k] = 0;
     }
@@ -240,21 +243,20 @@ __device__ inline int arrived_slot(const FetchStep& step, const Turn& turn, int*
   return *shared;
 }
 
-/// A load of which something has been prefetched.
+/// A load that was guessed before.
 struct Staged {
-  unsigned load = 0;   ///< 1 + its number; 0: none
-  unsigned words = 0;  ///< of 16 bytes, from its front on
+  unsigned load = 0;  ///< 1 + its number; 0: none
+  unsigned tag = 0;
 };
 
-/// What has landed of the guess for this layer, which is settled by this, among the `loads` of a step that has been
-/// served; a block of kThreads.
+/// Settles the guess for this layer: the load among the `loads` of a step that has been served that it was right about,
+/// and of which a host thread may have brought something; a block of kThreads.
 __device__ inline Staged settle_guess(const ServeStep& step, unsigned loads) {
   __shared__ Staged staged;
   const auto thread = static_cast<unsigned>(threadIdx.x);
   PrefetchState& state = *step.prefetch;
   PrefetchState::Guess& guess = state.guesses[step.layer % 2];
   const unsigned expert = guess.expert;
-  const unsigned tag = guess.tag;
   if (thread == 0) {
     staged = {};
   }
@@ -262,12 +264,7 @@ __device__ inline Staged settle_guess(const ServeStep& step, unsigned loads) {
   if (thread < loads && expert == static_cast<unsigned>(step.answer.loads[thread].expert) + 1) {
     ++state.counts.right;
     if (step.request != nullptr) {
-      const unsigned landed = load_acquire_system(&state.landed[step.layer % 2]);
-      const unsigned pieces = landed >> 8 == tag ? landed & 0xffU : 0U;
-      const auto words =
-          static_cast<unsigned>(min(pieces * (kPrefetchPiece / sizeof(uint4)), std::size_t{step.blob_words}));
-      state.counts.useful_bytes += static_cast<std::int64_t>(words) * static_cast<std::int64_t>(sizeof(uint4));
-      staged = {words > 0 ? thread + 1 : 0, words};
+      staged = {thread + 1, guess.tag};
     }
   }
   __syncthreads();
@@ -275,14 +272,6 @@ __device__ inline Staged settle_guess(const ServeStep& step, unsigned loads) {
     guess.expert = 0;
   }
   return staged;
-}
-
-/// Where the kernel's own share of the first load begins and ends, in words.
-__device__ inline unsigned own_begin(const Staged& staged) {
-  return staged.load == 1 ? staged.words : 0;
-}
-__device__ inline unsigned own_end(const ServeStep& step, const Staged& staged) {
-  return min(own_begin(staged) + step.own_words, step.blob_words);
 }
 
 /// Serves the step, says so and asks for its copies; a block of kThreads. `bits`: serving::bytes_of_bits of shared
@@ -306,19 +295,33 @@ __device__ inline void serve_and_ask(const ServeStep& step, const std::int32_t* 
   __syncthreads();
   if (thread == 0) {
     step.workspace->staged_load = staged.load;
-    step.workspace->staged_words = staged.words;
+    step.workspace->staged_tag = staged.tag;
     store_release(&step.workspace->served, 1 + loads);
   }
   if (asks) {  // behind it: those who wait on the GPU need not wait for the way to the host
-    const auto begin = [&](int load) {
-      const unsigned words = load == 0                                        ? own_end(step, staged)
-                             : static_cast<unsigned>(load) + 1 == staged.load ? staged.words
-                                                                              : 0U;
-      return words * static_cast<unsigned>(sizeof(uint4));
-    };
+    constexpr auto kWord = static_cast<unsigned>(sizeof(uint4));
+    const auto end = [&](int load) { return (step.blob_words - (load == 0 ? step.own_words : 0)) * kWord; };
+    const auto guess = [&](int load) { return static_cast<unsigned>(load) + 1 == staged.load ? staged.tag : 0U; };
     ask_for_copies<kThreads>(step.answer.loads, static_cast<int>(loads),
-                             step.layer * static_cast<int>(step.cache.num_experts), begin, step.request);
+                             step.layer * static_cast<int>(step.cache.num_experts), end, guess, step.request);
   }
+}
+
+/// Waits until the host thread has said how much of the guess is in the staging place, in words of 16 bytes; the whole
+/// block.
+__device__ inline std::size_t landed_words(const FetchStep& step, const Staged& staged) {
+  __shared__ unsigned shared_pieces;
+  if (threadIdx.x == 0) {
+    const unsigned* const word = &step.prefetch->landed[step.layer % 2];
+    unsigned landed = load_acquire_system(word);
+    while (landed >> 8 != staged.tag) {
+      __nanosleep(100);
+      landed = load_acquire_system(word);
+    }
+    shared_pieces = landed & 0xffU;
+  }
+  __syncthreads();
+  return min(shared_pieces * (kPrefetchPiece / sizeof(uint4)), step.words);
 }
 
 /// The work of the first `copiers` blocks; the first serves, unless the router has.
@@ -381,13 +384,13 @@ __device__ inline void serve_and_copy(const FetchStep& step, uint4* pool) {
     }
   } else if (shared_loads > 0) {
     const volatile FetchWorkspace& said = *step.workspace;
-    const Staged staged{said.staged_load, said.staged_words};
-    move(0, false, own_begin(staged), own_end(step, staged));
-    if (staged.load > 0) {
-      move(staged.load - 1, true, 0, staged.words);
+    const Staged staged{said.staged_load, said.staged_tag};
+    move(0, false, step.words - step.own_words, step.words);
+    if (staged.load != 1) {
+      tell(0, 0);
     }
-    tell(0, 0);
-    if (staged.load > 1) {
+    if (staged.load > 0) {
+      move(staged.load - 1, true, 0, landed_words(step, staged));
       tell(staged.load - 1, 0);
     }
   }

@@ -46,8 +46,8 @@ __global__ void __launch_bounds__(kThreads)
 constexpr int kAskThreads = 128;
 
 __global__ void __launch_bounds__(kAskThreads)
-    expert_ask_kernel(int first_blob, const SlotCacheStep* step, const SlotCacheLoad* loads, std::int64_t wave,
-                      std::uint32_t* flags, CopyRequest* request) {
+    expert_ask_kernel(int first_blob, unsigned blob_bytes, const SlotCacheStep* step, const SlotCacheLoad* loads,
+                      std::int64_t wave, std::uint32_t* flags, CopyRequest* request) {
   const std::int64_t first = (wave - 1) * step->wave_size;
   const auto count = static_cast<int>(min(static_cast<std::int64_t>(step->wave_size), step->loads - first));
   if (count <= 0) {
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kAskThreads)
     flags[i] = 1;
   }
   ask_for_copies<kAskThreads>(
-      loads + first, count, first_blob, [](int) { return 0U; }, request);
+      loads + first, count, first_blob, [&](int) { return blob_bytes; }, [](int) { return 0U; }, request);
   for (int i = thread; i < count; i += kAskThreads) {
     while (load_acquire_system(flags + i) != 0) {
       __nanosleep(500);
@@ -73,7 +73,8 @@ void expert_ask_cuda(const ExpertStoreShape& shape, std::int64_t layer, const Sl
                      void* stream) {
   check_expert_fetch(shape, nullptr, layer, wave, nullptr);
   expert_ask_kernel<<<1, kAskThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      static_cast<int>(layer * shape.num_experts), step, loads, wave, flags, request);
+      static_cast<int>(layer * shape.num_experts), static_cast<unsigned>(shape.blob_bytes), step, loads, wave, flags,
+      request);
   check_launch("expert_ask_kernel");
 }
 

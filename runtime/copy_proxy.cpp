@@ -58,14 +58,21 @@ struct CopyProxy::Impl {
   /// Loads take turns, so that one keeps the link busy while the copy of another begins or is told of.
   std::array<cudaStream_t, 2> streams{};
 
+  /// A guess, as the kernel said it, and what was begun of it.
+  struct Guess {
+    std::int64_t blob = -1;
+    std::uint32_t tag = 0;
+    std::uint32_t pieces = 0;
+  };
   std::optional<CopyStaging> staging;
   cudaStream_t ahead = nullptr;            // of guesses
   std::array<cudaEvent_t, 2> asked_for{};  // all that was asked for, in each stream
   std::array<cudaEvent_t, 2> pieces{};     // behind the last pieces, by turns
-  std::uint64_t said = 0;                  // the last guess, as the kernel said it
-  std::int64_t guessed = -1;               // blob that is brought; -1: none
-  std::uint32_t brought = 0;               // pieces of it that were begun
   std::uint32_t turn = 0;                  // of `pieces`
+  std::uint64_t said = 0;                  // the last guess
+  std::array<Guess, 2> guesses;            // for layers of even and odd number
+  Guess* brought = nullptr;                // the one that is brought, of these; null: none
+  std::atomic<std::int64_t> useful_bytes{0};
   std::atomic<std::int64_t> guessed_bytes{0};
 
   std::atomic<bool> awake{false};
@@ -116,10 +123,10 @@ struct CopyProxy::Impl {
     for (std::uint32_t i = 0; i < count; ++i) {
       const CopyRequest::Load load = request->loads[i];
       cudaStream_t stream = streams[i % streams.size()];
-      const std::size_t begin = load.begin;
-      if (begin < blob_bytes) {
+      const std::size_t begin = load.guess != 0 ? settle(load) : 0;
+      if (begin < load.end) {
         note(cudaMemcpyAsync(pool + static_cast<std::size_t>(load.slot) * blob_bytes + begin,
-                             store + static_cast<std::size_t>(load.blob) * blob_bytes + begin, blob_bytes - begin,
+                             store + static_cast<std::size_t>(load.blob) * blob_bytes + begin, load.end - begin,
                              cudaMemcpyHostToDevice, stream));
       }
       write_behind(stream, flags + i, 0);
@@ -127,11 +134,9 @@ struct CopyProxy::Impl {
     if (!staging) {
       return;
     }
-    // The guess for this layer was said before, one for the next may have been said since.
     hear_guess();
-    const std::int64_t layer = request->loads[0].blob / staging->experts_per_layer;
-    if (guessed >= 0 && guessed / staging->experts_per_layer == layer) {
-      guessed = -1;
+    if (brought != nullptr && layer_of(brought->blob) == layer_of(request->loads[0].blob)) {
+      brought = nullptr;  // it was wrong
     }
     for (std::size_t i = 0; i < streams.size(); ++i) {
       note(cudaEventRecord(asked_for[i], streams[i]));
@@ -139,20 +144,43 @@ struct CopyProxy::Impl {
     }
   }
 
+  [[nodiscard]] std::int64_t layer_of(std::int64_t blob) const { return blob / staging->experts_per_layer; }
+
+  // Ends the guess that `load` was, says what there is of it, and returns its bytes.
+  std::size_t settle(const CopyRequest::Load& load) {
+    const auto place = static_cast<std::size_t>(layer_of(load.blob) % 2);
+    Guess& guess = guesses[place];
+    const std::uint32_t begun = guess.tag == load.guess ? guess.pieces : 0;  // else it came and went unheard
+    if (brought == &guess) {
+      brought = nullptr;
+    }
+    write_behind(ahead, staging->landed + place, load.guess << 8U | begun);
+    const std::size_t bytes = std::min(begun * kPrefetchPiece, blob_bytes);
+    useful_bytes += static_cast<std::int64_t>(bytes);
+    return bytes;
+  }
+
   void hear_guess() {
     const std::uint64_t now = std::atomic_ref<std::uint64_t>(request->guess).load(std::memory_order_acquire);
-    if (now != said) {
-      said = now;
-      guessed = static_cast<std::int64_t>(static_cast<std::uint32_t>(now)) - 1;
-      brought = 0;
+    if (now == said) {
+      return;
+    }
+    said = now;
+    brought = nullptr;
+    if (const auto blob = static_cast<std::int64_t>(static_cast<std::uint32_t>(now)) - 1; blob >= 0) {
+      brought = &guesses[static_cast<std::size_t>(layer_of(blob) % 2)];
+      *brought = {blob, static_cast<std::uint32_t>(now >> 32U), 0};
     }
   }
 
   // Begins the next piece of the guess, unless enough are on their way.
   void bring_piece() {
     hear_guess();
-    const std::size_t begin = brought * kPrefetchPiece;
-    if (guessed < 0 || begin >= blob_bytes || brought == kPrefetchMostPieces) {
+    if (brought == nullptr) {
+      return;
+    }
+    const std::size_t begin = brought->pieces * kPrefetchPiece;
+    if (begin >= blob_bytes || brought->pieces == kPrefetchMostPieces) {
       return;
     }
     cudaEvent_t event = pieces[turn % pieces.size()];
@@ -162,13 +190,12 @@ struct CopyProxy::Impl {
     }
     note(before);
     const std::size_t bytes = std::min(kPrefetchPiece, blob_bytes - begin);
-    const auto place = static_cast<std::size_t>(guessed / staging->experts_per_layer % 2);
+    const auto place = static_cast<std::size_t>(layer_of(brought->blob) % 2);
     note(cudaMemcpyAsync(staging->places + place * blob_bytes + begin,
-                         store + static_cast<std::size_t>(guessed) * blob_bytes + begin, bytes, cudaMemcpyHostToDevice,
-                         ahead));
-    ++brought;
-    write_behind(ahead, staging->landed + place, static_cast<std::uint32_t>(said >> 32U) << 8U | brought);
+                         store + static_cast<std::size_t>(brought->blob) * blob_bytes + begin, bytes,
+                         cudaMemcpyHostToDevice, ahead));
     note(cudaEventRecord(event, ahead));
+    ++brought->pieces;
     ++turn;
     guessed_bytes += static_cast<std::int64_t>(bytes);
   }
@@ -182,8 +209,10 @@ struct CopyProxy::Impl {
     while (true) {
       if (!awake) {
         awake.wait(false);
-        hear_guess();
-        guessed = -1;  // of steps that are over
+        if (staging) {
+          hear_guess();
+          brought = nullptr;  // of steps that are over
+        }
       }
       if (ended) {
         return;
@@ -251,6 +280,10 @@ std::int64_t CopyProxy::requests() const noexcept {
 
 std::int64_t CopyProxy::guessed_bytes() const noexcept {
   return impl_->guessed_bytes;
+}
+
+std::int64_t CopyProxy::useful_bytes() const noexcept {
+  return impl_->useful_bytes;
 }
 
 void CopyProxy::wake() {

@@ -24,8 +24,8 @@ class CopyProxy {
   /// Copies from `store`, pinned, to `pool` (blobs one behind the other) on GPU `device`. `flags`: the words of device
   /// memory that it answers in. With `staging` it also copies what is guessed, in pieces, while nothing is asked for:
   /// behind the loads before, two pieces at most on their way, and no more once the guess's layer asks or another guess
-  /// comes. All of that memory must outlive this. Throws RunError when CUDA has no memory, stream or event, or is too
-  /// old to write behind a copy.
+  /// comes. What was begun of a load that is asked for then is not copied again. All of that memory must outlive this.
+  /// Throws RunError when CUDA has no memory, stream or event, or is too old to write behind a copy.
   CopyProxy(const ExpertStore& store, std::uint8_t* pool, std::uint32_t* flags,
             const std::optional<CopyStaging>& staging, int device);
   CopyProxy(const CopyProxy&) = delete;
@@ -38,8 +38,9 @@ class CopyProxy {
   [[nodiscard]] CopyRequest* request() const noexcept;
   /// Requests taken so far.
   [[nodiscard]] std::int64_t requests() const noexcept;
-  /// Bytes of guesses copied so far.
+  /// Bytes of guesses copied so far, and those of them that were asked for then.
   [[nodiscard]] std::int64_t guessed_bytes() const noexcept;
+  [[nodiscard]] std::int64_t useful_bytes() const noexcept;
   /// Starts looking for requests; before the first kernel that may ask is launched.
   void wake();
   /// Stops looking; once no kernel that may ask is left. Throws RunError with the CUDA error when a copy did not start:

@@ -126,7 +126,8 @@ struct SlotExecutor::Impl {
   bool in_one = false;                     // one kernel can serve, fetch and multiply
   Tensor prefetch_state, prefetch_places;  // PrefetchState and two blobs; undefined: nothing is prefetched
   std::int64_t copied_before = 0;          // bytes of guesses, at the reset
-  Tensor misses_read;                      // of kStaged: the step and its loads, in pinned memory
+  std::int64_t useful_before = 0;
+  Tensor misses_read;  // of kStaged: the step and its loads, in pinned memory
 
   // The cache, on the device.
   Tensor cache_memory, step_memory, loads_memory, slots_TK, waves_TK, wave_slots, resident_LE;
@@ -673,6 +674,7 @@ void SlotExecutor::reset(std::int64_t sequence, const std::vector<std::vector<st
     constexpr auto kKept = static_cast<std::int64_t>(offsetof(PrefetchState, met));  // what the host thread knows, too
     impl.prefetch_state.narrow(0, kKept, impl.prefetch_state.numel() - kKept).zero_();
     impl.copied_before = impl.proxy->guessed_bytes();
+    impl.useful_before = impl.proxy->useful_bytes();
   }
   const SlotCacheShape& shape = *impl.shape;
   const std::int64_t groups = impl.groups();
@@ -788,7 +790,8 @@ PrefetchTotals SlotExecutor::prefetch_totals() const {
   c10::cuda::getCurrentCUDAStream(impl.device.index()).synchronize();
   PrefetchState state;
   C10_CUDA_CHECK(cudaMemcpy(&state, impl.prefetch_state.const_data_ptr(), sizeof state, cudaMemcpyDeviceToHost));
-  return {state.counts, impl.proxy->guessed_bytes() - impl.copied_before};
+  return {state.counts, impl.proxy->guessed_bytes() - impl.copied_before,
+          impl.proxy->useful_bytes() - impl.useful_before};
 }
 
 std::int64_t SlotExecutor::num_slots() const noexcept {

@@ -11,9 +11,12 @@ namespace hestia {
 /// word i of device memory that the kernel has set to 1 before. A kernel asks again once all words are 0.
 struct CopyRequest {
   struct Load {
-    std::int32_t blob = 0;    ///< of the store: layer * E + expert
-    std::uint32_t begin = 0;  ///< bytes at the front of the blob that are not the thread's to copy
+    std::int32_t blob = 0;  ///< of the store: layer * E + expert
     std::int32_t slot = 0;
+    std::uint32_t end = 0;  ///< bytes from the front of the blob on that are the thread's to copy
+    /// Tag of the guess that said so before, 0: none. Then what the thread has begun to bring of it is not copied
+    /// again, and it says in PrefetchState::landed how much that is.
+    std::uint32_t guess = 0;
   };
   std::uint32_t count = 0;
   Load loads[kSlotCacheMaxExperts];

@@ -15,8 +15,8 @@ inline constexpr std::int64_t kFetchCopiers = 32;
 
 /// Parts of a blob that the kernel's own copies bring one by one: gate and up, then down.
 inline constexpr std::int64_t kFetchParts = 2;
-/// Bytes of the first load that the kernel copies itself while the host thread wakes, from its front or from behind
-/// what was prefetched: up to 1 MiB, and no more than gate and up.
+/// Bytes at the end of the first load that the kernel copies itself while the host thread wakes: up to 1 MiB, and no
+/// more than gate and up.
 [[nodiscard]] std::size_t fetch_own_bytes(const ExpertBlob& blob);
 
 /// Weights that kernels behind this one will read.
@@ -42,12 +42,12 @@ struct DecodeFetch {
   /// router that has served and this kernel, what the router wrote.
   void* workspace = nullptr;
   /// Null: the kernel copies all misses itself. Else it copies fetch_own_bytes of the first one and waits for a host
-  /// thread that copies the rest and, behind load i, writes 0 to word i of decode_fetch_flags(workspace). Memory as the
-  /// kernel sees it. Ignored by the CPU.
+  /// thread that copies what is before them and, behind load i, writes 0 to word i of decode_fetch_flags(workspace).
+  /// Memory as the kernel sees it. Ignored by the CPU.
   CopyRequest* request = nullptr;
   ExpertBlob blob = {};  ///< expert_blob(shape); may be left out without `request`.
   /// Null: nothing was guessed. Else the guess for this layer is looked at, and counted where it is right. With
-  /// `request`, what has landed of it in `staging` is moved into its slot and not asked for.
+  /// `request`, what the host thread says that it has brought into `staging` is then moved into the slot.
   PrefetchState* prefetch = nullptr;
   /// A blob of device memory, aligned to 16, into which the host thread copies guesses for layers of this one's parity.
   /// Ignored by the CPU.

@@ -68,7 +68,8 @@ enum class PrefetchKind : std::int32_t {
 
 /// What prefetching did since the reset.
 struct PrefetchTotals : PrefetchCounts {
-  std::int64_t copied_bytes = 0;  ///< Over the link; those that are not useful were wasted.
+  std::int64_t copied_bytes = 0;  ///< Of guesses, over the link.
+  std::int64_t useful_bytes = 0;  ///< Of right ones, which were not copied again; the others were wasted.
 };
 
 /// Options of a slot cache.

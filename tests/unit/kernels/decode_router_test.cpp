@@ -335,9 +335,9 @@ void check_guess(SplitMix64& random, bool gpu) {
         c.step = 4;
       }
       Asked asked{.next = next, .layer = variant + 1, .tells = variant != 3};
-      asked.state.tag = variant == 0 ? kPrefetchTags - 1 : 40;
+      asked.state.tag = variant == 0 ? kPrefetchTags : 40;
       asked.state.counts.guesses = 7;
-      const std::uint32_t tag = variant == 0 ? 0 : 41;
+      const std::uint32_t tag = variant == 0 ? 1 : 41;
       const bool with_resident = variant % 2 == 1;
       const Result plain = run(c, variant >= 2, with_resident, gpu);
       CHECK(run(c, variant >= 2, with_resident, gpu, &asked) == plain);

@@ -15,6 +15,7 @@
 #include "hestia/core/float_bits.hpp"
 #include "hestia/core/random.hpp"
 #include "hestia/kernels/copy_request.hpp"
+#include "hestia/kernels/expert_prefetch.hpp"
 #include "hestia/kernels/soft_cache.hpp"
 
 namespace hestia::testing {
@@ -109,13 +110,16 @@ class Guarded {
 };
 
 /// The host thread of a CopyRequest, the simplest one: copies from `store`, on the host, to `pool`, on the GPU, and
-/// puts `flags` back. Kernels that run meanwhile must have been launched before once.
+/// puts `flags` back. Of a load that was guessed it says in `landed` (its place of two) what brought() told it, and
+/// copies the rest. Kernels that run meanwhile must have been launched before once.
 class CopyingHost {
  public:
-  CopyingHost(const std::uint8_t* store, std::size_t blob_bytes, std::uint8_t* pool, std::uint32_t* flags) {
+  CopyingHost(const std::uint8_t* store, std::size_t blob_bytes, std::uint8_t* pool, std::uint32_t* flags,
+              std::uint32_t* landed = nullptr) {
     require_cuda(cudaHostAlloc(&request_, sizeof(CopyRequest), cudaHostAllocMapped));
     require_cuda(cudaHostGetDevicePointer(&request_on_device_, request_, 0));
     require_cuda(cudaHostAlloc(&zero_, sizeof(std::uint32_t), cudaHostAllocDefault));
+    require_cuda(cudaHostAlloc(&said_, sizeof(std::uint32_t), cudaHostAllocDefault));
     *static_cast<std::uint32_t*>(zero_) = 0;
     require_cuda(cudaStreamCreateWithFlags(&copies_, cudaStreamNonBlocking));
     auto* const request = new (request_) CopyRequest();
@@ -130,11 +134,21 @@ class CopyingHost {
         ++requests_;
         for (std::uint32_t i = 0; i < asked; ++i) {
           const CopyRequest::Load load = request->loads[i];
-          const std::size_t from = static_cast<std::size_t>(load.blob) * blob_bytes + load.begin;
-          const std::size_t to = static_cast<std::size_t>(load.slot) * blob_bytes + load.begin;
-          note(cudaMemcpyAsync(pool + to, store + from, blob_bytes - load.begin, cudaMemcpyHostToDevice, copies_));
+          std::size_t begin = 0;
+          if (load.guess != 0) {
+            const std::uint32_t pieces = load.guess == tag_ ? pieces_.load() : 0;
+            begin = std::min(pieces * kPrefetchPiece, blob_bytes);
+            *static_cast<std::uint32_t*>(said_) = load.guess << 8U | pieces;
+            note(cudaMemcpyAsync(landed + place_, said_, sizeof(std::uint32_t), cudaMemcpyHostToDevice, copies_));
+          }
+          const std::size_t from = static_cast<std::size_t>(load.blob) * blob_bytes;
+          const std::size_t to = static_cast<std::size_t>(load.slot) * blob_bytes;
+          if (begin < load.end) {
+            note(cudaMemcpyAsync(pool + to + begin, store + from + begin, load.end - begin, cudaMemcpyHostToDevice,
+                                 copies_));
+            copied_ += load.end - begin;
+          }
           note(cudaMemcpyAsync(flags + i, zero_, sizeof(std::uint32_t), cudaMemcpyHostToDevice, copies_));
-          copied_ += blob_bytes - load.begin;
         }
       }
     });
@@ -147,9 +161,15 @@ class CopyingHost {
     cudaStreamDestroy(copies_);
     cudaFreeHost(request_);
     cudaFreeHost(zero_);
+    cudaFreeHost(said_);
+  }
+  /// What is there of guess `tag`, for a layer of place 0 or 1; before the kernel is launched that asks.
+  void brought(std::uint32_t tag, std::size_t place, std::uint32_t pieces) {
+    tag_ = tag;
+    place_ = place;
+    pieces_ = pieces;
   }
   CopyRequest* request() const { return static_cast<CopyRequest*>(request_on_device_); }
-  std::uint64_t guess() const { return static_cast<const CopyRequest*>(request_)->guess; }
   int requests() const { return requests_; }
   std::size_t copied() const { return copied_; }
   bool failed() const { return failed_; }
@@ -160,6 +180,10 @@ class CopyingHost {
   void* request_ = nullptr;
   void* request_on_device_ = nullptr;
   void* zero_ = nullptr;
+  void* said_ = nullptr;
+  std::atomic<std::uint32_t> tag_{0};
+  std::atomic<std::size_t> place_{0};
+  std::atomic<std::uint32_t> pieces_{0};
   cudaStream_t copies_ = nullptr;
   std::atomic<bool> ended_{false};
   std::atomic<int> requests_{0};

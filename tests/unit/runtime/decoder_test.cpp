@@ -161,8 +161,10 @@ void check_same_bits(const Architecture& a, torch::Dtype dtype, torch::Device de
       paths = {{FetchPath::kTogether, PrefetchKind::kOff},
                {FetchPath::kCopies, PrefetchKind::kOff},
                {FetchPath::kWaves, PrefetchKind::kOff},
-               {FetchPath::kStaged, PrefetchKind::kOff},
-               {FetchPath::kAuto, PrefetchKind::kNextGate}};
+               {FetchPath::kStaged, PrefetchKind::kOff}};
+    }
+    if (resident.in_kernels) {
+      paths.emplace_back(FetchPath::kAuto, PrefetchKind::kNextGate);
     }
     std::int64_t copied = 0;
     bool can_copy = false;
