@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""The driver of the routing experiment on a toy: pretraining, arms, interruption, going on, table and picture.
+"""The driver of the routing experiment on a toy: pretraining, arms, interruption, going on, table and picture; factors
+of lambda by layer.
 
     test_routing_experiment.py PROGRAM
 """
 
 import importlib.util
 import json
+import math
 import pathlib
 import random
 import re
@@ -25,6 +27,7 @@ SPEC = importlib.util.spec_from_file_location("driver", FOLDER / "driver.py")
 driver = importlib.util.module_from_spec(SPEC)
 sys.modules["driver"] = driver
 SPEC.loader.exec_module(driver)
+import layers  # noqa: E402 (of the same folder; imports the driver)
 
 TOY_MODEL = (
     "architecture.hidden_size=16 architecture.expert_intermediate_size=8 architecture.num_layers=2 "
@@ -155,6 +158,71 @@ class Experiment(unittest.TestCase):
             stream.write(json.dumps(other) + "\n")
         self.assertIn("cannot be compared", self.call("table", code=1))
         self.assertIn("another base model (000000000000)", self.run_arms(code=1))
+
+    def test_layers_are_measured_one_at_a_time(self):
+        self.call("pretrain")
+        arguments = [FOLDER / "layers.py", "--out", self.out, "--corpus", self.out / "corpus", "--program", PROGRAM]
+        arguments += ["--gpus", "cpu", "--others", "kernel,go", "--tokens", 600, "--lambdas", "0.3,0.9", *TOY]
+        done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False)
+        said = "the rule costs nothing here"  # so it may come out on a model that has learnt nothing
+        self.assertTrue(done.returncode == 0 or said in done.stderr, done.stderr)
+        for layer in range(2):
+            results = json.loads((self.out / "layers" / str(layer) / "results.json").read_text())
+            plain, weak, strong = results["arms"]
+            self.assertIsNone(plain["residency"])
+            self.assertEqual([weak["residency"]["lambda"], strong["residency"]["lambda"]], [0.3, 0.9])
+            self.assertEqual(strong["residency"]["layer_factors"], [int(other == layer) for other in range(2)])
+            self.assertEqual([d["domain"] for d in plain["domains"]], ["python", "kernel", "go"])
+            loads = [
+                next(c for c in arm["domains"][0]["cache"] if c["slots"] == 2)["loads_per_token_layer"]
+                for arm in (plain, weak, strong)
+            ]
+            self.assertLess(loads[2], loads[0])
+            self.assertLessEqual(loads[1], loads[0])
+        if done.returncode == 0:
+            kept = json.loads((self.out / "layers.json").read_text())
+            self.assertEqual([len(points) for points in kept["layers"]], [2, 2])
+            self.assertIn(f"layer_factors={json.dumps(kept['layer_factors']).replace(' ', '')}", done.stdout)
+        arguments = [sys.executable, FOLDER / "layers.py", "--out", self.out / "none", "--program", PROGRAM]
+        missing = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        self.assertIn("make it with driver.py pretrain", missing.stderr)
+
+    def test_factors_by_layer_have_equal_prices(self):
+        source = random.Random(9)
+
+        def layer(cost, rate, top):
+            return [
+                {"lambda": x, "saved": top * (1 - math.exp(-rate * x)), "nll": cost * x * x, "nll_others": cost * x * x}
+                for x in (0.2, 0.3, 0.5)
+            ]
+
+        for _ in range(20):
+            kinds = [(source.uniform(0.01, 0.03), source.uniform(4, 8), source.uniform(2, 5)) for _ in range(6)]
+            measured = [layer(*kind) for kind in kinds]
+            result = layers.choose(measured, 0.25)
+            self.assertAlmostEqual(layers.cost_of(measured[0]), kinds[0][0], 9)
+            wanted = sum(layers.saved_at(points, 0.25) for points in measured)
+            self.assertLess(abs(result["expected_saved"] / wanted - 1), 0.01)
+            self.assertLess(result["expected_nll"], result["expected_nll_of_uniform"] * 1.01)
+            # What is moved from one layer to another at the same savings costs more, but for the grid's steps.
+            costs, strengths = result["cost_of_lambda_squared"], [0.25 * f for f in result["layer_factors"]]
+            for one, other in ((0, 1), (2, 5), (4, 3)):
+                moved = list(strengths)
+                moved[one] += 0.04
+                lost = layers.saved_at(measured[one], moved[one]) - layers.saved_at(measured[one], strengths[one])
+                have = layers.saved_at(measured[other], strengths[other])
+                while layers.saved_at(measured[other], moved[other]) > have - lost and moved[other] > 0:
+                    moved[other] -= 0.0005
+                was = sum(c * x * x for c, x in zip(costs, strengths))
+                self.assertGreater(sum(c * x * x for c, x in zip(costs, moved)), was - 2e-5)
+        even = layers.choose([layer(0.02, 6, 3)] * 4, 0.25)
+        self.assertEqual(even["layer_factors"], [1.0] * 4)
+        first_costs_more = layers.choose([layer(0.06, 6, 3), *[layer(0.02, 6, 3)] * 3], 0.25)["layer_factors"]
+        self.assertLess(first_costs_more[0], 0.9)
+        self.assertEqual(len(set(first_costs_more[1:])), 1)
+        self.assertGreater(first_costs_more[1], 1.0)
+        with self.assertRaisesRegex(SystemExit, "the rule costs nothing"):
+            layers.choose([layer(-0.01, 6, 3)] * 2, 0.25)
 
     def test_domains_that_are_measured(self):
         more = driver.domains_of(FOLDER / "tune_a.yaml", ["gsm8k", "functions"])
