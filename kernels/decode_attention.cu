@@ -14,13 +14,13 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kDecodeWarp;
-constexpr int kSpan = 32;          // keys of a stretch are a multiple of this
-constexpr int kMaxStretches = 32;  // per row and head
-constexpr int kBlocks = 256;       // that a row should give the GPU, if it comes alone
-constexpr int kMostBlocks = 640;   // more would wait for others to end, and each prepares the same heads again
-constexpr int kMaxHeads = 4;       // query heads of a block
-constexpr int kKeys = 4;           // that a lane has in flight
-constexpr int kPartsHeld = 16;     // stretches' values that a thread has in flight
+constexpr int kSpan = 32;             // keys of a stretch are a multiple of this
+constexpr int kMaxStretches = 32;     // per row and head
+constexpr int kBlocks = 256;          // that a row should give the GPU, if it comes alone
+constexpr int kMostBlocks = 4 * 132;  // more would wait for others to end, and each prepares the same heads again
+constexpr int kMaxHeads = 4;          // query heads of a block
+constexpr int kKeys = 4;              // that a lane has in flight
+constexpr int kPartsHeld = 16;        // stretches' values that a thread has in flight
 static_assert(kMaxHeads <= kWarps && kMaxStretches <= kDecodeWarp, "a warp per head, a lane per stretch");
 constexpr float kLog2E = 1.44269504F;
 constexpr float kNothing = -INFINITY;
@@ -252,7 +252,7 @@ struct Mix {
 /// kLanes lanes hold a key, 8 values each; those past d hold zeros. The keys of earlier tokens are on their way before
 /// the kernel before has ended; the new one is that of the last stretch.
 template <int kLanes, int kHeads, bool kTurns>
-__global__ void __launch_bounds__(kThreads, kHeads == 1 ? 5 : 1)
+__global__ void __launch_bounds__(kThreads, kHeads == 1 ? 4 : 1)
     attention_kernel(Sizes sizes, DecodeAttentionInputs in, DecodeKeyValues cache, std::uint16_t* out,
                      Workspace workspace) {
   constexpr int kTogether = kDecodeWarp / kLanes;  // keys that a warp reads at once
@@ -354,14 +354,9 @@ __global__ void __launch_bounds__(kThreads, kHeads == 1 ? 5 : 1)
     }
   }
   for (int stretch = first_stretch; stretch < stretches; stretch += blocks) {
-    const bool first = !kTurns || stretch == first_stretch;
-    if (!first) {
-      go_to(stretch);
-      __syncthreads();  // the one before has been read
-    }
     Mix mix[kHeads];
     for (int base = 0; base < num_own; base += kKeys * kStride) {
-      if (base > 0 || !first) {
+      if (base > 0) {
         load(base);
       }
       bool there[kKeys];
@@ -426,6 +421,11 @@ __global__ void __launch_bounds__(kThreads, kHeads == 1 ? 5 : 1)
         }
       }
     }
+    // The next stretch is on its way while this one ends.
+    if (kTurns && stretch + blocks < stretches) {
+      go_to(stretch + blocks);
+      load(0);
+    }
     // The warp's keys together.
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
@@ -481,11 +481,12 @@ __global__ void __launch_bounds__(kThreads, kHeads == 1 ? 5 : 1)
     if constexpr (!kTurns) {
       break;
     }
+    __syncthreads();  // this one's parts have been read
   }
   __syncthreads();
   unsigned* const ended = workspace.ended + first_head;
   if (thread == 0) {
-    last = count_and_see(ended) == static_cast<unsigned>(blocks) - 1;
+    last = blocks == 1 || count_and_see(ended) == static_cast<unsigned>(blocks) - 1;
     if (last) {
       *ended = 0;
     }
