@@ -41,10 +41,12 @@ struct Shared {
   float parts[kWarps][kGroups * kColumns][kStride];
 };
 
-/// Grid: rows. What the blocks of linear_kernel do where they normalise themselves, with the same bits.
+/// Grid: rows. What the blocks of linear_kernel do where they normalise themselves, with the same bits. The product
+/// behind it may start at once: before it waits it reads weights alone, which no kernel writes.
 __global__ void __launch_bounds__(kThreads)
     normalise_kernel(Sizes sizes, const std::uint16_t* x, const std::uint16_t* weight, std::uint16_t* normal) {
   __shared__ float squares[kWarps];
+  let_next_start();
   after_kernel_before();
   const int size = sizes.chunks * 8;
   const std::size_t first = static_cast<std::size_t>(blockIdx.x) * size;
