@@ -107,12 +107,12 @@ __global__ void combine_kernel(DecodeSizes sizes, const float* y, const float* w
   out[at] = bfloat16_bits(__fadd_rn(before, sum));
 }
 
-/// Grid: (tiles of kDownRows rows, T); block: one warp per expert of the token. hit_slots and ahead: as
-/// decode_down_combine_cuda has them. Few registers, so that all blocks of a row run at once.
-__global__ void __launch_bounds__(kDecodeMaxTopK* kDecodeWarp, 2)
+/// Grid: (tiles of kDownRows rows, T); block: one warp per expert of the token. hit_slots: null, or as
+/// decode_down_combine_cuda has them.
+__global__ void __launch_bounds__(kDecodeMaxTopK* kDecodeWarp)
     down_combine_kernel(DecodeSizes sizes, const std::uint16_t* h, const std::int32_t* slots, const void* pool,
                         const float* weights, const float* y, const std::uint16_t* residual, std::uint16_t* out,
-                        const std::int32_t* hit_slots, WeightsAhead ahead) {
+                        const std::int32_t* hit_slots) {
   __shared__ float products[kDownRows][kDecodeMaxTopK];
   __shared__ float shares[kDecodeMaxTopK];
   __shared__ bool counts[kDecodeMaxTopK];
@@ -121,8 +121,7 @@ __global__ void __launch_bounds__(kDecodeMaxTopK* kDecodeWarp, 2)
   const int i = static_cast<int>(blockIdx.x) * kDownRows;
   const std::size_t first = static_cast<std::size_t>(blockIdx.y) * sizes.top_k;
   const int early_slot = (hit_slots == nullptr ? slots : hit_slots)[first + k];
-  const bool has_misses = hits_are_done(hit_slots, sizes.top_k);
-  const bool has_hits = y != nullptr && has_misses;
+  const bool has_hits = y != nullptr && hits_are_done(hit_slots, sizes.top_k);
   if (early_slot >= 0 && !has_hits) {
     prefetch_down(sizes, matrix(pool, sizes, early_slot, sizes.blob.down), i);
   }
@@ -136,9 +135,6 @@ __global__ void __launch_bounds__(kDecodeMaxTopK* kDecodeWarp, 2)
   if (lane == 0) {
     shares[k] = weights[first + k];
     counts[k] = y != nullptr || slot >= 0;
-  }
-  if (!has_misses) {
-    prefetch_ahead(ahead);  // its own weights have been asked for
   }
   if (slot >= 0) {
     const std::uint16_t* const rows[1] = {h + (first + k) * sizes.expert_hidden};
@@ -212,11 +208,9 @@ void decode_combine_cuda(const DecodeExpertsShape& shape, const float* y, const 
 
 void decode_down_combine_cuda(const DecodeExpertsShape& shape, const std::uint16_t* h, const std::int32_t* slots,
                               const void* pool, const float* weights, const float* y, const std::uint16_t* residual,
-                              std::uint16_t* out, void* stream, const std::int32_t* hit_slots,
-                              const WeightsAhead& ahead) {
-  const WeightsAhead next = shape.dependent ? ahead : WeightsAhead{};
+                              std::uint16_t* out, void* stream, const std::int32_t* hit_slots) {
   if (shape.format != ExpertFormat::kBfloat16) {
-    quantised_down_combine(shape, h, slots, pool, weights, y, residual, out, stream, hit_slots, next);
+    quantised_down_combine(shape, h, slots, pool, weights, y, residual, out, stream, hit_slots);
     return;
   }
   if (shape.num_tokens >= shape.tensor_rows) {
@@ -226,7 +220,7 @@ void decode_down_combine_cuda(const DecodeExpertsShape& shape, const std::uint16
   const DecodeSizes sizes = decode_sizes(shape);
   const dim3 grid(tiles(sizes.hidden, kDownRows), static_cast<unsigned>(shape.num_tokens));
   launch_kernel("down_combine_kernel", down_combine_kernel, grid, static_cast<unsigned>(sizes.top_k * kDecodeWarp), 0,
-                stream, shape.dependent, sizes, h, slots, pool, weights, y, residual, out, hit_slots, next);
+                stream, shape.dependent, sizes, h, slots, pool, weights, y, residual, out, hit_slots);
 }
 
 }  // namespace hestia

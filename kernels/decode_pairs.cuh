@@ -83,16 +83,6 @@ __device__ inline bool hits_are_done(const std::int32_t* hit_slots, int top_k) {
   return hit_slots != nullptr && __popc(hits_of(hit_slots, top_k)) < top_k;
 }
 
-/// Brings the thread's share of `ahead` into L2: all threads of the grid take lines by turns.
-__device__ inline void prefetch_ahead(const WeightsAhead& ahead) {
-  const auto* const data = static_cast<const unsigned char*>(ahead.data);
-  const std::size_t block = static_cast<std::size_t>(blockIdx.y) * gridDim.x + blockIdx.x;
-  const std::size_t stride = static_cast<std::size_t>(gridDim.y) * gridDim.x * blockDim.x * kLine;
-  for (std::size_t at = (block * blockDim.x + threadIdx.x) * kLine; at < ahead.bytes; at += stride) {
-    prefetch_line(data + at);
-  }
-}
-
 /// residual[at], or what changes no sum where there is no residual.
 __device__ inline float residual_at(const std::uint16_t* residual, std::size_t at) {
   return residual == nullptr ? -0.0F : bfloat16_value(residual[at]);

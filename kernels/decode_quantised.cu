@@ -365,7 +365,7 @@ template <ExpertFormat kFormat>
 __global__ void __launch_bounds__(kFusedWarps* kDecodeWarp)
     quantised_down_combine_kernel(DecodeSizes sizes, const std::uint16_t* h, const std::int32_t* slots,
                                   const void* pool, const float* weights, const float* y, const std::uint16_t* residual,
-                                  std::uint16_t* out, const std::int32_t* hit_slots, WeightsAhead ahead) {
+                                  std::uint16_t* out, const std::int32_t* hit_slots) {
   __shared__ float partial[kDecodeMaxTopK][kSplits][kTileRows];
   __shared__ float products[kDecodeMaxTopK][kTileRows];
   __shared__ float shares[kDecodeMaxTopK];
@@ -375,8 +375,7 @@ __global__ void __launch_bounds__(kFusedWarps* kDecodeWarp)
   const std::size_t first_pair = static_cast<std::size_t>(blockIdx.y) * sizes.top_k;
   const std::size_t groups = (sizes.expert_hidden + kTileInputs - 1) / kTileInputs;
   after_kernel_before();
-  const bool has_misses = hits_are_done(hit_slots, sizes.top_k);
-  const bool has_hits = y != nullptr && has_misses;
+  const bool has_hits = y != nullptr && hits_are_done(hit_slots, sizes.top_k);
   const auto slot_of = [&](int k) { return has_hits && hit_slots[k] >= 0 ? -1 : slots[first_pair + k]; };
   // What the products do not need is asked for before them.
   const int row = thread % kTileRows;
@@ -407,9 +406,6 @@ __global__ void __launch_bounds__(kFusedWarps* kDecodeWarp)
         partial[k][item % kSplits][lane / 4 + 8] = sums[0][2];
       }
     }
-  }
-  if (!has_misses) {
-    prefetch_ahead(ahead);
   }
   __syncthreads();
   for (int k = thread / kTileRows; k < sizes.top_k; k += kFusedWarps * kDecodeWarp / kTileRows) {
@@ -481,14 +477,13 @@ void quantised_down(const DecodeExpertsShape& shape, const std::uint16_t* h, con
 
 void quantised_down_combine(const DecodeExpertsShape& shape, const std::uint16_t* h, const std::int32_t* slots,
                             const void* pool, const float* weights, const float* y, const std::uint16_t* residual,
-                            std::uint16_t* out, void* stream, const std::int32_t* hit_slots,
-                            const WeightsAhead& ahead) {
+                            std::uint16_t* out, void* stream, const std::int32_t* hit_slots) {
   const DecodeSizes sizes = decode_sizes(shape);
   const dim3 grid(tiles(sizes.hidden, kTileRows), static_cast<unsigned>(shape.num_tokens));
   for_format(shape.format, [&]<ExpertFormat kFormat>() {
     launch_kernel("quantised_down_combine_kernel", quantised_down_combine_kernel<kFormat>, grid,
                   kFusedWarps * kDecodeWarp, 0, stream, shape.dependent, sizes, h, slots, pool, weights, y, residual,
-                  out, hit_slots, ahead);
+                  out, hit_slots);
   });
 }
 

@@ -14,7 +14,7 @@ void quantised_down(const DecodeExpertsShape& shape, const std::uint16_t* h, con
                     const void* pool, float* y, void* stream);
 void quantised_down_combine(const DecodeExpertsShape& shape, const std::uint16_t* h, const std::int32_t* slots,
                             const void* pool, const float* weights, const float* y, const std::uint16_t* residual,
-                            std::uint16_t* out, void* stream, const std::int32_t* hit_slots, const WeightsAhead& ahead);
+                            std::uint16_t* out, void* stream, const std::int32_t* hit_slots);
 
 // decode_fetch_gate_up_cuda for integers.
 void quantised_fetch_gate_up(const DecodeExpertsShape& shape, const DecodeFetch& fetch, const std::uint16_t* x,

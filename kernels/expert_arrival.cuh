@@ -68,7 +68,7 @@ struct FetchStep : ServeStep {
   unsigned poll_ns;
   unsigned blocks_per_pair;       ///< that compute gate and up of one expert
   unsigned down_blocks_per_pair;  ///< that compute down of a hit; 0: nobody does
-  WeightsAhead ahead[kFetchAhead];
+  FetchAhead ahead[kFetchAhead];
 };
 
 /// `fetch` as the kernels take it (decode_fetch.cu).
@@ -209,7 +209,7 @@ __device__ inline void bring_ahead(const FetchStep& step, unsigned last, unsigne
     }
     __nanosleep(step.poll_ns);
   }
-  for (const WeightsAhead& what : step.ahead) {
+  for (const FetchAhead& what : step.ahead) {
     const auto* const data = static_cast<const unsigned char*>(what.data);
     const std::size_t stride = std::size_t{step.blocks_per_pair} * kDecodeWarp * kLine;
     for (std::size_t at = (std::size_t{block} * kDecodeWarp + threadIdx.x % kDecodeWarp) * kLine; at < what.bytes;

@@ -90,7 +90,7 @@ void decode_combine_cuda(const DecodeExpertsShape&, const float*, const float*, 
 
 void decode_down_combine_cuda(const DecodeExpertsShape&, const std::uint16_t*, const std::int32_t*, const void*,
                               const float*, const float*, const std::uint16_t*, std::uint16_t*, void*,
-                              const std::int32_t*, const WeightsAhead&) {
+                              const std::int32_t*) {
   refuse();
 }
 

@@ -332,14 +332,14 @@ struct SlotExecutor::Impl {
   // The decode kernels of one wave; the last one writes out = residual + the mixed products.
   void wave_in_kernels(const DecodeExpertsShape& sizes, const std::uint16_t* x, const std::int32_t* slot,
                        const std::uint8_t* pool, bool last, const float* weights, const std::uint16_t* residual,
-                       std::uint16_t* out, const WeightsAhead& ahead) const {
+                       std::uint16_t* out) const {
     DecodeExpertsShape first = sizes;
     // Slots and weights of a wave are written by what comes just before it.
     first.dependent = sizes.dependent && !shape;
     decode_gate_up_cuda(first, x, slot, pool, mutable_bits(hidden_TKF), stream());
     if (last && sizes.num_tokens == 1) {
       decode_down_combine_cuda(sizes, bits(hidden_TKF), slot, pool, weights, product_TKD.const_data_ptr<float>(),
-                               residual, out, stream(), nullptr, ahead);
+                               residual, out, stream());
       return;
     }
     decode_down_cuda(sizes, bits(hidden_TKF), slot, pool, product_TKD.mutable_data_ptr<float>(), stream());
@@ -392,7 +392,7 @@ struct SlotExecutor::Impl {
     auto* const products = product_TKD.mutable_data_ptr<float>();
     decode_fetch_gate_up_cuda(sizes, fetch, x, pool, mutable_bits(hidden_TKF), products, stream());
     decode_down_combine_cuda(sizes, bits(hidden_TKF), fetch.answer.slots, pool, weights, products, residual, out,
-                             stream(), hit_slots, fetch.ahead[0]);
+                             stream(), hit_slots);
   }
 
   // hit_slots: null where nobody looked them up.
@@ -411,10 +411,7 @@ struct SlotExecutor::Impl {
     const auto* pool = slots_SB.const_data_ptr<std::uint8_t>();
     if (!shape) {
       const auto first = static_cast<std::size_t>(moe_layer * architecture.num_experts);
-      const WeightsAhead next =
-          ahead.empty() ? WeightsAhead{} : WeightsAhead{ahead[0].const_data_ptr(), ahead[0].nbytes()};
-      wave_in_kernels(sizes, bits(x_TD), selected, pool + first * store.layout().bytes, true, weights, residual, out,
-                      next);
+      wave_in_kernels(sizes, bits(x_TD), selected, pool + first * store.layout().bytes, true, weights, residual, out);
       return;
     }
     if (hit_slots != nullptr && fetches_in_one()) {
@@ -422,7 +419,7 @@ struct SlotExecutor::Impl {
       return;
     }
     in_waves(selected, tokens, moe_layer, [&](const std::int32_t* slot, bool last) {
-      wave_in_kernels(sizes, bits(x_TD), slot, pool, last, weights, residual, out, {});
+      wave_in_kernels(sizes, bits(x_TD), slot, pool, last, weights, residual, out);
     });
   }
 

@@ -56,12 +56,6 @@ struct ExpertBlob {
 /// The blob of a shape. Throws std::invalid_argument when a size is none that the kernels take, naming it.
 [[nodiscard]] ExpertBlob expert_blob(const DecodeExpertsShape& shape);
 
-/// Weights that kernels behind this one will read.
-struct WeightsAhead {
-  const void* data = nullptr;  ///< On the device.
-  std::size_t bytes = 0;       ///< 0: none.
-};
-
 // Products of a decode step with the experts that a slot table names. `slots`: int32 [T, K], the slot in `pool` that
 // holds the k-th expert of row t, negative: not served in this wave. `pool`: blobs one behind the other, aligned to 16.
 // bfloat16 values are their bits. A row's result depends on its own x, experts and weights alone, bit by bit: not on
@@ -112,12 +106,9 @@ void decode_combine_cuda(const DecodeExpertsShape& shape, const float* y, const 
 /// for itself, so it is for T = 1 or few. hit_slots: null where `slots` and what lies in them was there before the
 /// kernel right before this one; else, behind decode_fetch_gate_up, its int32 [K]: those of the slots that were,
 /// negative elsewhere, and y, where it is not null, holds the products of the hits if and only if one of them is
-/// negative. ahead: what the blocks bring into L2, each a share, once they have asked for their own weights; not where
-/// one of hit_slots is negative, since DecodeFetch::ahead has come then, not in launches that are not `dependent`, and
-/// not on tensor cores of bfloat16. Changes no result.
+/// negative.
 void decode_down_combine_cuda(const DecodeExpertsShape& shape, const std::uint16_t* h, const std::int32_t* slots,
                               const void* pool, const float* weights, const float* y, const std::uint16_t* residual,
-                              std::uint16_t* out, void* stream, const std::int32_t* hit_slots = nullptr,
-                              const WeightsAhead& ahead = {});
+                              std::uint16_t* out, void* stream, const std::int32_t* hit_slots = nullptr);
 
 }  // namespace hestia

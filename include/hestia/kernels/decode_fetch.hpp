@@ -19,7 +19,12 @@ inline constexpr std::int64_t kFetchParts = 2;
 /// more than gate and up.
 [[nodiscard]] std::size_t fetch_own_bytes(const ExpertBlob& blob);
 
-/// Most of DecodeFetch::ahead.
+/// Weights that kernels behind this one will read.
+struct FetchAhead {
+  const void* data = nullptr;  ///< On the device.
+  std::size_t bytes = 0;
+};
+/// Most of them.
 inline constexpr std::size_t kFetchAhead = 2;
 
 /// The slot cache of a layer and where its misses come from, in a step of one token. Pointers lie on the device.
@@ -51,7 +56,7 @@ struct DecodeFetch {
   std::int64_t poll_ns = 2000;           ///< Time between looks of the blocks that wait for a miss.
   /// What blocks that wait for the last miss bring into L2 once the hits are through: memory has nothing else to do
   /// then. Changes no result. Ignored by the CPU.
-  WeightsAhead ahead[kFetchAhead] = {};
+  FetchAhead ahead[kFetchAhead] = {};
 };
 
 /// Bytes of DecodeFetch::workspace.

@@ -133,8 +133,7 @@ class SlotExecutor : public Executor {
   /// One step of a layer in the decode kernels, with the residual in place: out_TD += the experts' mixed outputs,
   /// rounded once. x_TD, out_TD: bfloat16 [T, D]; selected_TK: int32; weights_TK: float32; hit_slots_TK: int32, slot_of
   /// the selected, not looked at when all are resident; all contiguous, on the GPU. ahead: weights that are read next,
-  /// up to kFetchAhead, which a kernel that waits for misses brings into L2 meanwhile; where nothing is missing, the
-  /// last kernel of a step of one token brings the first of them. No result depends on them.
+  /// up to kFetchAhead, which a kernel that waits for misses brings into L2 meanwhile; no result depends on them.
   /// Throws std::logic_error unless runs_kernels().
   void decode(const torch::Tensor& x_TD, const torch::Tensor& selected_TK, const torch::Tensor& weights_TK,
               const torch::Tensor& hit_slots_TK, const torch::Tensor& out_TD, std::int64_t moe_layer,

@@ -412,14 +412,13 @@ TEST_CASE("decode experts: dependent launches await one another", "[gpu]") {
       Guarded<std::uint16_t> residual(c.residual, true);
       Guarded<std::uint16_t> h(Bits(c.pairs() * c.expert_hidden(), kUntouchedBits), true);
       Guarded<float> y(std::vector<float>(c.pairs() * c.hidden(), kUntouched), true);
-      const WeightsAhead ahead{blobs.data(), pool.blobs.size() * sizeof(pool.blobs[0])};
       // Each product reads what the one before it wrote; the mix of the experts is the next input.
       Captured layers([&](void* stream) {
         for (int i = 0; i < 10; ++i) {
           decode_gate_up_cuda(c.shape, x.data(), slots.data(), blobs.data(), h.data(), stream);
           if (i % 2 == 0) {
             decode_down_combine_cuda(c.shape, h.data(), slots.data(), blobs.data(), weights.data(), nullptr,
-                                     residual.data(), x.data(), stream, nullptr, ahead);
+                                     residual.data(), x.data(), stream);
           } else {
             decode_down_cuda(c.shape, h.data(), slots.data(), blobs.data(), y.data(), stream);
             decode_combine_cuda(c.shape, y.data(), weights.data(), residual.data(), x.data(), stream);

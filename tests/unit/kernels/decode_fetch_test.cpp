@@ -114,7 +114,7 @@ class Side {
         }
         decode_fetch_gate_up_cuda(shape, fetch, input.data(), pool_.data(), h_.data(), y, nullptr);
         decode_down_combine_cuda(shape, h_.data(), slot_of_.data(), pool_.data(), weights.data(), y, nullptr,
-                                 out_.data(), nullptr, hit_slots.data(), fetch.ahead[0]);
+                                 out_.data(), nullptr, hit_slots.data());
         require_cuda(cudaDeviceSynchronize());
       } else {
         decode_fetch_gate_up_cpu(shape, fetch, input.data(), pool_.data(), h_.data(), y);
