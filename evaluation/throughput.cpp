@@ -732,14 +732,15 @@ std::vector<Json> run_bench(const LoadedRecipe<BenchRecipe>& loaded, bool quiet,
 
 std::string bench_table(const std::vector<Json>& rows) {
   std::string text =
-      fmt::format("{:>15} {:>10} {:>7} {:>8} {:>5} {:>6} {:>5} {:>9} {:>17} {:>9} {:>8} {:>7} {:>11} {:>7}\n",
-                  "experts", "slots", "policy", "fetch", "batch", "prompt", "new", "tokens/s", "(low - high)", "first",
-                  "loads/l", "hits", "bytes/token", "bound");
+      fmt::format("{:>15} {:>10} {:>7} {:>8} {:>9} {:>5} {:>6} {:>5} {:>9} {:>17} {:>9} {:>8} {:>7} {:>11} {:>7}\n",
+                  "experts", "slots", "policy", "fetch", "prefetch", "batch", "prompt", "new", "tokens/s",
+                  "(low - high)", "first", "loads/l", "hits", "bytes/token", "bound");
   for (const Json& row : rows) {
     text += fmt::format(
-        "{:>15} {:>10} {:>7} {:>8} {:>5} {:>6} {:>5} {:>9.1f} {:>17} {:>9} {:>8.3f} {:>6.1f}% {:>11} {:>7}\n",
+        "{:>15} {:>10} {:>7} {:>8} {:>9} {:>5} {:>6} {:>5} {:>9.1f} {:>17} {:>9} {:>8.3f} {:>6.1f}% {:>11} {:>7}\n",
         row["expert_format"].get<std::string>(), row["slots"].get<std::string>(), row["policy"].get<std::string>(),
-        row["fetch"].get<std::string>(), row["batch"].get<std::int64_t>(), row["prompt_tokens"].get<std::int64_t>(),
+        row["fetch"].get<std::string>(), row["prefetch"].is_null() ? "" : row["prefetch"]["kind"].get<std::string>(),
+        row["batch"].get<std::int64_t>(), row["prompt_tokens"].get<std::int64_t>(),
         row["new_tokens"].get<std::int64_t>(), row["tokens_per_second"].get<double>(),
         fmt::format("({:.1f} - {:.1f})", row["tokens_per_second_low"].get<double>(),
                     row["tokens_per_second_high"].get<double>()),

@@ -38,7 +38,7 @@ struct ServeStep {
   FetchWorkspace* workspace;
   CopyRequest* request;
   PrefetchState* prefetch;
-  unsigned blob_words;  ///< of 16 bytes; 0 without `request`
+  unsigned blob_words;  ///< of 16 bytes; 0 where DecodeFetch::blob was left out
   unsigned own_words;   ///< that the kernel copies of the first load where a host thread copies the rest
   unsigned copiers;
 };

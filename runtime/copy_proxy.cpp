@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <limits>
 #include <string>
 #include <thread>
 
@@ -120,6 +121,7 @@ struct CopyProxy::Impl {
   }
 
   void serve(std::uint32_t count) {
+    const std::int64_t first_blob = request->loads[0].blob;  // the next request may come once all is enqueued
     for (std::uint32_t i = 0; i < count; ++i) {
       const CopyRequest::Load load = request->loads[i];
       cudaStream_t stream = streams[i % streams.size()];
@@ -135,7 +137,7 @@ struct CopyProxy::Impl {
       return;
     }
     hear_guess();
-    if (brought != nullptr && layer_of(brought->blob) == layer_of(request->loads[0].blob)) {
+    if (brought != nullptr && layer_of(brought->blob) == layer_of(first_blob)) {
       brought = nullptr;  // it was wrong
     }
     for (std::size_t i = 0; i < streams.size(); ++i) {
@@ -239,6 +241,10 @@ CopyProxy::CopyProxy(const ExpertStore& store, std::uint8_t* pool, std::uint32_t
   impl.pool = pool;
   impl.flags = flags;
   impl.device = device;
+  if (impl.blob_bytes > std::numeric_limits<std::uint32_t>::max()) {
+    throw RunError(fmt::format("copy proxy: experts must be smaller than 4 GiB, got {} bytes; use --fetch together",
+                               impl.blob_bytes));
+  }
   impl.write = write_value();
   void* memory = nullptr;
   check(cudaHostAlloc(&memory, sizeof(CopyRequest), cudaHostAllocMapped | cudaHostAllocPortable),

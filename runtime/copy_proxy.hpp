@@ -25,7 +25,8 @@ class CopyProxy {
   /// memory that it answers in. With `staging` it also copies what is guessed, in pieces, while nothing is asked for:
   /// behind the loads before, two pieces at most on their way, and no more once the guess's layer asks or another guess
   /// comes. What was begun of a load that is asked for then is not copied again. All of that memory must outlive this.
-  /// Throws RunError when CUDA has no memory, stream or event, or is too old to write behind a copy.
+  /// Throws RunError for blobs of 4 GiB and more, or when CUDA has no memory, stream or event, or is too old to write
+  /// behind a copy.
   CopyProxy(const ExpertStore& store, std::uint8_t* pool, std::uint32_t* flags,
             const std::optional<CopyStaging>& staging, int device);
   CopyProxy(const CopyProxy&) = delete;

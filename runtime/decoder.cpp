@@ -148,7 +148,7 @@ struct Decoder::Impl {
     if (options.cache && options.cache->prefetch != PrefetchKind::kOff && !prefetches()) {
       log_warning(
           fmt::format("--prefetch {}: takes a GPU with the decode kernels, one row, slots of each layer's own for all "
-                      "experts of a token, and --fetch auto or copies; nothing is prefetched",
+                      "experts of a token, not static ones, and --fetch auto or copies; nothing is prefetched",
                       prefetch_name(options.cache->prefetch)));
     }
   }

@@ -29,7 +29,11 @@ DecoderMemory decoder_memory(const Architecture& architecture, const ExpertStore
     memory.scratch_slots = may_pass_by(architecture, rows * architecture.top_k, *cache)
                                ? scratch_slots(architecture, rows * architecture.top_k)
                                : 0;
-    memory.scratch_slots += cache->prefetch != PrefetchKind::kOff && rows == 1 && !pool ? 2 : 0;
+    const bool prefetches = cache->prefetch != PrefetchKind::kOff && rows == 1 && !pool &&
+                            cache->policy != CachePolicyKind::kStatic &&
+                            slots >= std::min(architecture.top_k, architecture.num_experts) &&
+                            (cache->fetch == FetchPath::kAuto || cache->fetch == FetchPath::kCopies);
+    memory.scratch_slots += prefetches ? 2 : 0;
     memory.slots = slots * (pool ? 1 : layers) + memory.scratch_slots;
     memory.prompt_bytes = 2 * layer_bytes;
   } else {

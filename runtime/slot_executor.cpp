@@ -120,11 +120,11 @@ struct SlotExecutor::Impl {
   bool early = false;
   Tensor hidden_TKF, product_TKD;  // of the decode kernels
   Tensor fetch_workspace;
-  Tensor wave_flags;  // int32 [E], the host thread's answers where waves are asked for
-  std::unique_ptr<CopyProxy> proxy;
+  Tensor wave_flags;                       // int32 [E], the host thread's answers where waves are asked for
+  Tensor prefetch_state, prefetch_places;  // PrefetchState and two blobs; undefined: nothing is prefetched
+  std::unique_ptr<CopyProxy> proxy;        // behind the memory that it writes
   bool asks = false;                       // the proxy is awake
   bool in_one = false;                     // one kernel can serve, fetch and multiply
-  Tensor prefetch_state, prefetch_places;  // PrefetchState and two blobs; undefined: nothing is prefetched
   std::int64_t copied_before = 0;          // bytes of guesses, at the reset
   std::int64_t useful_before = 0;
   Tensor misses_read;  // of kStaged: the step and its loads, in pinned memory

@@ -78,7 +78,10 @@ def cost_of(points):
 
 def saved_at(points, strength):
     """Loads saved at a lambda: between the points, 0 among them, log(1 - saved / top) is linear."""
-    top = BEYOND * max(p["saved"] for p in points)
+    most = max(p["saved"] for p in points)
+    if most <= 0.0:
+        return 0.0  # a layer that the rule does not reach
+    top = BEYOND * most
     corners = [(0.0, 0.0), *sorted((p["lambda"], math.log(1.0 - p["saved"] / top)) for p in points)]
     for (x0, y0), (x1, y1) in zip(corners, corners[1:]):
         if strength <= x1:

@@ -82,7 +82,7 @@ struct DecodeGuess {
   float bonus = 0.0F;                     ///< In place of the shape's.
   std::int64_t layer = 0;                 ///< Number of the next layer among those with experts.
   PrefetchState* state = nullptr;         ///< Gets the guess, and its count.
-  CopyRequest* request = nullptr;         ///< Is told of it, once the layer's own loads are asked for; null: nobody.
+  CopyRequest* request = nullptr;         ///< Is told of it, after the layer's own loads where the router serves.
   DecodeRouterOutputs scratch = {};       ///< Written but for `normal`, and `slots`, which may be null.
 };
 
@@ -90,7 +90,8 @@ struct DecodeGuess {
 /// weights = probabilities of the selected, normalised and scaled as the shape says. The first min(J, K) experts are
 /// the highest by score, which is the logit unless a prior is by weight; the others the best of the rest by
 /// chosen_before of hestia/routing/residency.hpp. CPU, synchronous, one thread. Throws std::invalid_argument when a
-/// size is none of the above.
+/// size is none of the above, and for a `guess` in a step of several tokens, without slots or a place, or with a trace
+/// for one of the layers only.
 void decode_router_cpu(const DecodeRouterShape& shape, const DecodeRouterInputs& in, const DecodeRouterOutputs& out);
 
 /// Bytes of device memory that decode_router_cuda counts in: zero before the first call, and zero again after each.
@@ -99,8 +100,8 @@ void decode_router_cpu(const DecodeRouterShape& shape, const DecodeRouterInputs&
 /// The same on the GPU: device pointers (hidden, norm_weight, router and normal aligned to 16), asynchronous on
 /// `stream` (a cudaStream_t) of the current device, one kernel, no allocation, fit for capture in a graph. One warp per
 /// token and expert; the block of a token that ends last chooses. A token's results do not depend on T. Throws
-/// std::invalid_argument for a `fetch` that decode_fetch_gate_up_cuda does not take, and RunError with the CUDA error
-/// when the launch fails, or when Hestia was built without its CUDA kernels.
+/// std::invalid_argument as the CPU and for a `fetch` that decode_fetch_gate_up_cuda does not take, and RunError with
+/// the CUDA error when the launch fails, or when Hestia was built without its CUDA kernels.
 void decode_router_cuda(const DecodeRouterShape& shape, const DecodeRouterInputs& in, const DecodeRouterOutputs& out,
                         void* workspace, void* stream);
 

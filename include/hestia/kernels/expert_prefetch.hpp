@@ -31,7 +31,8 @@ struct PrefetchState {
   /// tag << 8 | pieces that are there. Put back to 0 by the kernel that reads it.
   std::uint32_t landed[2] = {};
   std::uint32_t tag = 0;  ///< Of the last guess; it goes on from one sequence to the next.
-  std::uint32_t met = 0;  ///< A guess is told of once the layer's own loads have been asked for: who of both is there.
+  /// A guess is told of once the router has asked for the layer's own loads, if it does: who of both is there.
+  std::uint32_t met = 0;
   Guess guesses[2];
   PrefetchCounts counts;
 };

@@ -104,7 +104,7 @@ class Decoder {
   [[nodiscard]] FetchPath fetch_path() const noexcept;
   /// What is prefetched; kOff where SlotCacheOptions::prefetch does not serve.
   [[nodiscard]] PrefetchKind prefetch() const noexcept;
-  /// What that did since `begin`.
+  /// What that did since `begin`, as SlotExecutor::prefetch_totals. Synchronises.
   [[nodiscard]] PrefetchTotals prefetch_totals() const;
   /// Whether whole steps run in the decode kernels.
   [[nodiscard]] bool in_kernels() const noexcept;

@@ -88,6 +88,18 @@ TEST_CASE("a decoder's memory is what it takes") {
       const DecoderMemory resident = decoder_memory(a, offloaded.store, rows, kCapacity, std::nullopt);
       CHECK(resident.slots * resident.slot_bytes == offloaded.store.bytes());
       CHECK(resident.prompt_bytes == 0);
+      // Guesses have a place each for two layers, where they serve.
+      cache.slots.per_layer = a.top_k;
+      const std::int64_t without = decoder_memory(a, offloaded.store, rows, kCapacity, cache).slots;
+      cache.prefetch = PrefetchKind::kNextGate;
+      CHECK(decoder_memory(a, offloaded.store, rows, kCapacity, cache).slots == without + (rows == 1 ? 2 : 0));
+      cache.fetch = FetchPath::kTogether;
+      CHECK(decoder_memory(a, offloaded.store, rows, kCapacity, cache).slots == without);
+      cache.fetch = FetchPath::kCopies;
+      cache.slots.per_layer = a.top_k - 1;
+      const DecoderMemory few = decoder_memory(a, offloaded.store, rows, kCapacity, cache);
+      cache.prefetch = PrefetchKind::kOff;
+      CHECK(few.slots == decoder_memory(a, offloaded.store, rows, kCapacity, cache).slots);
     }
   }
 }
