@@ -120,7 +120,10 @@ std::optional<ResidencyRule> residency_from(const std::string& text, const std::
     good = read(parts[1], rule.always_keep);
   }
   if (good && parts.size() > 2) {
-    const std::optional<ResidencyScore> score = residency_score_from_name(parts[2]);
+    constexpr std::string_view kMass = "+mass";
+    rule.preserve_mass = std::string_view(parts[2]).ends_with(kMass);
+    const std::string name = parts[2].substr(0, parts[2].size() - (rule.preserve_mass ? kMass.size() : 0));
+    const std::optional<ResidencyScore> score = residency_score_from_name(name);
     good = score.has_value();
     rule.score = score.value_or(rule.score);
   }
@@ -133,8 +136,8 @@ std::optional<ResidencyRule> residency_from(const std::string& text, const std::
   if (!good) {
     throw UsageError(
         fmt::format("--residency-prior: must be LAMBDA,J (0.3,2) or LAMBDA,J,SCORE with the score logit or weight "
-                    "(0.05,2,weight), then if wanted a factor of lambda per MoE layer (0.05,2,weight,1,0.5,2), off, or "
-                    "bundle for the bundle's own rule, got \"{}\"",
+                    "(0.05,2,weight) or one of them with +mass (0.3,2,logit+mass), then if wanted a factor of lambda "
+                    "per MoE layer (0.05,2,weight,1,0.5,2), off, or bundle for the bundle's own rule, got \"{}\"",
                     text));
   }
   if (!rule.layer_factors.empty() && rule.layer_factors.size() != num_layers) {
@@ -716,7 +719,8 @@ void run_generate(const GenerateArguments& arguments) {
                              ? Json{{"score", residency_score_name(options.residency->score)},
                                     {"lambda", options.residency->lambda},
                                     {"layer_factors", options.residency->layer_factors},
-                                    {"always_keep", options.residency->always_keep}}
+                                    {"always_keep", options.residency->always_keep},
+                                    {"preserve_mass", options.residency->preserve_mass}}
                              : Json();
     found["warnings"] = degradations();
     return found;
@@ -873,10 +877,10 @@ void add_generate(CLI::App& app) {
   verb->add_option("--preload-router", arguments->preload_router,
                    "whose statistics: baseline or tuned (default: that of --router)")
       ->option_text("NAME");
-  verb->add_option(
-          "--residency-prior", arguments->residency,
-          "prefer experts that are there: LAMBDA,J or LAMBDA,J,logit|weight, then a factor of LAMBDA per MoE layer or "
-          "none, off, or bundle for the bundle's own rule")
+  verb->add_option("--residency-prior", arguments->residency,
+                   "prefer experts that are there: LAMBDA,J or LAMBDA,J,logit|weight (or +mass behind it), then a "
+                   "factor of LAMBDA "
+                   "per MoE layer or none, off, or bundle for the bundle's own rule")
       ->capture_default_str();
   verb->add_option("--temperature", arguments->temperature, "0: always the likeliest token")->capture_default_str();
   verb->add_option("--top-p", arguments->top_p, "draw among the likeliest tokens that reach this probability together")

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -12,7 +14,13 @@
 namespace hestia {
 namespace {
 
-std::vector<std::int32_t> choose(const DecodeRouterShape& shape, const float* logits, const std::int32_t* slot_of) {
+/// K experts each, by falling score.
+struct Choice {
+  std::vector<std::int32_t> plain;  ///< By the score alone.
+  std::vector<std::int32_t> selected;
+};
+
+Choice choose(const DecodeRouterShape& shape, const float* logits, const std::int32_t* slot_of) {
   std::vector<float> scores(logits, logits + shape.num_experts);
   if (slot_of != nullptr && routes_by_weight(shape.score, shape.bonus, shape.always_keep, shape.top_k)) {
     relative_weights(logits, shape.num_experts, scores.data());
@@ -24,7 +32,14 @@ std::vector<std::int32_t> choose(const DecodeRouterShape& shape, const float* lo
   }
   const auto top = experts.begin() + shape.top_k;
   const auto rest = experts.begin() + std::min(shape.always_keep, shape.top_k);
+  const auto best = [&] {
+    std::vector<std::int32_t> ids;
+    std::transform(experts.begin(), top, std::back_inserter(ids), [](const auto& c) { return c.expert; });
+    return ids;
+  };
+  Choice choice;
   std::sort(experts.begin(), experts.end(), chosen_before);
+  choice.plain = best();
   for (auto candidate = rest; candidate != experts.end(); ++candidate) {
     if (slot_of != nullptr && slot_of[candidate->expert] >= 0) {
       candidate->adjusted = ordered_logit(scores[static_cast<std::size_t>(candidate->expert)] + shape.bonus);
@@ -33,9 +48,8 @@ std::vector<std::int32_t> choose(const DecodeRouterShape& shape, const float* lo
   std::sort(rest, experts.end(), chosen_before);
   std::for_each(experts.begin(), top, [](ResidencyCandidate& c) { c.adjusted = c.own; });
   std::sort(experts.begin(), top, chosen_before);
-  std::vector<std::int32_t> selected;
-  std::transform(experts.begin(), top, std::back_inserter(selected), [](const auto& c) { return c.expert; });
-  return selected;
+  choice.selected = best();
+  return choice;
 }
 
 }  // namespace
@@ -149,21 +163,25 @@ void decode_router_cpu(const DecodeRouterShape& shape, const DecodeRouterInputs&
       total += probabilities[e];
     }
     std::for_each(probabilities, probabilities + shape.num_experts, [&](float& p) { p /= total; });
-    std::vector<std::int32_t> selected = choose(shape, logits, in.slot_of);
+    Choice choice = choose(shape, logits, in.slot_of);
+    std::vector<std::int32_t>& selected = choice.selected;
     if (in.forced != nullptr) {
       const std::int64_t* const row = in.forced + (*in.step % in.num_forced * shape.num_tokens + t) * shape.top_k;
       std::copy(row, row + shape.top_k, selected.begin());
     }
-    float chosen = 0.0F;
-    for (const std::int32_t e : selected) {
-      chosen += probabilities[e];
-    }
+    const auto mass = [&](const std::vector<std::int32_t>& experts) {
+      return std::accumulate(experts.begin(), experts.end(), 0.0F,
+                             [&](float sum, std::int32_t e) { return sum + probabilities[e]; });
+    };
+    const float chosen = mass(selected);
+    const bool scaled = scales_weights(shape, in);
+    const float ratio = scaled ? mass(choice.plain) / std::max(chosen, std::numeric_limits<float>::min()) : 1.0F;
     for (std::int64_t k = 0; k < shape.top_k; ++k) {
       out.selected[t * shape.top_k + k] = selected[k];
       if (out.slots != nullptr) {
         out.slots[t * shape.top_k + k] = in.slot_of[selected[k]];
       }
-      const float weight = probabilities[selected[k]];
+      const float weight = probabilities[selected[k]] * ratio;
       out.weights[t * shape.top_k + k] = (shape.normalise_top_k ? weight / chosen : weight) * shape.routed_scale;
     }
   }

@@ -1,6 +1,7 @@
 #include "hestia/kernels/decode_router.hpp"
 
 #include <algorithm>
+#include <cfloat>
 
 #include "block_signals.cuh"
 #include "decode_checks.hpp"
@@ -207,12 +208,18 @@ __device__ bool choose(const DecodeRouterShape& shape, const DecodeRouterInputs&
       e = forced;
     }
     float weight = p[e];
-    if (shape.normalise_top_k) {
+    const auto sum_over_choice = [&](float value) {
       float sum = 0.0F;
       for (int k = 0; k < top_k; ++k) {
-        sum = __fadd_rn(sum, __shfl_sync(0xffffffffU, weight, k));
+        sum = __fadd_rn(sum, __shfl_sync(0xffffffffU, value, k));
       }
-      weight = __fdiv_rn(weight, sum);
+      return sum;
+    };
+    if (shape.normalise_top_k) {
+      weight = __fdiv_rn(weight, sum_over_choice(weight));
+    } else if (scales_weights(shape, inputs)) {
+      const float plain = sum_over_choice(p[at_place[thread < top_k ? thread : 0]]);
+      weight = __fmul_rn(weight, __fdiv_rn(plain, fmaxf(sum_over_choice(weight), FLT_MIN)));
     }
     if (thread < top_k) {
       const std::size_t at = token * top_k + thread;

@@ -28,6 +28,17 @@ Tensor shared_expert(const LayerWeights& weights, const Tensor& x_TD) {
   return scale.defined() ? at::sigmoid(at::linear(x_TD, scale)) * out_TD : out_TD;
 }
 
+// Weights of the experts that were chosen, as the selector wants them.
+Tensor weights_of(const LayerRun& run, const RoutingRecord& record) {
+  const Architecture& a = run.architecture;
+  Tensor plain_TK;
+  if (run.selector->preserves_mass(run.moe_layer, a.top_k)) {
+    const torch::NoGradGuard no_grad;
+    plain_TK = top_k_lowest_index(selection_scores(a, record.logits_TE), a.top_k);
+  }
+  return mixing_weights(a, record.logits_TE, record.probabilities_TE, record.selected_TK, plain_TK);
+}
+
 // Routed experts of normalised hidden states [T, D], mixed.
 Tensor moe_block(const LayerRun& run, const Tensor& x_TD, const std::optional<Tensor>& selected_TK,
                  RoutingRecord& record) {
@@ -47,7 +58,7 @@ Tensor moe_block(const LayerRun& run, const Tensor& x_TD, const std::optional<Te
           at::linear(router_input.detach(), weights.reference_router_ED, weights[P::kRouterBias]);
     }
   }
-  record.weights_TK = mixing_weights(a, record.logits_TE, record.probabilities_TE, record.selected_TK);
+  record.weights_TK = weights_of(run, record);
   Tensor mixed = run.executor->run(run.experts, x_TD, record.selected_TK, record.weights_TK, run.moe_layer);
   return a.shared_intermediate_size > 0 ? mixed + shared_expert(weights, x_TD) : mixed;
 }
@@ -150,11 +161,10 @@ LayerResult run_layer(const LayerRun& run, const Tensor& hidden_BSD, const std::
   return result;
 }
 
-LayerResult run_layer_checkpointed(LayerRun run, const Tensor& hidden_BSD) {
-  const Architecture a = run.architecture;
+LayerResult run_layer_checkpointed(const LayerRun& run, const Tensor& hidden_BSD) {
   const std::vector<Tensor> parameters = run.weights->parameters();
   const variable_list outputs =
-      CheckpointedLayer::apply(c10::make_intrusive<LayerCall>(std::move(run)), hidden_BSD, at::TensorList(parameters));
+      CheckpointedLayer::apply(c10::make_intrusive<LayerCall>(run), hidden_BSD, at::TensorList(parameters));
   LayerResult result;
   result.hidden_BSD = outputs[0];
   if (outputs.size() > 1) {
@@ -163,7 +173,7 @@ LayerResult run_layer_checkpointed(LayerRun run, const Tensor& hidden_BSD) {
     record.selected_TK = outputs[2];
     record.reference_logits_TE = outputs.size() > 3 ? outputs[3] : Tensor();
     record.probabilities_TE = record.logits_TE.softmax(1);
-    record.weights_TK = mixing_weights(a, record.logits_TE, record.probabilities_TE, record.selected_TK);
+    record.weights_TK = weights_of(run, record);
   }
   return result;
 }

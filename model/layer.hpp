@@ -43,6 +43,6 @@ struct LayerResult {
                                     const std::optional<torch::Tensor>& selected_TK = std::nullopt);
 
 /// The same, with activations recomputed in backward instead of kept.
-[[nodiscard]] LayerResult run_layer_checkpointed(LayerRun run, const torch::Tensor& hidden_BSD);
+[[nodiscard]] LayerResult run_layer_checkpointed(const LayerRun& run, const torch::Tensor& hidden_BSD);
 
 }  // namespace hestia

@@ -44,11 +44,16 @@ Tensor selection_scores(const Architecture& a, const Tensor& logits_TE) {
 }
 
 Tensor mixing_weights(const Architecture& a, const Tensor& logits_TE, const Tensor& probabilities_TE,
-                      const Tensor& selected_TK) {
+                      const Tensor& selected_TK, const Tensor& plain_TK) {
   Tensor weights_TK;
   switch (a.routing) {
     case RoutingKind::kSoftmax:
       weights_TK = probabilities_TE.gather(1, selected_TK);
+      if (plain_TK.defined() && !a.normalise_top_k) {
+        const Tensor plain_T1 = probabilities_TE.gather(1, plain_TK).sum(1, /*keepdim=*/true);
+        const Tensor chosen_T1 = weights_TK.sum(1, /*keepdim=*/true).clamp_min(std::numeric_limits<float>::min());
+        weights_TK = weights_TK * (plain_T1 / chosen_T1);
+      }
       break;
     case RoutingKind::kSoftmaxOfChosen:
       weights_TK = logits_TE.gather(1, selected_TK).softmax(1);

@@ -202,6 +202,7 @@ struct FusedStep::Impl {
       shape.bonus = rule->bonus(index);
       shape.always_keep = rule->always_keep;
       shape.score = rule->score;
+      shape.preserve_mass = rule->preserve_mass;
     }
     in.slot_of = slots->slot_of(index);
     const Tensor selected = selected_LBK[index];

@@ -20,6 +20,9 @@ class SlotResidencySelector : public Selector {
   SlotResidencySelector(ResidencyRule rule, std::shared_ptr<SlotExecutor> slots);
   [[nodiscard]] torch::Tensor select(const torch::Tensor& logits_TE, std::int64_t top_k, std::int64_t moe_layer,
                                      const TokenBatch& batch) override;
+  [[nodiscard]] bool preserves_mass(std::int64_t moe_layer, std::int64_t top_k) const override {
+    return !slots_->all_resident() && rule_.scales_weights(moe_layer, top_k);
+  }
 
  private:
   ResidencyRule rule_;

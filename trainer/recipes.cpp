@@ -149,6 +149,7 @@ FieldList ResidencyOptions::fields() {
   list.add("layer_factors", layer_factors, "factors of lambda, one per MoE layer; empty: 1 everywhere",
            {.low = 0.0, .high = 1e6});
   list.add("always_keep", always_keep, "experts per token chosen by their score alone (J)", {.low = 0});
+  list.add("preserve_mass", preserve_mass, "scale the chosen experts' weights to the sum that plain Top-K's have");
   list.add("slots", slots, "slots per layer of the cache; 0: losses.cache_simulation.slots, or E/4", {.low = 0});
   list.add("policy", policy, "of that cache", {"lru"});
   list.add("in_loop", in_loop, "train under this routing, not only serve with it");

@@ -15,6 +15,7 @@ namespace hestia {
 namespace {
 
 constexpr std::int64_t kResidencyFormat = 1;
+constexpr std::int64_t kMassFormat = 2;  // with preserve_mass, which a reader of the first would pass over
 constexpr std::int64_t kRows = 8;
 
 // A rule that was in the loop belongs to the run: what is asked for now and differs would be ignored.
@@ -32,6 +33,7 @@ void check_overrides(const RecipeSource& source, const ResidencyRule& asked, con
   check("residency.lambda", asked.lambda, of_run.lambda);
   check("residency.layer_factors", asked.layer_factors, of_run.layer_factors);
   check("residency.always_keep", asked.always_keep, of_run.always_keep);
+  check("residency.preserve_mass", asked.preserve_mass, of_run.preserve_mass);
   check("residency.slots", asked.slots, of_run.slots);
   check("residency.policy", asked.policy, of_run.policy);
   problems.throw_usage_if_any();
@@ -46,6 +48,7 @@ ResidencyRule residency_rule(const LoadedRecipe<FinetuneRecipe>& loaded, const A
   rule.lambda = options.lambda;
   rule.layer_factors = options.layer_factors;
   rule.always_keep = options.always_keep;
+  rule.preserve_mass = options.preserve_mass;
   rule.policy = options.policy;
   rule.slots = options.slots > 0 ? options.slots : loaded.recipe.losses.cache_simulation.slots;
   rule.slots = rule.slots > 0 ? rule.slots : std::max<std::int64_t>(1, architecture.num_experts / 4);
@@ -131,16 +134,17 @@ ResidencyRule rule_of_run(const LoadedRecipe<FinetuneRecipe>& loaded, MoeModel& 
 }
 
 std::string lambda_text(const ResidencyRule& rule) {
-  return fmt::format("{}lambda {:g}{}", rule.score == ResidencyScore::kWeight ? "weight " : "", rule.lambda,
-                     rule.layer_factors.empty() ? "" : " by layer");
+  return fmt::format("{}lambda {:g}{}{}", rule.score == ResidencyScore::kWeight ? "weight " : "", rule.lambda,
+                     rule.layer_factors.empty() ? "" : " by layer", rule.preserve_mass ? ", mass preserved" : "");
 }
 
 Json residency_json(const ResidencyRule& rule) {
-  return {{"format_version", kResidencyFormat},
+  return {{"format_version", rule.preserve_mass ? kMassFormat : kResidencyFormat},
           {"score", residency_score_name(rule.score)},
           {"lambda", rule.lambda},
           {"layer_factors", rule.layer_factors},
           {"always_keep", rule.always_keep},
+          {"preserve_mass", rule.preserve_mass},
           {"slots", rule.slots},
           {"policy", rule.policy},
           {"calibration", rule.calibration},
@@ -169,9 +173,9 @@ ResidencyRule residency_from_json(const Json& json, const std::string& subject, 
   if (json.contains("format_version")) {
     std::int64_t version = 0;
     take("format_version", version);
-    if (version != kResidencyFormat) {
-      problems.add(fmt::format("{}: format version {} is not one this program supports ({}); update the program",
-                               subject, version, kResidencyFormat));
+    if (version != kResidencyFormat && version != kMassFormat) {
+      problems.add(fmt::format("{}: format version {} is not one this program supports ({}, {}); update the program",
+                               subject, version, kResidencyFormat, kMassFormat));
     }
   }
   // Without a score it is the rule by logits, which was the only one.
@@ -191,6 +195,9 @@ ResidencyRule residency_from_json(const Json& json, const std::string& subject, 
     take("layer_factors", rule.layer_factors);
   }
   take("always_keep", rule.always_keep);
+  if (json.contains("preserve_mass")) {
+    take("preserve_mass", rule.preserve_mass);
+  }
   take("slots", rule.slots);
   take("policy", rule.policy);
   take("logit_range", rule.logit_range);

@@ -99,11 +99,16 @@ def corpus_overrides(recipe, folder):
     ]
 
 
-def task_overrides(problems):
-    """GSM8K's test problems as a task, laid out as its training text is; the first `problems` of them."""
-    task = {"name": "gsm8k", "kind": "exact_match", "domain": QUESTIONS, "split": "all", "answer_after": "####"}
-    task |= {"stop": ["\n\nQuestion:"], "max_new_tokens": 256, "limit": problems, "batch": problems}
-    return [f"evaluate.tasks={json.dumps([task])}"] if problems > 0 else []
+def task_overrides(problems, choices=None):
+    """GSM8K's test problems as a task, laid out as its training text is, the first `problems` of them; and a task of
+    likelihoods for each JSON-lines file of the folder `choices`, by its name."""
+    tasks = []
+    if problems > 0:
+        task = {"name": "gsm8k", "kind": "exact_match", "domain": QUESTIONS, "split": "all", "answer_after": "####"}
+        tasks.append(task | {"stop": ["\n\nQuestion:"], "max_new_tokens": 256, "limit": problems, "batch": problems})
+    for path in sorted(choices.glob("*.jsonl")) if choices else []:
+        tasks.append({"name": path.stem, "kind": "multiple_choice", "paths": [str(path)], "batch": 128})
+    return [f"evaluate.tasks={json.dumps(tasks)}"] if tasks else []
 
 
 def merged(*lists):
@@ -244,6 +249,8 @@ def points_of(results):
             rule["score"] = arm["residency"]["score"]
         if rule and arm["residency"].get("layer_factors"):
             rule["layer_factors"] = arm["residency"]["layer_factors"]
+        if rule and arm["residency"].get("preserve_mass"):
+            rule["preserve_mass"] = True
         points.append({"residency": rule, "domains": {d["domain"]: figures_of(d) for d in arm["domains"]}})
         if arm.get("tasks"):
             points[-1]["tasks"] = arm["tasks"]
@@ -292,7 +299,7 @@ def run_arm(arm, options, programs, gpu, threads, facts):
     target = ["--only", "baseline"] if arm.trainable == BASE_SET else ["--only", "tuned", "--checkpoint"]
     points = []
     for domains, more in (
-        (tuned, [f"evaluate.tokens_per_domain={options.tuned_tokens}", *task_overrides(options.problems)]),
+        (tuned, [f"evaluate.tokens_per_domain={options.tuned_tokens}", *task_overrides(options.problems, options.choices)]),
         (others, [f"evaluate.tokens_per_domain={options.other_tokens}", "evaluate.static_set=[]"]),
     ):
         program("evaluate", *merged(words, [f"data.evaluate=[{','.join(domains)}]"], more), *target)
@@ -500,7 +507,8 @@ def rule_text(rule, quarter):
     other = "" if rule["slots"] == quarter else f", C {rule['slots']}"
     score = f"{rule['score']} " if "score" in rule else ""
     factors = " x " + "/".join(f"{factor:g}" for factor in rule["layer_factors"]) if "layer_factors" in rule else ""
-    return f"{score}{rule['lambda']:g}{factors}, J {rule['always_keep']}{other}"
+    mass = ", mass" if rule.get("preserve_mass") else ""
+    return f"{score}{rule['lambda']:g}{factors}, J {rule['always_keep']}{mass}{other}"
 
 
 def override_of(row, key):
@@ -515,12 +523,23 @@ def outside_of(figures, base, domain):
 def best_plain(rows, domain, trainable, steps):
     """Figures by domain, one per seed, of plain tuning for as many steps, on that domain alone, at the best of its
     learning rates; empty without any."""
+    by_name = plain_by_name(rows, domain, trainable, steps)
+    return by_name.get(best_plain_name(rows, domain, trainable, steps), [])
+
+
+def best_plain_name(rows, domain, trainable, steps=""):
+    """The name of that tuning; None without any."""
+    by_name = plain_by_name(rows, domain, trainable, steps)
+    return min(by_name, key=lambda name: mean_perplexity(by_name[name], domain), default=None)
+
+
+def plain_by_name(rows, domain, trainable, steps):
     by_name = {}
     for row in rows:
         plain = row["name"].startswith(NLL_PREFIX) and not override_of(row, "data.train")
         if plain and (row["domain"], row["trainable"], override_of(row, "train.steps")) == (domain, trainable, steps):
             by_name.setdefault(row["name"], []).append(row["points"][0]["domains"])
-    return min(by_name.values(), key=lambda seeds: mean_perplexity(seeds, domain), default=[])
+    return by_name
 
 
 def mean_perplexity(seeds, domain):
@@ -583,6 +602,42 @@ def points_by_domain(rows, domain):
     return points
 
 
+def accuracies(rows, domain):
+    """Of every arm that answered tasks, served by plain Top-K: (set, name, seeds, {task: mean accuracy})."""
+    groups = {}
+    for row in rows:
+        if row["domain"] == domain and row["points"][0].get("tasks"):
+            groups.setdefault((row["trainable"], row["name"]), []).append(row["points"][0]["tasks"])
+    found = []
+    for (trainable, name), seeds in groups.items():
+        by_task = {}
+        for task in (task for tasks in seeds for task in tasks):
+            by_task.setdefault(task["task"], []).append(task["accuracy"])
+        found.append((trainable, name, len(seeds), {task: mean(values) for task, values in by_task.items()}))
+    return found
+
+
+def tasks_text(rows, domain):
+    """Accuracy in per cent, and in points against plain tuning of the same set at its best rate."""
+    found = accuracies(rows, domain)
+    tasks = list(dict.fromkeys(task for *_, by_task in found for task in by_task))
+    if not tasks:
+        return ""
+    lines = [f"{'set':<12} {'arm':<32} {'seeds':>5} " + " ".join(f"{task:>22}" for task in tasks)]
+    order = {name: number for number, name in enumerate((BASE_SET, *SETS))}
+    for trainable, name, seeds, by_task in sorted(found, key=lambda arm: order[arm[0]]):
+        plain_name = best_plain_name(rows, domain, trainable)
+        plain = next((arm[3] for arm in found if arm[:2] == (trainable, plain_name)), {})
+        cells = []
+        for task in tasks:
+            cell = f"{100 * by_task[task]:.1f}" if task in by_task else "-"
+            if task in by_task and task in plain and name != plain_name:
+                cell += f" ({100 * (by_task[task] - plain[task]):+.1f})"
+            cells.append(f"{cell:>22}")
+        lines.append(f"{trainable:<12} {name:<32} {seeds:>5} " + " ".join(cells))
+    return "\n".join(["tasks, per cent right (points against plain tuning of the same set):", *lines])
+
+
 def percent(value, digits=2):
     return "-" if math.isnan(value) else f"{100 * value:+.{digits}f}%"
 
@@ -639,6 +694,8 @@ def table(options):
     print(f"base model {rows[0]['base_sha256'][:12]}, {len(rows)} arms, commit {commits}, {devices}")
     for domain in tuned_domains(rows, options):
         print("\n" + table_text(rows, domain, options.front))
+        if tasks := tasks_text(rows, domain):
+            print("\n" + tasks)
 
 
 COLOURS = {BASE_SET: "#777777", "router": "#1b6ca8", "router+lora": "#d1741a", "all": "#2d8a4e"}
@@ -724,6 +781,13 @@ def make_corpus(options):
         print(f"{options.archive}: {options.archive.stat().st_size / (1 << 20):.1f} MiB")
 
 
+def absolute_folder(text):
+    path = pathlib.Path(text).resolve()
+    if not any(path.glob("*.jsonl")):
+        raise argparse.ArgumentTypeError(f"must be a folder with JSON-lines files, got '{text}'")
+    return path
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -760,6 +824,7 @@ def main():
     verb.add_argument("--tuned-tokens", type=int, default=32768, help="held-out tokens of each of those")
     verb.add_argument("--other-tokens", type=int, default=8192, help="held-out tokens of each other domain")
     verb.add_argument("--problems", type=int, default=0, help="GSM8K test problems that every arm answers, at most 1319")
+    verb.add_argument("--choices", type=absolute_folder, help="folder of multiple-choice tasks that every arm answers")
     for verb in (add("table", table, "print loads against perplexity"), add("plot", plot, "draw it")):
         verb.add_argument("--domain", help="of the tuned ones; all of them by default")
         if verb.get_default("act") is table:

@@ -496,6 +496,7 @@ TEST_CASE("generate names what is wrong before it loads a model") {
   complains({"--residency-prior", "0.3,2"}, {"--residency-prior", "--router"});
   complains({"--residency-prior", "0.3,2,logit"}, {"--residency-prior", "--router", "by weight"});
   complains({"--residency-prior", "0.3,2,weights"}, {"--residency-prior", "logit or weight", "\"0.3,2,weights\""});
+  complains({"--residency-prior", "0.3,2,weight+mas"}, {"--residency-prior", "+mass", "\"0.3,2,weight+mas\""});
   complains({"--residency-prior", "0.3,,weight"}, {"--residency-prior", "\"0.3,,weight\""});
   complains({"--residency-prior", "0.3,2,weight,1"},
             {"--residency-prior", "per MoE layer (6)", "got 1 in", "\"0.3,2,weight,1\""});
@@ -516,8 +517,11 @@ TEST_CASE("a residency prior by weight needs no bundle, and loads less") {
   const Json plain = Json::parse(done(hestia(generate({"--expert-slots", "5"}))));
   CHECK(plain["residency"].is_null());
   const Json prior = Json::parse(done(hestia(generate({"--expert-slots", "5", "--residency-prior", "0.2,1,weight"}))));
-  CHECK(prior["residency"] ==
-        Json{{"score", "weight"}, {"lambda", 0.2}, {"layer_factors", Json::array()}, {"always_keep", 1}});
+  CHECK(prior["residency"] == Json{{"score", "weight"},
+                                   {"lambda", 0.2},
+                                   {"layer_factors", Json::array()},
+                                   {"always_keep", 1},
+                                   {"preserve_mass", false}});
   CHECK(prior["cache"]["loads"] < plain["cache"]["loads"]);
   const Json none = Json::parse(done(hestia(generate({"--expert-slots", "5", "--residency-prior", "0,1,weight"}))));
   const auto under = [](const std::string& rule) {
@@ -527,6 +531,9 @@ TEST_CASE("a residency prior by weight needs no bundle, and loads less") {
   CHECK(doubled["residency"]["layer_factors"] == Json{2, 2, 2, 2, 2, 2});
   CHECK(doubled["tokens"] == prior["tokens"]);
   CHECK(doubled["cache"]["loads"] == prior["cache"]["loads"]);
+  const Json preserved = under("0.2,1,weight+mass");
+  CHECK(preserved["residency"]["preserve_mass"] == true);
+  CHECK(under("0.2,1,weight+mass,0,0,0,0,0,0")["tokens"] == plain["tokens"]);
   const Json off = under("0.2,1,weight,0,0,0,0,0,0");
   CHECK(off["tokens"] == plain["tokens"]);
   CHECK(off["cache"]["loads"] == plain["cache"]["loads"]);
@@ -554,6 +561,8 @@ TEST_CASE("generate's statistics name the residency rule that was served") {
   };
   CHECK_THAT(statistics({"--expert-slots", "5", "--residency-prior", "0.25,1,weight"}),
              Catch::EndsWith("  weight lambda 0.25, J 1"));
+  CHECK_THAT(statistics({"--expert-slots", "5", "--residency-prior", "0.25,1,weight+mass"}),
+             Catch::EndsWith("  weight lambda 0.25, mass preserved, J 1"));
   CHECK_THAT(statistics({"--expert-slots", "5", "--residency-prior", "0,1,weight"}), Catch::EndsWith("  none"));
   CHECK_THAT(statistics({}), Catch::EndsWith("  none"));
 }

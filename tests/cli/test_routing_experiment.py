@@ -65,6 +65,9 @@ def toy_corpus(folder):
         (folder / f"{domain}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     questions = [{"question": f"How many is {n}?", "answer": f"It is {n}.\n#### {n}"} for n in range(5)]
     (folder / "gsm8k_test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in questions))
+    choices = [{"goal": f"Take {n}.", "sol1": "one", "sol2": "another", "label": n % 2} for n in range(4)]
+    (folder.parent / "choices").mkdir()
+    (folder.parent / "choices" / "piqa.jsonl").write_text("".join(json.dumps(line) + "\n" for line in choices))
 
 
 class Experiment(unittest.TestCase):
@@ -88,7 +91,8 @@ class Experiment(unittest.TestCase):
         return done.stdout + done.stderr
 
     def run_arms(self, *more, code=0):
-        return self.call("run", "--arms", self.out / "arms.txt", *SMALL, *more, code=code)
+        words = ["--arms", self.out / "arms.txt", *SMALL, "--choices", self.out / "choices"]
+        return self.call("run", *words, *more, code=code)
 
     def rows(self):
         return driver.read_rows(self.out / "results.jsonl")
@@ -104,7 +108,7 @@ class Experiment(unittest.TestCase):
         self.assertIn("0 arms done, 0 failed, 5 to go", self.run_arms("--seconds", 0.2))
         self.assertEqual(self.rows(), [])
         # Interrupted while arms run: what landed stays, the next call does the rest, once.
-        arguments = self.command("run", "--arms", self.out / "arms.txt", *SMALL)
+        arguments = self.command("run", "--arms", self.out / "arms.txt", *SMALL, "--choices", self.out / "choices")
         with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             for _ in range(600):
                 if self.rows():
@@ -126,6 +130,8 @@ class Experiment(unittest.TestCase):
         for row in rows.values():
             task = row["points"][0]["tasks"][0]
             self.assertEqual((task["task"], task["kind"], task["count"]), ("gsm8k", "exact_match", 3), row["arm"])
+            task = row["points"][0]["tasks"][1]
+            self.assertEqual((task["task"], task["kind"], task["count"]), ("piqa", "multiple_choice", 4), row["arm"])
         self.assertEqual(base["points"][1]["residency"], {"lambda": 0.5, "always_keep": 1, "slots": 2})
         loop = rows["python/router+lora/loop/seed1"]
         self.assertEqual([p["residency"] and p["residency"]["lambda"] for p in loop["points"]], [None, 0.5, 0.25, 0.3])
@@ -142,6 +148,8 @@ class Experiment(unittest.TestCase):
         said = self.call("table")
         self.assertRegex(said, r"router +cs\.2 +1 ")
         self.assertRegex(said, r"router +cs\.2 +0\.5, J 1 +1 ")
+        self.assertRegex(said, r"router +cs\.2 +1 +\d+\.\d \([+-]\d+\.\d\) +\d+\.\d \([+-]\d+\.\d\)\n")
+        self.assertIn("must be a folder with JSON-lines files", self.run_arms("--choices", self.out / "base", code=2))
         self.call("plot", "--svg", self.out / "plot.svg")
         xml.etree.ElementTree.parse(self.out / "plot.svg")
 
@@ -295,16 +303,34 @@ class Table(unittest.TestCase):
             "points": [point],
         }
 
+    def test_tasks_against_plain_tuning(self):
+        def row(trainable, name, seed, ppl, piqa, gsm8k=0.5):
+            figures = {"python": {"perplexity": ppl}}
+            tasks = [{"task": "gsm8k", "accuracy": gsm8k}, {"task": "piqa", "accuracy": piqa}]
+            point = {"domains": figures, "tasks": tasks}
+            arm = {"domain": "python", "trainable": trainable, "name": name, "seed": seed, "overrides": []}
+            return {**arm, "points": [point]}
+
+        rows = [row("-", "base", 1, 9.0, 0.7), row("router", "nll_a", 1, 8.0, 0.5), row("router", "nll_b", 1, 7.0, 0.65)]
+        rows += [row("router", "nll_b", 2, 7.2, 0.55), row("router", "arm", 1, 7.5, 0.62, 0.25)]
+        text = driver.tasks_text(rows, "python").splitlines()
+        self.assertRegex(text[2], r"^- +base +1 +50\.0 +70\.0$")
+        self.assertRegex(text[3], r"^router +nll_a +1 +50\.0 \(\+0\.0\) +50\.0 \(-10\.0\)$")
+        self.assertRegex(text[4], r"^router +nll_b +2 +50\.0 +60\.0$")
+        self.assertRegex(text[5], r"^router +arm +1 +25\.0 \(-25\.0\) +62\.0 \(\+2\.0\)$")
+        self.assertEqual(driver.tasks_text([{**rows[0], "points": [{"domains": {}}]}], "python"), "")
+
     def test_rules_of_both_scores(self):
         rule = {"format_version": 1, "lambda": 0.05, "always_keep": 1, "slots": 16, "policy": "lru"}
         rules = [None, rule, {**rule, "score": "logit"}, {**rule, "score": "weight"}, {**rule, "score": "weight"}]
         rules[-1]["slots"] = 8
         rules += [{**rule, "layer_factors": []}, {**rule, "layer_factors": [0.5, 2.0]}]
+        rules += [{**rule, "preserve_mass": True}]
         points = driver.points_of({"arms": [{"residency": rule, "domains": []} for rule in rules]})
         self.assertEqual(
             [driver.rule_text(point["residency"], 16) for point in points],
             ["", "0.05, J 1", "0.05, J 1", "weight 0.05, J 1", "weight 0.05, J 1, C 8", "0.05, J 1"]
-            + ["0.05 x 0.5/2, J 1"],
+            + ["0.05 x 0.5/2, J 1", "0.05, J 1, mass"],
         )
 
     def test_points(self):

@@ -29,6 +29,8 @@ struct DecodeRouterShape {
   float bonus = 0.0F;
   std::int64_t always_keep = 0;  ///< J: experts chosen by the score alone before residency has a say.
   ResidencyScore score = ResidencyScore::kLogit;
+  /// Under a prior, and without normalise_top_k: weights are scaled to the sum that those of plain Top-K have.
+  bool preserve_mass = false;
   /// The kernel may start before the one before it on the stream has ended; it awaits that end itself, the router's
   /// weights already on their way. So that kernel must not write `router`. Compute capability 9.0 or higher; no effect
   /// on the CPU.
@@ -60,6 +62,13 @@ struct DecodeRouterInputs {
   const DecodeGuess* guess = nullptr;
 };
 
+/// Whether mixing weights are scaled to the sum of plain Top-K's: where a prior has a say and no trace chooses.
+[[nodiscard]] HESTIA_HOST_DEVICE inline bool scales_weights(const DecodeRouterShape& shape,
+                                                            const DecodeRouterInputs& in) {
+  return shape.preserve_mass && !shape.normalise_top_k && shape.bonus > 0.0F && shape.always_keep < shape.top_k &&
+         in.slot_of != nullptr && in.forced == nullptr;
+}
+
 /// What comes out, each overwritten.
 struct DecodeRouterOutputs {
   std::uint16_t* normal = nullptr;   ///< bfloat16 [T, H], the normalised hidden state
@@ -87,9 +96,10 @@ struct DecodeGuess {
 };
 
 /// RMSNorm, router product, softmax and Top-K: normal = rmsnorm(hidden), logits = router normal + bias,
-/// weights = probabilities of the selected, normalised and scaled as the shape says. The first min(J, K) experts are
-/// the highest by score, which is the logit unless a prior is by weight; the others the best of the rest by
-/// chosen_before of hestia/routing/residency.hpp. CPU, synchronous, one thread. Throws std::invalid_argument when a
+/// weights = probabilities of the selected, normalised and scaled as the shape says; with `preserve_mass` under a prior
+/// first times (sum of the probabilities of the K highest by score) / (sum of those of the selected). The first min(J,
+/// K) experts are the highest by score, which is the logit unless a prior is by weight; the others the best of the rest
+/// by chosen_before of hestia/routing/residency.hpp. CPU, synchronous, one thread. Throws std::invalid_argument when a
 /// size is none of the above, and for a `guess` in a step of several tokens, without slots or a place, or with a trace
 /// for one of the layers only.
 void decode_router_cpu(const DecodeRouterShape& shape, const DecodeRouterInputs& in, const DecodeRouterOutputs& out);

@@ -74,6 +74,9 @@ class Selector {
   /// `moe_layer` counts the layers with experts.
   [[nodiscard]] virtual torch::Tensor select(const torch::Tensor& logits_TE, std::int64_t top_k, std::int64_t moe_layer,
                                              const TokenBatch& batch) = 0;
+  /// Whether the chosen experts of a layer keep the probability mass of plain Top-K's: mixing_weights of
+  /// hestia/model/routing_rule.hpp with `plain_TK`.
+  [[nodiscard]] virtual bool preserves_mass(std::int64_t /*moe_layer*/, std::int64_t /*top_k*/) const { return false; }
 };
 
 /// Plain Top-K of the logits.

@@ -26,6 +26,9 @@ class ResidencySelector : public Selector {
   /// std::out_of_range when a rule by logits has no logit range for `moe_layer`, RunError when a kernel does not start.
   [[nodiscard]] torch::Tensor select(const torch::Tensor& logits_TE, std::int64_t top_k, std::int64_t moe_layer,
                                      const TokenBatch& batch) override;
+  [[nodiscard]] bool preserves_mass(std::int64_t moe_layer, std::int64_t top_k) const override {
+    return rule_.scales_weights(moe_layer, top_k);
+  }
 
   [[nodiscard]] const ResidencyRule& rule() const noexcept { return rule_; }
   /// Routes by another rule from the next forward on. Throws as the constructor does, and keeps the old one then.

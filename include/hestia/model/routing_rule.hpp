@@ -23,7 +23,12 @@ namespace hestia {
 ///                     (m - z_j) / max(|z_j|, m) <= 2 * router_jitter (arXiv 2409.12136 without its sampling: the
 ///                     model's inference; a chosen expert that is not near, as under a residency prior, counts as such)
 /// times routed_scale. Differentiable in logits and probabilities (softmax of the same logits).
+/// `plain_TK`, where defined, are the experts that plain Top-K chooses, and kSoftmax without normalisation gives
+///   w_k = p_k * (sum over plain of p) / (sum over S of p)
+/// so that a choice of other experts keeps the probability mass, with which the layer's output was trained to scale; as
+/// it is, bit by bit, for a token whose S is plain in the same order. The other forms sum to a number of their own.
 [[nodiscard]] torch::Tensor mixing_weights(const Architecture& architecture, const torch::Tensor& logits_TE,
-                                           const torch::Tensor& probabilities_TE, const torch::Tensor& selected_TK);
+                                           const torch::Tensor& probabilities_TE, const torch::Tensor& selected_TK,
+                                           const torch::Tensor& plain_TK = {});
 
 }  // namespace hestia

@@ -35,10 +35,13 @@ struct ResidencyRule {
   double lambda = 0.0;                ///< At least 0.
   std::vector<double> layer_factors;  ///< Of lambda, one per MoE layer, each at least 0; empty: 1 everywhere.
   std::int64_t always_keep = 2;       ///< J: experts chosen by the score alone before residency has a say.
-  std::int64_t slots = 0;             ///< C per layer, at least 1.
-  std::string policy = "lru";         ///< Of the slot cache; lru is the only one there is.
-  std::vector<float> logit_range;     ///< D_avg per MoE layer: mean of max z - min z under the base router.
-  std::string calibration;            ///< The text that logit_range is the mean over, in words.
+  /// The chosen experts' mixing weights are scaled to the sum that plain Top-K's would have (mixing_weights of
+  /// hestia/model/routing_rule.hpp). No effect where the family normalises them.
+  bool preserve_mass = false;
+  std::int64_t slots = 0;          ///< C per layer, at least 1.
+  std::string policy = "lru";      ///< Of the slot cache; lru is the only one there is.
+  std::vector<float> logit_range;  ///< D_avg per MoE layer: mean of max z - min z under the base router.
+  std::string calibration;         ///< The text that logit_range is the mean over, in words.
 
   /// What is added to a resident's score in MoE layer `layer`, rounded to float32 once, here: lambda * factor * D_avg
   /// for logits, lambda * factor for weights. Throws std::out_of_range where the layer has no range, for logits, or no
@@ -48,6 +51,12 @@ struct ResidencyRule {
     const double strength = layer_factors.empty() ? lambda : lambda * layer_factors.at(index);
     return static_cast<float>(score == ResidencyScore::kWeight ? strength
                                                                : strength * static_cast<double>(logit_range.at(index)));
+  }
+
+  /// Whether mixing weights of MoE layer `layer` are scaled: where the rule changes nothing (no bonus, or J at least
+  /// `top_k`) they are plain Top-K's. Throws as bonus does.
+  [[nodiscard]] bool scales_weights(std::int64_t layer, std::int64_t top_k) const {
+    return preserve_mass && always_keep < top_k && bonus(layer) > 0.0F;
   }
 };
 

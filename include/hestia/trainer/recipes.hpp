@@ -134,6 +134,7 @@ struct ResidencyOptions {
   double lambda = 0.0;                ///< Of z' = z + lambda * D_avg or u' = u + lambda for residents; 0: plain Top-K.
   std::vector<double> layer_factors;  ///< Of lambda, one per MoE layer; empty: 1 everywhere.
   std::int64_t always_keep = 2;       ///< J, experts chosen by the score alone.
+  bool preserve_mass = false;         ///< Scale mixing weights to the sum of plain Top-K's.
   std::int64_t slots = 0;             ///< C; 0: losses.cache_simulation.slots, or E/4.
   std::string policy = "lru";
   bool in_loop = false;                    ///< Route by the rule while training.

@@ -174,11 +174,13 @@ std::vector<std::int32_t> choice(const Case& c, const float* z, bool with_reside
   return order;
 }
 
-/// Norm, logits and weights in double precision; choices by `choice` on the result's own logits.
-void check(const Case& c, const Result& result, bool with_bias, bool with_resident) {
+/// Norm, logits and weights in double precision; choices by `choice` on the result's own logits. Returns whether
+/// preserving the mass has changed a weight.
+bool check(const Case& c, const Result& result, bool with_bias, bool with_resident) {
   const auto hidden = static_cast<std::size_t>(c.shape.hidden_size);
   const auto experts = static_cast<std::size_t>(c.shape.num_experts);
   const auto top_k = static_cast<std::size_t>(c.shape.top_k);
+  bool differs = false;
   double norm_error = 0.0;
   double logit_error = 0.0;
   double probability_error = 0.0;
@@ -211,17 +213,23 @@ void check(const Case& c, const Result& result, bool with_bias, bool with_reside
     for (std::size_t k = 0; k < top_k; ++k) {
       REQUIRE(result.slots[t * top_k + k] == (with_resident ? c.slot_of[static_cast<std::size_t>(selected[k])] : -7));
     }
-    double chosen = 0.0;
-    for (const std::int32_t e : selected) {
-      chosen += std::exp(static_cast<double>(z[e])) / total;
-    }
+    const auto mass = [&](const std::vector<std::int32_t>& ids) {
+      return std::accumulate(ids.begin(), ids.end(), 0.0, [&](double sum, std::int32_t e) {
+        return sum + std::exp(static_cast<double>(z[e])) / total;
+      });
+    };
+    const double chosen = mass(selected);
+    const bool scaled = with_resident && c.shape.bonus > 0.0F && c.shape.always_keep < c.shape.top_k &&
+                        c.shape.preserve_mass && !c.shape.normalise_top_k;
+    const double ratio = scaled ? mass(choice(c, z, false)) / chosen : 1.0;
+    differs = differs || std::abs(ratio - 1.0) > 1e-3;
     for (std::size_t e = 0; e < experts; ++e) {
       probability_error =
           std::max(probability_error, std::abs(static_cast<double>(result.probabilities[t * experts + e]) -
                                                std::exp(static_cast<double>(z[e])) / total));
     }
     for (std::size_t k = 0; k < top_k; ++k) {
-      const double p = std::exp(static_cast<double>(z[selected[k]])) / total;
+      const double p = ratio * std::exp(static_cast<double>(z[selected[k]])) / total;
       const double expected = (c.shape.normalise_top_k ? p / chosen : p) * static_cast<double>(c.shape.routed_scale);
       weight_error = std::max(weight_error, std::abs(static_cast<double>(result.weights[t * top_k + k]) - expected));
     }
@@ -231,6 +239,7 @@ void check(const Case& c, const Result& result, bool with_bias, bool with_reside
   CHECK(probability_error < 2e-6);
   CHECK(weight_error < 1e-5);
   CHECK(result.guards_whole);
+  return differs;
 }
 
 struct Size {
@@ -240,25 +249,28 @@ const std::vector<Size> kSizes = {{1, 8, 1, 1},    {1, 2048, 64, 8}, {3, 264, 7,
                                   {32, 40, 60, 4}, {2, 72, 512, 32}, {5, 1032, 129, 6}};
 
 void check_all(SplitMix64& random, bool gpu) {
+  int scaled = 0;
   for (const Size& s : kSizes) {
-    for (const int variant : {0, 1, 2, 3, 4, 5}) {
+    for (const int variant : {0, 1, 2, 3, 4, 5, 6, 7}) {
       CAPTURE(s.tokens, s.hidden, s.experts, s.top_k, variant);
       Case c = random_case(random, s.tokens, s.hidden, s.experts, s.top_k);
       c.shape.norm = variant == 1 ? DecodeNorm::kRmsWide : DecodeNorm::kRms;
-      c.shape.normalise_top_k = variant >= 2;
-      c.shape.routed_scale = variant == 3 ? 2.5F : 1.0F;
-      c.shape.bonus = variant % 2 == 1 ? 1.5F : 0.0F;
+      c.shape.normalise_top_k = variant >= 2 && variant < 6;
+      c.shape.routed_scale = variant == 3 || variant == 7 ? 2.5F : 1.0F;
+      c.shape.bonus = variant % 2 == 1 || variant == 6 ? 1.5F : 0.0F;
       c.shape.always_keep = variant % 4;
-      if (variant >= 4) {
+      c.shape.preserve_mass = variant == 3 || variant >= 6;
+      if (variant == 4 || variant == 5 || variant == 7) {
         c.shape.score = ResidencyScore::kWeight;
         c.shape.bonus = variant == 4 ? 0.05F : 0.4F;
       }
       c.shape.dependent = variant == 2;
       const bool with_bias = variant >= 2;
-      const bool with_resident = variant % 2 == 1 || variant == 4;
-      check(c, run(c, with_bias, with_resident, gpu), with_bias, with_resident);
+      const bool with_resident = variant % 2 == 1 || variant == 4 || variant == 6;
+      scaled += check(c, run(c, with_bias, with_resident, gpu), with_bias, with_resident) ? 1 : 0;
     }
   }
+  CHECK(scaled >= 4);
 }
 
 void check_prior_off(SplitMix64& random, bool gpu, ResidencyScore score) {
@@ -266,6 +278,7 @@ void check_prior_off(SplitMix64& random, bool gpu, ResidencyScore score) {
   c.shape.score = score;
   const Result plain = run(c, false, false, gpu);
   c.shape.always_keep = 2;
+  c.shape.preserve_mass = true;
   const Result with_cache = run(c, false, true, gpu);  // no bonus
   CHECK(with_cache.selected == plain.selected);
   CHECK(with_cache.weights == plain.weights);
@@ -282,6 +295,8 @@ void check_prior_off(SplitMix64& random, bool gpu, ResidencyScore score) {
 void check_forced(SplitMix64& random, bool gpu) {
   Case c = random_case(random, 3, 72, 20, 4);
   c.shape.normalise_top_k = true;
+  c.shape.preserve_mass = true;  // a trace's experts weigh what the router says of them
+  c.shape.bonus = 1.0F;
   const Result plain = run(c, false, false, gpu);
   for (int i = 0; i < 5 * 3 * 4; ++i) {
     c.forced.push_back(static_cast<std::int64_t>(random.below(20)));

@@ -66,9 +66,11 @@ bool same(const Tensor& a, const Tensor& b) {
 }  // namespace
 
 TEST_CASE("every layer serves what the reference chooses, prompts, packing and padding included") {
-  const Architecture a = small_architecture();
+  Architecture a = small_architecture();
+  a.normalise_top_k = GENERATE(true, false);
   MoeModel model = float_model(a);
   ResidencyRule rule = rule_of(0.4, 1, 3);
+  rule.preserve_mass = GENERATE(false, true);
   rule.score = GENERATE(ResidencyScore::kLogit, ResidencyScore::kWeight);
   rule.layer_factors = GENERATE(std::vector<double>{}, std::vector<double>{0.5, 3.0, 1.25});
   model->set_selector(std::make_shared<ResidencySelector>(rule));
@@ -82,10 +84,20 @@ TEST_CASE("every layer serves what the reference chooses, prompts, packing and p
                                          {4, 9, 15}, batch.counted_BS);
     CHECK(same(record.selected_TK, expected));
     differs = differs || !same(expected, top_k_lowest_index(record.logits_TE, a.top_k));
-    // Weights come from z, falling, renormalised where the model does.
+    // Weights come from z, falling, renormalised where the model does, else with the mass of the plain choice if so.
     Tensor weights = record.logits_TE.softmax(1).gather(1, record.selected_TK);
-    weights = weights / weights.sum(1, true);
-    CHECK(torch::equal(record.weights_TK, weights));
+    if (a.normalise_top_k) {
+      weights = weights / weights.sum(1, true);
+    } else if (rule.preserve_mass) {
+      const Tensor mass = std::get<0>(record.logits_TE.softmax(1).topk(a.top_k, 1)).sum(1, true);
+      CHECK(relative_error(record.weights_TK.sum(1, true), mass) < 1e-6);
+      weights = weights * (mass / weights.sum(1, true));
+    }
+    CHECK(relative_error(record.weights_TK, weights) < 1e-6);
+    const Tensor as_plain = expected.eq(top_k_lowest_index(record.logits_TE, a.top_k)).all(1);
+    CHECK(torch::equal(
+        record.weights_TK.index({as_plain}),
+        (a.normalise_top_k ? weights : record.logits_TE.softmax(1).gather(1, expected)).index({as_plain})));
     CHECK((record.weights_TK.select(1, 0) >= record.weights_TK.select(1, 1)).all().item<bool>());
   }
   CHECK(differs);
@@ -112,7 +124,8 @@ TEST_CASE("packed sequences are routed as each one alone") {
 }
 
 TEST_CASE("lambda 0 and J at K are plain Top-K, without prompts every token counts") {
-  const Architecture a = small_architecture();
+  Architecture a = small_architecture();
+  a.normalise_top_k = GENERATE(true, false);
   MoeModel model = float_model(a);
   const TokenBatch batch = packed_batch(a);
   const torch::NoGradGuard no_grad;
@@ -120,6 +133,7 @@ TEST_CASE("lambda 0 and J at K are plain Top-K, without prompts every token coun
   const ResidencyScore score = GENERATE(ResidencyScore::kLogit, ResidencyScore::kWeight);
   for (ResidencyRule rule : {rule_of(0.0, 1, 3), rule_of(2.0, a.top_k, 3), rule_of(2.0, 99, 1)}) {
     rule.score = score;
+    rule.preserve_mass = true;
     model->set_selector(std::make_shared<ResidencySelector>(rule));
     const ModelOutput output = model->forward(batch);
     for (std::size_t layer = 0; layer < plain.routing.size(); ++layer) {
@@ -156,7 +170,10 @@ TEST_CASE("layers have the strength of their factors: 1 as without, 0 plainly ro
 }
 
 TEST_CASE("the weights of what is served carry gradient to the routers, checkpointed or not") {
-  const Architecture a = small_architecture();
+  Architecture a = small_architecture();
+  ResidencyRule rule = rule_of(0.5, 1, 3);
+  rule.preserve_mass = GENERATE(false, true);
+  a.normalise_top_k = !rule.preserve_mass;
   MoeModel model = float_model(a);
   freeze_all_but_routers(model);
   const TokenBatch batch = batch_with_prompt(a);
@@ -168,8 +185,8 @@ TEST_CASE("the weights of what is served carry gradient to the routers, checkpoi
     CHECK_FALSE(output.routing[0].selected_TK.requires_grad());
     return torch::autograd::grad({probe_loss(output, true, false)}, routers);
   };
-  const auto kept = gradients(false, std::make_shared<ResidencySelector>(rule_of(0.5, 1, 3)));
-  const auto recomputed = gradients(true, std::make_shared<ResidencySelector>(rule_of(0.5, 1, 3)));
+  const auto kept = gradients(false, std::make_shared<ResidencySelector>(rule));
+  const auto recomputed = gradients(true, std::make_shared<ResidencySelector>(rule));
   const auto plain = gradients(false, std::make_shared<TopKSelector>());
   for (std::size_t i = 0; i < kept.size(); ++i) {
     CHECK(kept[i].abs().max().item<double>() > 0.0);

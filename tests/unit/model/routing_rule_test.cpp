@@ -156,18 +156,25 @@ TEST_CASE("mixing weights equal their definition and carry its gradient") {
   for (std::int64_t t = 0; t < 7; ++t) {
     selected[t] = random_normal({9}, 80 + t).argsort().narrow(0, 0, 3);
   }
-  const auto weights = [&](const Tensor& z) { return mixing_weights(a, z, z.softmax(1), selected); };
+  const bool keeps_mass = GENERATE(false, true);
+  const Tensor plain = keeps_mass ? top_k_lowest_index(logits, 3) : Tensor();
+  const auto weights = [&](const Tensor& z) { return mixing_weights(a, z, z.softmax(1), selected, plain); };
   const Tensor got = weights(logits);
   for (std::int64_t t = 0; t < 7; ++t) {
     double all = 0.0;
     double chosen = 0.0;
+    double best = 0.0;
     for (std::int64_t e = 0; e < 9; ++e) {
       all += std::exp(logits[t][e].item<double>());
     }
     for (std::int64_t k = 0; k < 3; ++k) {
       chosen += std::exp(logits[t][selected[t][k].item<std::int64_t>()].item<double>());
     }
-    const double sum = a.routing == RoutingKind::kSoftmax && !a.normalise_top_k ? all : chosen;
+    for (std::int64_t k = 0; keeps_mass && k < 3; ++k) {
+      best += std::exp(logits[t][plain[t][k].item<std::int64_t>()].item<double>());
+    }
+    const bool normalises = a.routing != RoutingKind::kSoftmax || a.normalise_top_k;
+    const double sum = normalises ? chosen : (keeps_mass ? all * chosen / best : all);
     for (std::int64_t k = 0; k < 3; ++k) {
       const double z = logits[t][selected[t][k].item<std::int64_t>()].item<double>();
       CHECK(got[t][k].item<double>() == Approx(a.routed_scale * std::exp(z) / sum).epsilon(1e-12));
@@ -180,4 +187,16 @@ TEST_CASE("mixing weights equal their definition and carry its gradient") {
   const double above = (weights(logits + 1e-6 * direction) * probe).sum().item<double>();
   const double below = (weights(logits - 1e-6 * direction) * probe).sum().item<double>();
   CHECK((logits.grad() * direction).sum().item<double>() == Approx((above - below) / 2e-6).epsilon(1e-6));
+}
+
+TEST_CASE("preserved mass: the plain choice is weighed as it is, a choice without any weight stays finite") {
+  const Architecture a = rule(9, 3);
+  const Tensor logits = random_normal({40, 9}, 90).to(torch::kFloat32);
+  const Tensor plain = top_k_lowest_index(logits, 3);
+  const Tensor probabilities = logits.softmax(1);
+  CHECK(torch::equal(mixing_weights(a, logits, probabilities, plain, plain),
+                     mixing_weights(a, logits, probabilities, plain)));
+  const Tensor far = torch::tensor({{400.0F, 399.0F, 398.0F, 0.0F, 0.0F, 0.0F, 0.0F, 0.0F, 0.0F}});
+  const Tensor lost = mixing_weights(a, far, far.softmax(1), torch::tensor({{3, 4, 5}}), torch::tensor({{0, 1, 2}}));
+  CHECK(lost.isfinite().all().item<bool>());
 }

@@ -12,6 +12,7 @@
 #include "hestia/core/log.hpp"
 #include "hestia/model/adapters.hpp"
 #include "hestia/model/key_value_cache.hpp"
+#include "hestia/model/residency_selector.hpp"
 #include "hestia/routing/residency.hpp"
 #include "hestia/routing/simulator.hpp"
 #include "tests/unit/model/model_fixtures.hpp"
@@ -332,8 +333,10 @@ void check_pinned_budget(ExpertFormat format, bool kernels) {
   }
 }
 
-// What decoding by hand with the plain executor gives: the logits after the last of `tokens`, float64.
-Tensor plain_logits(const Architecture& a, torch::Dtype dtype, const Tensor& prompt, const Tensor& tokens) {
+// What decoding by hand with the plain executor gives, under a rule with the prompt's slots at the start: the logits
+// after the last of `tokens`, float64.
+Tensor plain_logits(const Architecture& a, torch::Dtype dtype, const Tensor& prompt, const Tensor& tokens,
+                    const std::optional<ResidencyRule>& rule = std::nullopt) {
   const torch::NoGradGuard no_grad;
   OffloadedModel offloaded = make_offloaded(a, dtype, kCpu);
   const Tensor all = torch::cat({prompt, tokens.narrow(1, 0, tokens.size(1) - 1)}, 1);
@@ -341,6 +344,10 @@ Tensor plain_logits(const Architecture& a, torch::Dtype dtype, const Tensor& pro
   batch.tokens_BS = all;
   batch.positions_BS = torch::arange(all.size(1), torch::kInt64).unsqueeze(0).expand_as(all);
   batch.sequence_ids_BS = torch::arange(all.size(0), torch::kInt64).unsqueeze(1).expand_as(all);
+  if (rule) {
+    batch.counted_BS = torch::arange(all.size(1), torch::kInt64).ge(prompt.size(1)).unsqueeze(0).expand_as(all);
+    offloaded.model->set_selector(std::make_shared<ResidencySelector>(*rule));
+  }
   const Tensor hidden = offloaded.model->forward(batch).hidden_BSD;
   return offloaded.model->head(hidden.narrow(1, all.size(1) - 1, 1)).squeeze(1).to(torch::kFloat64);
 }
@@ -605,6 +612,44 @@ void check_residency(torch::Device device, torch::Dtype dtype) {
   }
 }
 
+// Steps weigh what was chosen as the model does under the rule, teacher-forced, from the slots that the prompt left.
+void check_preserved_mass(torch::Device device) {
+  Architecture a = kernel_architecture();
+  a.normalise_top_k = false;
+  a.initializer_range = 0.3;
+  const Tensor prompt = prompt_of(a);
+  DecoderOptions options;
+  options.capacity = 40;
+  options.cache = slots_of(4);
+  options.start = CacheStart::kPrefill;
+  ResidencyRule rule;
+  rule.lambda = 0.4;
+  rule.always_keep = 1;
+  rule.slots = 4;
+  rule.logit_range = {2.0F, 3.0F, 4.0F};
+  rule.score = GENERATE(ResidencyScore::kLogit, ResidencyScore::kWeight);
+  const auto decoded = [&](torch::Dtype dtype, bool preserve_mass) {
+    const OffloadedModel offloaded = make_offloaded(a, dtype, device);
+    options.residency = rule;
+    options.residency->preserve_mass = preserve_mass;
+    Decoder decoder(offloaded, options);
+    decoder.begin(prompt);
+    decoder.decode(12);
+    return std::pair(decoder.tokens().cpu(), decoder.logits().to(torch::kCPU, torch::kFloat64));
+  };
+  for (const bool preserve_mass : {false, true}) {
+    const auto [tokens, logits] = decoded(torch::kFloat32, preserve_mass);
+    ResidencyRule served = rule;
+    served.preserve_mass = preserve_mass;
+    CHECK(relative_error(logits, plain_logits(a, torch::kFloat32, prompt, tokens, served)) < 1e-4);
+    served.preserve_mass = !preserve_mass;
+    CHECK(relative_error(logits, plain_logits(a, torch::kFloat32, prompt, tokens, served)) > 1e-3);
+  }
+  // In the decode kernels, where there are any.
+  const Tensor with = decoded(torch::kBFloat16, true).second;
+  CHECK(relative_error(decoded(torch::kBFloat16, false).second, with) > 1e-3);
+}
+
 }  // namespace
 
 TEST_CASE("decoding with few slots gives the bits of decoding with all experts resident") {
@@ -777,6 +822,16 @@ TEST_CASE("replay on the GPU serves the trace's experts", "[gpu]") {
 
 TEST_CASE("residency-aware routing sees the slots of the moment, off, it is plain routing") {
   check_residency(kCpu, torch::kFloat32);
+}
+
+TEST_CASE("a preserved mass is what the model has under the rule") {
+  check_preserved_mass(kCpu);
+}
+
+TEST_CASE("on the GPU, a preserved mass is what the model has under the rule", "[gpu]") {
+  if (gpu_ready()) {
+    check_preserved_mass(kGpu);
+  }
 }
 
 TEST_CASE("residency-aware routing on the GPU sees the slots of the moment", "[gpu]") {

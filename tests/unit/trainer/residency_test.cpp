@@ -274,8 +274,19 @@ TEST_CASE("a residency rule survives its file, and a damaged one says what is wr
                                               Catch::Contains("policy must be lru, got \"lfu\""));
   write([](Json& json) { json["logit_range"] = {1.0, -2.0}; });
   CHECK_THROWS_WITH(read_residency(path), Catch::Contains("must be finite and at least 0"));
-  write([](Json& json) { json["format_version"] = 2; });
-  CHECK_THROWS_WITH(read_residency(path), Catch::Contains("format version 2"));
+  write([](Json& json) { json["format_version"] = 3; });
+  CHECK_THROWS_WITH(read_residency(path), Catch::Contains("format version 3") && Catch::Contains("(1, 2)"));
+  // A program that does not know of it must not pass over it.
+  write([](Json& json) { CHECK(json.at("format_version") == 1); });
+  CHECK_FALSE(read_residency(path).preserve_mass);
+  rule.preserve_mass = true;
+  write([](Json& json) { CHECK(json.at("format_version") == 2); });
+  CHECK(read_residency(path).preserve_mass);
+  CHECK(lambda_text(rule) == "weight lambda 0.3 by layer, mass preserved");
+  write([](Json& json) { json.erase("preserve_mass"); });
+  CHECK_FALSE(read_residency(path).preserve_mass);
+  write([](Json& json) { json["preserve_mass"] = 1.5; });
+  CHECK_THROWS_WITH(read_residency(path), Catch::Contains("\"preserve_mass\" has the wrong type, got 1.5"));
 }
 
 TEST_CASE("the recipe's residency section is checked with its line") {
@@ -296,6 +307,9 @@ TEST_CASE("the recipe's residency section is checked with its line") {
   CHECK(residency_rule(recipe_with(folder, "", {"residency.slots=6", "losses.cache_simulation.slots=5"}), architecture)
             .slots == 6);
   CHECK(rule.layer_factors.empty());
+  CHECK_FALSE(rule.preserve_mass);
+  CHECK(residency_rule(recipe_with(folder, "residency: {always_keep: 1, preserve_mass: true}\n"), architecture)
+            .preserve_mass);
   CHECK(residency_rule(recipe_with(folder, "residency: {always_keep: 1, layer_factors: [0, 1.5]}\n"), architecture)
             .layer_factors == std::vector<double>{0.0, 1.5});
   CHECK_THROWS_WITH(
