@@ -603,7 +603,8 @@ def points_by_domain(rows, domain):
 
 
 def accuracies(rows, domain):
-    """Of every arm that answered tasks, served by plain Top-K: (set, name, seeds, {task: mean accuracy})."""
+    """Of every arm that answered tasks, served by plain Top-K: (set, name, seeds, {task: mean accuracy}); of choices
+    that by likelihood per byte."""
     groups = {}
     for row in rows:
         if row["domain"] == domain and row["points"][0].get("tasks"):
@@ -612,7 +613,7 @@ def accuracies(rows, domain):
     for (trainable, name), seeds in groups.items():
         by_task = {}
         for task in (task for tasks in seeds for task in tasks):
-            by_task.setdefault(task["task"], []).append(task["accuracy"])
+            by_task.setdefault(task["task"], []).append(task.get("accuracy_by_bytes", task["accuracy"]))
         found.append((trainable, name, len(seeds), {task: mean(values) for task, values in by_task.items()}))
     return found
 

@@ -306,7 +306,7 @@ class Table(unittest.TestCase):
     def test_tasks_against_plain_tuning(self):
         def row(trainable, name, seed, ppl, piqa, gsm8k=0.5):
             figures = {"python": {"perplexity": ppl}}
-            tasks = [{"task": "gsm8k", "accuracy": gsm8k}, {"task": "piqa", "accuracy": piqa}]
+            tasks = [{"task": "gsm8k", "accuracy": gsm8k}, {"task": "piqa", "accuracy": 0.1, "accuracy_by_bytes": piqa}]
             point = {"domains": figures, "tasks": tasks}
             arm = {"domain": "python", "trainable": trainable, "name": name, "seed": seed, "overrides": []}
             return {**arm, "points": [point]}
