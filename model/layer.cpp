@@ -6,6 +6,7 @@
 
 #include "hestia/model/routing_rule.hpp"
 #include "norm.hpp"
+#include "router_gradient.hpp"
 
 namespace hestia {
 namespace {
@@ -60,6 +61,9 @@ Tensor moe_block(const LayerRun& run, const Tensor& x_TD, const std::optional<Te
   }
   record.weights_TK = weights_of(run, record);
   Tensor mixed = run.executor->run(run.experts, x_TD, record.selected_TK, record.weights_TK, run.moe_layer);
+  if (run.router_gradient_of_all && torch::GradMode::is_enabled() && record.logits_TE.requires_grad()) {
+    mixed = with_gradient_of_others(a, run.experts, mixed, x_TD, record);
+  }
   return a.shared_intermediate_size > 0 ? mixed + shared_expert(weights, x_TD) : mixed;
 }
 

@@ -28,8 +28,9 @@ struct LayerRun {
   std::shared_ptr<const SharedInputs> shared;
   std::shared_ptr<Selector> selector;
   std::shared_ptr<Executor> executor;
-  torch::Tensor router_ED;  ///< The router to use, present or reference.
-  ExpertWeights experts;    ///< With the adapters to use.
+  torch::Tensor router_ED;              ///< The router to use, present or reference.
+  ExpertWeights experts;                ///< With the adapters to use.
+  bool router_gradient_of_all = false;  ///< with_gradient_of_others
 };
 
 /// What one run of a layer gives; the record is empty for a dense layer.

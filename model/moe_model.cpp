@@ -43,6 +43,7 @@ struct MoeModelImpl::Impl {
   std::shared_ptr<Selector> selector = std::make_shared<TopKSelector>();
   std::shared_ptr<Executor> executor = std::make_shared<GroupedExecutor>();
   bool checkpointing = false;
+  bool router_gradient_of_all = false;
   std::int64_t reference_top_k = 0;
   std::optional<AdapterSettings> adapter_settings;
 
@@ -57,6 +58,7 @@ struct MoeModelImpl::Impl {
     run.architecture = architecture;
     run.selector = selector;
     run.executor = executor;
+    run.router_gradient_of_all = router_gradient_of_all;
     return run;
   }
 
@@ -278,6 +280,13 @@ void MoeModelImpl::remove_adapters() {
 
 void MoeModelImpl::set_adapters_enabled(bool enabled) {
   impl_->adapters_enabled = enabled;
+}
+
+void MoeModelImpl::set_router_gradient_of_all(bool enabled) {
+  if (enabled && impl_->architecture.routing == RoutingKind::kSparsemixer) {
+    throw std::invalid_argument("router gradient of all experts: not for sparsemixer routing");
+  }
+  impl_->router_gradient_of_all = enabled;
 }
 
 void MoeModelImpl::set_activation_checkpointing(bool enabled) {

@@ -84,6 +84,9 @@ FieldList TrainOptions::fields() {
   list.add("beta1", beta1, "AdamW", {.low = 0.0, .high = 0.99999});
   list.add("beta2", beta2, "AdamW", {.low = 0.0, .high = 0.9999999});
   list.add("epsilon", epsilon, "AdamW", {.low = 0.0, .high = 1.0, .exclusive_low = true});
+  list.add("router_gradient", router_gradient,
+           "experts that the gradient of the language-model loss to the routers is of: the chosen, or all",
+           {"chosen", "all"});
   list.add("clip_norm", clip_norm, "largest global gradient norm; 0: no clipping", {.low = 0.0});
   list.add("log_every", log_every, "steps between step lines", {.low = 1});
   list.add("evaluate_every", evaluate_every, "steps between held-out evaluations; 0: at the end only", {.low = 0});
@@ -575,6 +578,11 @@ void check_train_fits(const TrainOptions& train, const RecipeSource& source, con
                     "train.top_k_annealing out",
                     source.location("train.top_k_annealing.top_k"), architecture.family, architecture.fixed_top_k,
                     train.top_k_annealing.top_k));
+  }
+  if (train.router_gradient == "all" && architecture.routing == RoutingKind::kSparsemixer) {
+    problems.add(
+        fmt::format("{}: train.router_gradient must be chosen for {}, whose mixing weights share no sum, got all",
+                    source.location("train.router_gradient"), architecture.family));
   }
   const std::int64_t full_rank = std::min(architecture.hidden_size, architecture.expert_intermediate_size);
   if (train.trainable == "router+lora" && train.lora.rank > full_rank) {

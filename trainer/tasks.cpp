@@ -169,6 +169,7 @@ void finetune_once(const LoadedRecipe<FinetuneRecipe>& loaded, const std::string
                     derive_seed(static_cast<std::uint64_t>(recipe.seed), "adapters"));
   }
   model->set_activation_checkpointing(recipe.model.activation_checkpointing);
+  model->set_router_gradient_of_all(recipe.train.router_gradient == "all");
   TrainingJob job;
   ResidencyRule rule = residency_rule(loaded, model->architecture());
   if (recipe.residency.in_loop) {
@@ -609,6 +610,7 @@ void run_pretrain(const LoadedRecipe<PretrainRecipe>& loaded, const RunFlags& fl
       create_model(architecture_from(recipe.architecture, *tokenizer), dtype_from_recipe(recipe.model.dtype), device,
                    derive_seed(static_cast<std::uint64_t>(recipe.seed), "weights"));
   model->set_activation_checkpointing(recipe.model.activation_checkpointing);
+  model->set_router_gradient_of_all(recipe.train.router_gradient == "all");
   TrainingJob job;
   job.model = model;
   job.options = recipe.train;

@@ -216,6 +216,11 @@ class MoeModelImpl : public torch::nn::Module {
   void remove_adapters();
   /// Whether forwards use the adapters (they do at first); they stay in place either way.
   void set_adapters_enabled(bool enabled);
+  /// Whether backward gives routers the gradient of experts that were not chosen, too, as if they had been in the sum
+  /// (straight-through; DenseMixer, F. Yao et al., "Improving MoE Post-Training with Precise Router Gradient", 2025;
+  /// docs/training.md). Off at first. The forward is the same bits. Throws std::invalid_argument for sparsemixer
+  /// routing.
+  void set_router_gradient_of_all(bool enabled);
   /// Recompute each layer in backward instead of keeping its activations.
   void set_activation_checkpointing(bool enabled);
 

@@ -56,7 +56,8 @@ struct TopKAnnealingOptions {
 
 /// Section `train`: the optimiser and the loop.
 struct TrainOptions {
-  std::string trainable = "router";  ///< router | router+lora | all
+  std::string trainable = "router";        ///< router | router+lora | all
+  std::string router_gradient = "chosen";  ///< chosen | all: of which experts routers get a gradient.
   LoraOptions lora;
   TopKAnnealingOptions top_k_annealing;
   std::int64_t steps = 100;         ///< 0: not known before the data is read, as many as `epochs` take.
@@ -285,7 +286,8 @@ void resolve_steps(TrainOptions& options, const PackedData& data, const std::vec
 /// `steps` stays 0.
 void resolve_steps_from_run(TrainOptions& options, const std::filesystem::path& run_dir);
 /// What a `train` section asks of the model it is to train: K' at most K and one that the family has, a rank that the
-/// experts have room for. Adds to `problems`, with the place in the recipe.
+/// experts have room for, routing that has a gradient of all experts where that is asked for. Adds to `problems`, with
+/// the place in the recipe.
 void check_train_fits(const TrainOptions& train, const RecipeSource& source, const Architecture& architecture,
                       Problems& problems);
 

@@ -143,6 +143,7 @@ TEST_CASE("trainable sets, adapters and annealing are checked at their lines") {
   };
   CHECK(misfits("  trainable: router+lora\n  lora: {rank: 16}\n  top_k_annealing: {step: 3, top_k: 2}\n").empty());
   CHECK(misfits("  lora: {rank: 17}\n").empty());  // of no use without adapters
+  CHECK(misfits("  router_gradient: all\n").empty());
   CHECK_THAT(
       misfits("  trainable: router+lora\n  lora: {rank: 17}\n  top_k_annealing: {step: 3, top_k: 3}\n"),
       Catch::Contains(":19: train.lora.rank must be at most the rank of the experts' matrices (16), got 17") &&
@@ -257,7 +258,7 @@ TEST_CASE("annealing needs both its keys, with steps as with epochs, and a K tha
     CHECK_THROWS_WITH(load_finetune_recipe(path, {length, "train.top_k_annealing.top_k=2"}),
                       Catch::Contains("needs a step and a top_k") && Catch::Contains("step 0"));
   }
-  const auto loaded = load_finetune_recipe(path, {"train.top_k_annealing.step=2", "train.top_k_annealing.top_k=1"});
+  auto loaded = load_finetune_recipe(path, {"train.top_k_annealing.step=2", "train.top_k_annealing.top_k=1"});
   Architecture architecture = testing::tiny_architecture();
   const auto complaint = [&] {
     Problems problems;
@@ -265,6 +266,11 @@ TEST_CASE("annealing needs both its keys, with steps as with epochs, and a K tha
     problems.throw_usage_if_any();
   };
   CHECK_NOTHROW(complaint());
+  architecture.routing = RoutingKind::kSparsemixer;
+  CHECK_NOTHROW(complaint());
+  loaded.recipe.train.router_gradient = "all";
+  CHECK_THROWS_WITH(complaint(), Catch::Contains("train.router_gradient must be chosen for"));
+  loaded.recipe.train.router_gradient = "chosen";
   architecture.fixed_top_k = 2;
   CHECK_THROWS_WITH(complaint(), Catch::Contains("train.top_k_annealing.top_k=1 on the command line") &&
                                      Catch::Contains("2 experts per token and no other number, got 1"));
