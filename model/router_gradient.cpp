@@ -51,7 +51,7 @@ class GradientOfOthers : public Function<GradientOfOthers> {
   static Tensor forward(AutogradContext* ctx, const Tensor& mixed_TD, const Tensor& gate_TE,
                         const Tensor& probabilities_TE, const Tensor& selected_TK, const Tensor& weights_TK,
                         const Tensor& x_TD, const c10::intrusive_ptr<Experts>& experts, bool normalised) {
-    ctx->save_for_backward({mixed_TD, probabilities_TE, selected_TK, weights_TK, x_TD});
+    ctx->save_for_backward({normalised ? mixed_TD : Tensor(), probabilities_TE, selected_TK, weights_TK, x_TD});
     ctx->saved_data["experts"] = c10::IValue::make_capsule(experts);
     ctx->saved_data["normalised"] = normalised;
     ctx->saved_data["gate_type"] = static_cast<std::int64_t>(gate_TE.scalar_type());
@@ -74,7 +74,8 @@ class GradientOfOthers : public Function<GradientOfOthers> {
       const Tensor scale_T1 = weights_TK.sum(1, /*keepdim=*/true) / mass_T1;
       Tensor gate_TE = expert_responses(experts->weights, saved[4], g_TD) * scale_T1;
       if (ctx->saved_data["normalised"].toBool()) {
-        const Tensor own_T1 = (g_TD * mixed_TD).sum(1, /*keepdim=*/true, gate_TE.scalar_type());
+        const auto type = gate_TE.scalar_type();
+        const Tensor own_T1 = (g_TD.to(type) * mixed_TD.to(type)).sum(1, /*keepdim=*/true);
         gate_TE = (gate_TE - own_T1 / mass_T1) * p_TE;
       }
       const auto type = static_cast<torch::Dtype>(ctx->saved_data["gate_type"].toInt());
@@ -88,6 +89,9 @@ class GradientOfOthers : public Function<GradientOfOthers> {
 
 Tensor expert_responses(const ExpertWeights& experts, const Tensor& x_TD, const Tensor& g_TD) {
   const torch::NoGradGuard no_grad;
+  if (x_TD.size(0) == 0) {
+    return torch::zeros({0, experts.gate_EFD.size(0)}, x_TD.options().dtype(torch::kFloat32));
+  }
   std::vector<Tensor> chunks;
   for (std::int64_t begin = 0; begin < x_TD.size(0); begin += kChunk) {
     const std::int64_t length = std::min(kChunk, x_TD.size(0) - begin);

@@ -9,8 +9,9 @@
 
 namespace hestia {
 
-/// What each expert would give towards a gradient: out[t, e] = <g_t, E_e(x_t)>, float32 [T, E], of every expert with
-/// its adapters or biases, in chunks of tokens. x_TD and g_TD in the model's dtype. No gradient; on a GPU asynchronous.
+/// What each expert would give towards a gradient: out[t, e] = <g_t, E_e(x_t)>, float32 [T, E] (float64 of float64), of
+/// every expert with its adapters or biases, in chunks of tokens. x_TD and g_TD [T, D] in the model's dtype. No
+/// gradient; on a GPU asynchronous.
 [[nodiscard]] torch::Tensor expert_responses(const ExpertWeights& experts, const torch::Tensor& x_TD,
                                              const torch::Tensor& g_TD);
 
@@ -20,8 +21,11 @@ namespace hestia {
 /// (sum over S of p), for j outside S
 ///   weights that are not normalised over S:  dL/dp_j = c <dL/dy, E_j(x)>
 ///   those that are:                          dL/dz_j = p_j (c <dL/dy, E_j(x)> - <dL/dy, y> / sum over S of p)
-/// Gradients of the chosen stay the model's own. x_TD gets none from here. Backward runs all experts once (three
-/// products of E instead of K experts per token). Throws std::invalid_argument for kSparsemixer.
+/// beside what the mixing weights give: dL/dw of the chosen, and what a preserved mass gives experts of plain Top-K.
+/// mixed_TD and x_TD [T, D] in the model's dtype, routing of the same T tokens; the result is [T, D], the same bits.
+/// The experts get nothing from here, and x_TD what comes through the router. Backward runs all experts once (three
+/// products of E instead of K experts per token); until then x_TD stays, and mixed_TD where weights are normalised.
+/// Throws std::invalid_argument for kSparsemixer.
 [[nodiscard]] torch::Tensor with_gradient_of_others(const Architecture& architecture, const ExpertWeights& experts,
                                                     const torch::Tensor& mixed_TD, const torch::Tensor& x_TD,
                                                     const RoutingRecord& routing);

@@ -609,10 +609,12 @@ def accuracies(rows, domain):
     for row in rows:
         if row["domain"] == domain and row["points"][0].get("tasks"):
             groups.setdefault((row["trainable"], row["name"]), []).append(row["points"][0]["tasks"])
-    found = []
+    found, counts = [], {}
     for (trainable, name), seeds in groups.items():
         by_task = {}
         for task in (task for tasks in seeds for task in tasks):
+            if counts.setdefault(task["task"], task["count"]) != task["count"]:
+                sys.exit(f"{task['task']}: rows of {counts[task['task']]} and of {task['count']} questions cannot be compared")
             by_task.setdefault(task["task"], []).append(task.get("accuracy_by_bytes", task["accuracy"]))
         found.append((trainable, name, len(seeds), {task: mean(values) for task, values in by_task.items()}))
     return found

@@ -306,7 +306,8 @@ class Table(unittest.TestCase):
     def test_tasks_against_plain_tuning(self):
         def row(trainable, name, seed, ppl, piqa, gsm8k=0.5):
             figures = {"python": {"perplexity": ppl}}
-            tasks = [{"task": "gsm8k", "accuracy": gsm8k}, {"task": "piqa", "accuracy": 0.1, "accuracy_by_bytes": piqa}]
+            tasks = [{"task": "gsm8k", "accuracy": gsm8k, "count": 5}]
+            tasks += [{"task": "piqa", "accuracy": 0.1, "accuracy_by_bytes": piqa, "count": 40}]
             point = {"domains": figures, "tasks": tasks}
             arm = {"domain": "python", "trainable": trainable, "name": name, "seed": seed, "overrides": []}
             return {**arm, "points": [point]}
@@ -319,6 +320,9 @@ class Table(unittest.TestCase):
         self.assertRegex(text[4], r"^router +nll_b +2 +50\.0 +60\.0$")
         self.assertRegex(text[5], r"^router +arm +1 +25\.0 \(-25\.0\) +62\.0 \(\+2\.0\)$")
         self.assertEqual(driver.tasks_text([{**rows[0], "points": [{"domains": {}}]}], "python"), "")
+        rows[2]["points"][0]["tasks"][1]["count"] = 41
+        with self.assertRaisesRegex(SystemExit, "piqa: rows of 40 and of 41 questions"):
+            driver.tasks_text(rows, "python")
 
     def test_rules_of_both_scores(self):
         rule = {"format_version": 1, "lambda": 0.05, "always_keep": 1, "slots": 16, "policy": "lru"}

@@ -295,8 +295,6 @@ void check_prior_off(SplitMix64& random, bool gpu, ResidencyScore score) {
 void check_forced(SplitMix64& random, bool gpu) {
   Case c = random_case(random, 3, 72, 20, 4);
   c.shape.normalise_top_k = true;
-  c.shape.preserve_mass = true;  // a trace's experts weigh what the router says of them
-  c.shape.bonus = 1.0F;
   const Result plain = run(c, false, false, gpu);
   for (int i = 0; i < 5 * 3 * 4; ++i) {
     c.forced.push_back(static_cast<std::int64_t>(random.below(20)));
@@ -318,6 +316,16 @@ void check_forced(SplitMix64& random, bool gpu) {
         const double p = static_cast<double>(plain.probabilities[t * 20 + static_cast<std::size_t>(row[k])]);
         CHECK(static_cast<double>(forced.weights[t * 4 + k]) == Approx(p / sum).epsilon(1e-5));
       }
+    }
+    // A trace's experts weigh what the router says of them, also where a prior would preserve the mass.
+    Case unscaled = c;
+    unscaled.shape.normalise_top_k = false;
+    unscaled.shape.preserve_mass = true;
+    unscaled.shape.bonus = 1.0F;
+    const Result weighed = run(unscaled, false, true, gpu);
+    for (std::size_t i = 0; i < 3 * 4; ++i) {
+      const auto expert = static_cast<std::size_t>(weighed.selected[i]);
+      CHECK(weighed.weights[i] == weighed.probabilities[i / 4 * 20 + expert]);
     }
   }
 }

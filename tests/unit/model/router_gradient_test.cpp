@@ -5,6 +5,7 @@
 #include <torch/autograd.h>
 #include <catch2/catch.hpp>
 
+#include "hestia/model/residency_selector.hpp"
 #include "hestia/model/routing_rule.hpp"
 #include "model_fixtures.hpp"
 
@@ -122,6 +123,15 @@ TEST_CASE("the gradient of all experts is the model's own where all are chosen, 
     MoeModel model = create_model(architecture, torch::kFloat64, torch::kCPU, 12);
     freeze_all_but_routers(model);
     model->set_router_gradient_of_all(all);
+    if (architecture.top_k < architecture.num_experts) {
+      ResidencyRule rule;
+      rule.lambda = 0.5;
+      rule.always_keep = 1;
+      rule.slots = 3;
+      rule.logit_range = {2.0F, 2.25F, 2.5F};
+      rule.preserve_mass = true;
+      model->set_selector(std::make_shared<ResidencySelector>(rule));
+    }
     model->set_activation_checkpointing(checkpointing);
     const ModelOutput output = model->forward(packed_batch(architecture));
     return torch::autograd::grad({probe_loss(output, true, false)}, model->routers());

@@ -645,7 +645,7 @@ void check_preserved_mass(torch::Device device) {
     served.preserve_mass = !preserve_mass;
     CHECK(relative_error(logits, plain_logits(a, torch::kFloat32, prompt, tokens, served)) > 1e-3);
   }
-  // In the decode kernels, where there are any.
+  // The decode kernels, where there are any, are told of it; what they make of it decode_router_test.cpp checks.
   const Tensor with = decoded(torch::kBFloat16, true).second;
   CHECK(relative_error(decoded(torch::kBFloat16, false).second, with) > 1e-3);
 }
