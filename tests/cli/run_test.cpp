@@ -118,8 +118,8 @@ TEST_CASE("finetune, export and evaluate, one after the other") {
   CHECK(manifest.at("base_router_hash").get<std::string>().size() == 64);
   CHECK(manifest.at("base_router_hash") != manifest.at("router_hash"));
   CHECK(keys_of(manifest.at("residency")) == std::vector<std::string>{"format_version", "score", "lambda",
-                                                                      "layer_factors", "always_keep", "slots", "policy",
-                                                                      "calibration", "logit_range"});
+                                                                      "layer_factors", "always_keep", "preserve_mass",
+                                                                      "slots", "policy", "calibration", "logit_range"});
   CHECK(manifest.at("residency").at("slots") == 2);
   CHECK(manifest.at("residency").at("logit_range").size() == 2);
   CHECK(manifest.at("recipe") == project.read("runs/tuned/recipe.yaml"));
