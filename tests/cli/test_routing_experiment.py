@@ -149,7 +149,7 @@ class Experiment(unittest.TestCase):
         self.assertRegex(said, r"router +cs\.2 +1 ")
         self.assertRegex(said, r"router +cs\.2 +0\.5, J 1 +1 ")
         self.assertRegex(said, r"router +cs\.2 +1 +\d+\.\d \([+-]\d+\.\d\) +\d+\.\d \([+-]\d+\.\d\)\n")
-        self.assertIn("must be a folder with JSON-lines files", self.run_arms("--choices", self.out / "base", code=2))
+        self.assertIn("must be a folder with JSON-lines files", self.run_arms("--choices", self.out / "base" / "model", code=2))
         self.call("plot", "--svg", self.out / "plot.svg")
         xml.etree.ElementTree.parse(self.out / "plot.svg")
 
