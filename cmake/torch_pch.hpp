@@ -8,3 +8,5 @@
 #include <torch/autograd.h>
 #include <torch/nn/module.h>
 #include <torch/types.h>
+
+#include <fmt/format.h>
