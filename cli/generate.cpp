@@ -400,14 +400,12 @@ Prompt prompt_of_text(const GenerateArguments& arguments, const std::string& tex
     prompt.tokens.assign(chat.tokens.begin(), chat.tokens.end());
     prompt.ends.assign(chat.ends.begin(), chat.ends.end());
   } else {
-    std::vector<std::int64_t>& tokens = prompt.tokens;
-    if (tokenizer.bos_id() >= 0 && stored.bos_token_id >= 0) {
-      tokens.push_back(tokenizer.bos_id());
-    }
-    for (const std::int32_t id : tokenizer.encode(text)) {
-      if (tokens.empty() || id != tokens.front() || tokens.size() > 1) {
-        tokens.push_back(id);
-      }
+    const std::vector<std::int32_t> ids = tokenizer.encode(text);
+    prompt.tokens.assign(ids.begin(), ids.end());
+    const std::int32_t bos = tokenizer.bos_id();
+    const bool spelt_out = !ids.empty() && ids.front() == bos;
+    if (bos >= 0 && stored.bos_token_id >= 0 && !spelt_out) {
+      prompt.tokens.insert(prompt.tokens.begin(), bos);
     }
   }
   if (prompt.tokens.empty()) {
@@ -600,12 +598,6 @@ void run_generate(const GenerateArguments& arguments) {
   DecoderOptions options;
   const std::int64_t blob_bytes = stored_expert_bytes(stored, dtype, format);
   const PrefetchKind prefetch = prefetch_from_name(arguments.prefetch);
-  if (prefetch != PrefetchKind::kOff && arguments.expert_slots.empty()) {
-    throw UsageError(
-        fmt::format("--prefetch: got {} with all experts on the device, where nothing is fetched; give --expert-slots, "
-                    "or leave it out",
-                    arguments.prefetch));
-  }
   if (!arguments.expert_slots.empty()) {
     options.cache.emplace();
     options.cache->slots = parse_expert_slots(arguments.expert_slots, stored, blob_bytes, stored.top_k);
@@ -658,6 +650,9 @@ void run_generate(const GenerateArguments& arguments) {
     log_warning("replay: experts are the trace's, so speed and hits are real and the text is not the model's");
   }
 
+  // With all experts there a rule changes no choice, and a replay makes none.
+  const ResidencyRule* const served =
+      options.cache && !trace && options.residency && options.residency->lambda > 0 ? &*options.residency : nullptr;
   const Tokenizer* const text_of = tokenizer ? tokenizer->get() : nullptr;
   const bool traced = options.record || options.record_logits;
   const auto moe_layers = static_cast<std::int64_t>(architecture.moe_layers().size());
@@ -715,13 +710,12 @@ void run_generate(const GenerateArguments& arguments) {
     } else {
       found["cache"] = nullptr;
     }
-    found["residency"] = options.residency && options.residency->lambda > 0
-                             ? Json{{"score", residency_score_name(options.residency->score)},
-                                    {"lambda", options.residency->lambda},
-                                    {"layer_factors", options.residency->layer_factors},
-                                    {"always_keep", options.residency->always_keep},
-                                    {"preserve_mass", options.residency->preserve_mass}}
-                             : Json();
+    found["residency"] = served != nullptr ? Json{{"score", residency_score_name(served->score)},
+                                                  {"lambda", served->lambda},
+                                                  {"layer_factors", served->layer_factors},
+                                                  {"always_keep", served->always_keep},
+                                                  {"preserve_mass", served->preserve_mass}}
+                                           : Json();
     found["warnings"] = degradations();
     return found;
   };
@@ -816,9 +810,7 @@ void run_generate(const GenerateArguments& arguments) {
       rows.emplace_back("experts", "all resident");
     }
     rows.emplace_back("residency",
-                      options.residency && options.residency->lambda > 0
-                          ? fmt::format("{}, J {}", lambda_text(*options.residency), options.residency->always_keep)
-                          : "none");
+                      served != nullptr ? fmt::format("{}, J {}", lambda_text(*served), served->always_keep) : "none");
     log_block(fmt::format("Generated with {} ({})", arguments.model.string(), trace ? "replay" : "live"), rows);
   }
   if (stop == "interrupted") {
@@ -920,7 +912,22 @@ void add_generate(CLI::App& app) {
                  "one JSON object in place of text and statistics; with --prompts one a line for each");
   verb->add_flag("--quiet", arguments->quiet, "no progress bar");
   verb->footer("Example: hestia generate --model checkpoints/tiny --expert-slots 4 --prompt \"The kernel\"");
-  verb->callback([arguments, logits] {
+  verb->callback([arguments, logits, verb] {
+    for (const char* of_slots :
+         {"--policy", "--fetch", "--prefetch", "--gamma", "--start", "--preload", "--preload-by", "--preload-router"}) {
+      if (verb->count(of_slots) > 0 && arguments->expert_slots.empty()) {
+        throw UsageError(
+            fmt::format("{}: is about expert slots, and all experts are on the device; give --expert-slots, or leave "
+                        "it out",
+                        of_slots));
+      }
+    }
+    if (arguments->expert_slots.empty() && arguments->residency != "off" && arguments->residency != "bundle") {
+      throw UsageError(fmt::format(
+          "--residency-prior: prefers experts that are there, and all are, got \"{}\"; give --expert-slots, "
+          "or leave it out",
+          arguments->residency));
+    }
     const bool none = arguments->record_logits.empty() || arguments->record_logits.front().empty();
     arguments->logits_in_trace = logits->count() > 0 && none;
     if (none) {

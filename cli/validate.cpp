@@ -103,9 +103,11 @@ void check_model(const LoadedRecipe<FinetuneRecipe>& loaded, Complaints& complai
     complaints.collect([&] {
       const SafetensorsCheckpoint checkpoint(path);
       for (const TensorSpec& spec : tensor_specs(architecture)) {
-        if (!checkpoint.contains(spec.name)) {
-          complaints.add(ExitCode::kInput,
-                         fmt::format("{}: tensor \"{}\" is missing; fetch the checkpoint again", path, spec.name));
+        for (const StoredTensor& part : stored_tensors(architecture, spec, checkpoint)) {
+          if (!checkpoint.contains(part.name)) {
+            complaints.add(ExitCode::kInput,
+                           fmt::format("{}: tensor \"{}\" is missing; fetch the checkpoint again", path, part.name));
+          }
         }
       }
     });

@@ -510,7 +510,7 @@ void check_evaluate_fits(const LoadedRecipe<FinetuneRecipe>& loaded, const Archi
 Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const EvaluateTarget& target, bool quiet) {
   const auto start = std::chrono::steady_clock::now();
   FinetuneRecipe recipe = loaded.recipe;
-  resolve_steps_from_run(recipe.train, recipe.run_dir);
+  resolve_steps_from_run(recipe.train, recipe.run_dir, loaded.source);
   at::set_num_threads(static_cast<int>(
       recipe.model.threads > 0
           ? recipe.model.threads

@@ -78,6 +78,10 @@ class HistorySelector : public Selector {
  public:
   explicit HistorySelector(std::shared_ptr<Selector> rule) : rule_(std::move(rule)) {}
 
+  [[nodiscard]] bool preserves_mass(std::int64_t moe_layer, std::int64_t top_k) const override {
+    return rule_->preserves_mass(moe_layer, top_k);
+  }
+
   torch::Tensor select(const torch::Tensor& logits_TE, std::int64_t top_k, std::int64_t moe_layer,
                        const TokenBatch& batch) override {
     const std::int64_t rows = batch.counted_BS.size(0);

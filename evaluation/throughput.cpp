@@ -159,6 +159,7 @@ LoadedRecipe<BenchRecipe> load_bench_recipe(const std::filesystem::path& path,
   not_empty(bench.slots, "bench.slots");
   not_empty(bench.policies, "bench.policies");
   not_empty(bench.fetch, "bench.fetch");
+  not_empty(bench.prefetch, "bench.prefetch");
   not_empty(bench.expert_formats, "bench.expert_formats");
   not_empty(bench.batch, "bench.batch");
   not_empty(bench.prompt_tokens, "bench.prompt_tokens");

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <map>
 #include <span>
 #include <stdexcept>
@@ -172,8 +171,7 @@ SegmentRouting segment_routing(const RoutingTrace& trace, std::int64_t segment_l
 
 RoutingMetrics::RoutingMetrics(std::int64_t num_layers, std::int64_t num_experts, std::int64_t top_k,
                                const std::vector<std::int64_t>& model_layers, std::int64_t expert_bytes)
-    : counts_(checked_size(num_layers, "num_layers") * checked_size(num_experts, "num_experts"), 0),
-      probability_sums_(counts_.size(), 0.0) {
+    : counts_(checked_size(num_layers, "num_layers") * checked_size(num_experts, "num_experts"), 0) {
   if (model_layers.size() != static_cast<std::size_t>(num_layers)) {
     throw std::invalid_argument(
         fmt::format("routing metrics: {} model layers for {} MoE layers", model_layers.size(), num_layers));
@@ -208,23 +206,9 @@ void RoutingMetrics::add(const SequenceRouting& sequence) {
     for (std::size_t i = first_counted * top_k; i < num_tokens * top_k; ++i) {
       counts[selected[i]] += sequence.is_counted(static_cast<std::int64_t>(i / top_k)) ? 1 : 0;
     }
-    if (!sequence.probabilities.empty()) {
-      double* const sums = probability_sums_.data() + layer * num_experts;
-      for (std::size_t token = first_counted; token < num_tokens; ++token) {
-        if (!sequence.is_counted(static_cast<std::int64_t>(token))) {
-          continue;
-        }
-        const float* const row = sequence.probabilities.data() + (layer * num_tokens + token) * num_experts;
-        for (std::size_t expert = 0; expert < num_experts; ++expert) {
-          sums[expert] += static_cast<double>(row[expert]);
-        }
-      }
-    }
   }
-  const std::int64_t num_counted = sequence.num_counted();
-  has_probabilities_ = has_probabilities_ || (!sequence.probabilities.empty() && num_counted > 0);
   num_sequences_ += 1;
-  num_counted_ += num_counted;
+  num_counted_ += sequence.num_counted();
 }
 
 double RoutingMetrics::expert_overlap_ratio() const {
@@ -267,23 +251,6 @@ UsageStatistics RoutingMetrics::usage() const {
     statistics.max_share /= divisor;
   }
   return statistics;
-}
-
-double RoutingMetrics::mean_probability_entropy() const {
-  if (!has_probabilities_) {
-    return std::numeric_limits<double>::quiet_NaN();
-  }
-  const auto num_experts = static_cast<std::size_t>(trace_.num_experts);
-  double total = 0.0;
-  for (std::size_t layer = 0; layer < trace_.layers.size(); ++layer) {
-    const std::span<const double> sums(probability_sums_.data() + layer * num_experts, num_experts);
-    double sum = 0.0;
-    for (const double value : sums) {
-      sum += value;
-    }
-    total += normalised_entropy(sums, sum);
-  }
-  return total / static_cast<double>(trace_.layers.size());
 }
 
 SegmentRouting RoutingMetrics::segment_routing(std::int64_t segment_length) const {

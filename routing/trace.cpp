@@ -188,9 +188,9 @@ class TraceReader {
       if (pair.first == "layer") {
         layer.layer = header_number(pair, 0, kMaxLayers);
       } else if (pair.first == "expert_bytes") {
-        layer.expert_bytes = header_number(pair, 0, INT64_MAX);
+        layer.expert_bytes = header_number(pair, 0, kMaxTraceBytes);
       } else if (pair.first == "dense_bytes") {
-        layer.dense_bytes = header_number(pair, 0, INT64_MAX);
+        layer.dense_bytes = header_number(pair, 0, kMaxTraceBytes);
       } else if (pair.first == "preload") {
         for (const std::string_view expert : split(pair.second, ',')) {
           const auto id = header_number({pair.first, std::string(expert)}, 0, kMaxExperts - 1);
@@ -288,7 +288,7 @@ class TraceReader {
     check_range("slot", row.slot, 0, trace_.top_k - 1, " (n_expert_used - 1)");
     check_range("expert", row.expert, 0, trace_.num_experts - 1, " (n_expert - 1)");
     check_range("residency", row.residency, 0, 1, "");
-    check_range("expert_bytes", row.expert_bytes, 0, INT64_MAX, "");
+    check_range("expert_bytes", row.expert_bytes, 0, kMaxTraceBytes, "");
     if (!std::isfinite(row.weight)) {
       throw error(fmt::format("weight must be finite, got {}", row.weight));
     }

@@ -204,6 +204,12 @@ RoutingTrace read_trace_hdf5(const std::filesystem::path& path) {
       throw damaged(path, fmt::format("attribute layers must rise from 0 and stay below num_layers ({}), got {} at {}",
                                       trace.num_layers, layers[i], i));
     }
+    for (const std::int64_t bytes : {expert_bytes[i], dense_bytes[i]}) {
+      if (bytes < 0 || bytes > kMaxTraceBytes) {
+        throw damaged(path, fmt::format("expert_bytes and dense_bytes must lie between 0 and {}, got {} at layer {}",
+                                        kMaxTraceBytes, bytes, layers[i]));
+      }
+    }
     trace.layers.push_back({layers[i], expert_bytes[i], dense_bytes[i]});
   }
   if (file.contains("/trace/preload")) {
@@ -250,6 +256,9 @@ RoutingTrace read_trace_hdf5(const std::filesystem::path& path) {
     if (phases[step] < 0 || phases[step] > 1) {
       throw damaged(path, fmt::format("phase must be 0 or 1, got {} at position {}", phases[step], step));
     }
+    if (steps[step] < 0) {
+      throw damaged(path, fmt::format("step must be at least 0, got {} at position {}", steps[step], step));
+    }
     if (step > 0 && sequences[step] == sequences[step - 1] && steps[step] <= steps[step - 1]) {
       throw damaged(path, fmt::format("steps of a sequence must rise, got {} after {} at position {}", steps[step],
                                       steps[step - 1], step));
@@ -260,9 +269,10 @@ RoutingTrace read_trace_hdf5(const std::filesystem::path& path) {
                                trace.experts.size()});
       for (std::size_t k = 0; k < top_k; ++k) {
         const std::size_t at = trace.experts.size();
-        if (experts[at] >= trace.num_experts) {
-          throw damaged(path, fmt::format("expert must be below num_experts ({}), got {} at step {}, layer {}",
-                                          trace.num_experts, experts[at], steps[step], layers[layer]));
+        if (experts[at] < 0 || experts[at] >= trace.num_experts) {
+          throw damaged(path,
+                        fmt::format("expert must be at least 0 and below num_experts ({}), got {} at step {}, layer {}",
+                                    trace.num_experts, experts[at], steps[step], layers[layer]));
         }
         std::size_t& last = last_entry_of[as_size(experts[at])];
         if (last == trace.entries.size()) {

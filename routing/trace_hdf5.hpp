@@ -7,6 +7,9 @@
 
 namespace hestia {
 
+/// Most bytes of an expert or a layer that a trace may state (1 TiB): sums over millions of loads stay within 63 bits.
+constexpr std::int64_t kMaxTraceBytes = std::int64_t{1} << 40;
+
 /// Reads the packed HDF5 form. Throws InputError naming the file and dataset.
 [[nodiscard]] RoutingTrace read_trace_hdf5(const std::filesystem::path& path);
 

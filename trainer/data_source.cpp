@@ -1,6 +1,8 @@
 #include "hestia/trainer/data_source.hpp"
 
 #include <algorithm>
+#include <numeric>
+#include <utility>
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -11,8 +13,15 @@ namespace hestia {
 
 namespace {
 
-// Upper bound on the UTF-8 bytes one token stands for on average: reading that much text is always enough.
+// UTF-8 bytes that one token stands for on average, at most: reading that much text is enough but where examples are
+// cut.
 constexpr std::int64_t kBytesPerToken = 8;
+constexpr std::int64_t kMostBytes = std::int64_t{1} << 62;
+
+std::int64_t bytes_of(const std::vector<Document>& documents) {
+  return std::accumulate(documents.begin(), documents.end(), std::int64_t{0},
+                         [](std::int64_t sum, const Document& document) { return sum + document.num_bytes(); });
+}
 
 bool has_template(const CorpusOptions& corpus) {
   return corpus.format == "question_answer" || corpus.format == "chat";
@@ -24,21 +33,31 @@ PackedData load(const DataOptions& options, const std::vector<std::string>& doma
   for (const std::string& domain : domains) {
     const auto [corpus, key] = find_corpus(options, domain);
     check_template_tokens(*corpus, key, tokenizer);
-    CorpusOptions bounded = *corpus;
-    if (max_tokens > 0) {
-      const std::int64_t bytes = max_tokens * kBytesPerToken;
-      bounded.max_bytes = bounded.max_bytes == 0 ? bytes : std::min(bounded.max_bytes, bytes);
-    }
     const SplitOptions split_options{options.held_out_fraction, static_cast<std::uint64_t>(options.split_seed)};
-    const std::vector<Document> documents = read_corpus(bounded, split_options, split, key);
-    const std::int64_t before = data.num_tokens();
-    tokenize_documents(documents, tokenizer, options.sequence_length, max_tokens, threads, data,
-                       corpus->overlong == "drop" ? Overlong::kDrop : Overlong::kTruncate);
-    if (data.num_tokens() == before) {
-      throw InputError(
-          fmt::format("{}: the {} split of domain \"{}\" holds no text ({} documents); add files or change "
-                      "data.held_out_fraction",
-                      key, split == Split::kTrain ? "training" : "held-out", domain, documents.size()));
+    // Twice as much text each time, until there are tokens enough or all of it was read.
+    for (std::int64_t bytes_per_token = kBytesPerToken;; bytes_per_token *= 2) {
+      CorpusOptions bounded = *corpus;
+      const bool bounds =
+          max_tokens > 0 && max_tokens <= (corpus->max_bytes > 0 ? corpus->max_bytes : kMostBytes) / bytes_per_token;
+      if (bounds) {
+        bounded.max_bytes = max_tokens * bytes_per_token;
+      }
+      const std::vector<Document> documents = read_corpus(bounded, split_options, split, key);
+      PackedData longer = data;
+      tokenize_documents(documents, tokenizer, options.sequence_length, max_tokens, threads, longer,
+                         corpus->overlong == "drop" ? Overlong::kDrop : Overlong::kTruncate);
+      const std::int64_t found = longer.num_tokens() - data.num_tokens();
+      if (bounds && found < max_tokens && bytes_of(documents) >= bounded.max_bytes) {
+        continue;
+      }
+      if (found == 0) {
+        throw InputError(
+            fmt::format("{}: the {} split of domain \"{}\" holds no text ({} documents); add files or change "
+                        "data.held_out_fraction",
+                        key, split == Split::kTrain ? "training" : "held-out", domain, documents.size()));
+      }
+      data = std::move(longer);
+      break;
     }
   }
   return data;

@@ -305,6 +305,8 @@ namespace {
 const std::vector<std::pair<std::string, std::vector<std::string>>>& keys_of_formats() {
   static const std::vector<std::pair<std::string, std::vector<std::string>>> keys = {
       {"separator", {"text"}},
+      {"min_document_bytes", {"text"}},
+      {"max_document_bytes", {"text", "jsonl"}},
       {"text_field", {"jsonl"}},
       {"prompt_field", {"jsonl"}},
       {"prompt_template", {"jsonl"}},
@@ -330,7 +332,8 @@ void check_corpus_keys(const DataOptions& data, const RecipeSource& source, Prob
       const auto value = [&name = name](const FieldList& list) {
         const auto field = std::find_if(list.fields().begin(), list.fields().end(),
                                         [&](const Field& candidate) { return candidate.name == name; });
-        return *std::get<std::string*>(field->target);
+        const auto* const number = std::get_if<std::int64_t*>(&field->target);
+        return number != nullptr ? std::to_string(**number) : *std::get<std::string*>(field->target);
       };
       const std::string key = fmt::format("data.corpora.{}.{}", i, name);
       if (value(now) != value(plain) && std::find(formats.begin(), formats.end(), corpus.format) == formats.end()) {
@@ -584,6 +587,12 @@ void check_train_fits(const TrainOptions& train, const RecipeSource& source, con
         fmt::format("{}: train.router_gradient must be chosen for {}, whose mixing weights share no sum, got all",
                     source.location("train.router_gradient"), architecture.family));
   }
+  if (train.trainable == "router+lora" && architecture.expert_bias) {
+    problems.add(
+        fmt::format("{}: train.trainable must be router or all for {}, whose experts are stored as one tensor with "
+                    "biases and take no adapters, got router+lora",
+                    source.location("train.trainable"), architecture.family));
+  }
   const std::int64_t full_rank = std::min(architecture.hidden_size, architecture.expert_intermediate_size);
   if (train.trainable == "router+lora" && train.lora.rank > full_rank) {
     problems.add(fmt::format("{}: train.lora.rank must be at most the rank of the experts' matrices ({}), got {}",
@@ -722,12 +731,21 @@ void resolve_steps(TrainOptions& options, const PackedData& data, const std::vec
   options.warmup_ratio = 0.0;
 }
 
-void resolve_steps_from_run(TrainOptions& options, const std::filesystem::path& run_dir) {
+void resolve_steps_from_run(TrainOptions& options, const std::filesystem::path& run_dir, const RecipeSource& source) {
   const std::filesystem::path saved = run_dir / "recipe.yaml";
-  if (options.steps > 0 || !std::filesystem::exists(saved)) {
+  if (!std::filesystem::exists(saved)) {
     return;
   }
   const TrainOptions run = load_finetune_recipe(saved, {}).recipe.train;
+  if (run.trainable != options.trainable) {
+    throw UsageError(fmt::format(
+        "{}: the run in {} trained with train.trainable \"{}\", got \"{}\"; give the recipe as it was run, or {} in "
+        "its place",
+        source.location("train.trainable"), run_dir.string(), run.trainable, options.trainable, run_dir.string()));
+  }
+  if (options.steps > 0) {
+    return;
+  }
   options.steps = run.steps;
   options.warmup_steps = run.warmup_steps;
   options.epochs = 0.0;

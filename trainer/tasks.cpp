@@ -398,14 +398,20 @@ void write_whole_model(const FinetuneRecipe& recipe, const std::filesystem::path
   const torch::Dtype dtype = dtype_from_recipe(recipe.model.dtype);
   MoeModel model = load_model(recipe.model.path, dtype, torch::kCPU, quiet);
   load_run_weights(model, checkpoint, recipe.train.trainable);
-  std::filesystem::path folder = output;
+  std::filesystem::path folder = output.has_filename() ? output : output.parent_path();  // "runs/hf/" is runs/hf
   folder += ".tmp";
-  std::filesystem::remove_all(folder);
-  std::filesystem::create_directories(folder);
-  save_model(model, folder, dtype, kShardBytes);
-  copy_tokenizer(recipe.model.path, folder);
-  std::filesystem::remove(output);
-  std::filesystem::rename(folder, output);
+  try {
+    std::filesystem::remove_all(folder);
+    std::filesystem::create_directories(folder);
+    save_model(model, folder, dtype, kShardBytes);
+    copy_tokenizer(recipe.model.path, folder);
+    std::filesystem::remove(output);
+    std::filesystem::rename(folder, output);
+  } catch (...) {
+    std::error_code ignored;
+    std::filesystem::remove_all(folder, ignored);
+    throw;
+  }
 }
 
 std::vector<PackedBatch> all_batches(const PackedData& data, const TrainOptions& train, std::int64_t sequence_length) {
@@ -553,14 +559,9 @@ void run_finetune(const LoadedRecipe<FinetuneRecipe>& loaded, const RunFlags& fl
   log_data(train_data, held_out);
   resolve_steps(recipe.train, train_data, recipe.data.train_mix, recipe.data.sequence_length,
                 static_cast<std::uint64_t>(recipe.seed), loaded.source);
-  if (flags.overwrite) {
-    // What belongs to the earlier run: evaluate would take it for this one's.
-    for (const char* name : {"control", "bundle", "hf", "results.json"}) {
-      std::filesystem::remove_all(std::filesystem::path(recipe.run_dir) / name);
-    }
-  }
   const bool resume_main = flags.resume;
   if (resume_main && is_finished(recipe.run_dir, recipe.train.steps)) {
+    check_same_recipe(recipe.run_dir, save_recipe(recipe.fields()));
     log_info(fmt::format("{}: all {} steps are done already", recipe.run_dir, recipe.train.steps));
   } else {
     finetune_once({recipe, loaded.source}, save_recipe(recipe.fields()), "tune", train_data, held_out, flags,
@@ -570,6 +571,7 @@ void run_finetune(const LoadedRecipe<FinetuneRecipe>& loaded, const RunFlags& fl
     FinetuneRecipe control = control_recipe(recipe);
     const bool started = latest_checkpoint(control.run_dir).has_value();
     if (flags.resume && is_finished(control.run_dir, control.train.steps)) {
+      check_same_recipe(control.run_dir, save_recipe(control.fields()));
       log_info(fmt::format("{}: all {} steps are done already", control.run_dir, control.train.steps));
     } else {
       log_info("control: plain NLL tuning with the same trainable set, data and steps");
@@ -677,7 +679,7 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, con
   }
   FinetuneRecipe recipe = loaded.recipe;
   const std::int64_t threads = use_threads(recipe.model.threads);
-  resolve_steps_from_run(recipe.train, recipe.run_dir);
+  resolve_steps_from_run(recipe.train, recipe.run_dir, loaded.source);
   const auto latest = latest_checkpoint(recipe.run_dir);
   if (!latest || latest->first < recipe.train.steps) {
     std::string command = "hestia finetune " + loaded.source.path().string();

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cmath>
 #include <numbers>
+#include <set>
 #include <stdexcept>
 
 #include <fcntl.h>
@@ -69,7 +70,13 @@ std::vector<std::pair<std::int64_t, std::filesystem::path>> complete_checkpoints
 // AdamW over float32 master copies: a parameter of a narrower type gets one, a float32 parameter is its own master.
 class Optimizer {
  public:
-  Optimizer(std::vector<torch::Tensor> parameters, const TrainOptions& options) : parameters_(std::move(parameters)) {
+  Optimizer(std::vector<torch::Tensor> parameters, const std::vector<torch::Tensor>& matrices,
+            const TrainOptions& options)
+      : parameters_(std::move(parameters)) {
+    std::set<const void*> weights;
+    for (const torch::Tensor& matrix : matrices) {
+      weights.insert(matrix.unsafeGetTensorImpl());
+    }
     std::vector<torch::Tensor> decayed;
     std::vector<torch::Tensor> plain;
     for (const torch::Tensor& parameter : parameters_) {
@@ -78,7 +85,7 @@ class Optimizer {
         master = parameter.detach().to(torch::kFloat32).set_requires_grad(true);
       }
       masters_.push_back(master);
-      (parameter.dim() >= 2 ? decayed : plain).push_back(master);
+      (weights.count(parameter.unsafeGetTensorImpl()) > 0 ? decayed : plain).push_back(master);
     }
     torch::optim::AdamWOptions adam(options.learning_rate);
     adam.betas({options.beta1, options.beta2}).eps(options.epsilon).weight_decay(options.weight_decay);
@@ -258,11 +265,15 @@ std::string first_difference(const std::string& saved, const std::string& now) {
   }
 }
 
-// Drops the metrics of steps after `step`: they were logged by a run that did not live to save them.
+// Drops the metrics of steps after `step`, and a line that was cut off: they were logged by a run that did not live to
+// save them.
 void trim_metrics(const std::filesystem::path& path, std::int64_t step) {
   if (!std::filesystem::exists(path)) {
     return;
   }
+  std::string text = read_text_file(path);
+  text.resize(text.find_last_of('\n') + 1);  // to nothing, where no line is whole
+  write_text_atomically(path, text);
   std::string kept;
   read_json_lines(path, [&](std::int64_t, const Json& object) {
     if (!object.contains("step") || object.at("step").get<std::int64_t>() <= step) {
@@ -301,6 +312,17 @@ struct StepValues {
   std::vector<double> terms;  // NaN: not computed at this step
 };
 
+// What weight decay is for: all but norms and biases, which experts stacked in one tensor have as matrices too.
+std::vector<torch::Tensor> matrices_of(MoeModel& model) {
+  std::vector<torch::Tensor> matrices = model->adapters();
+  for (const auto& parameter : model->named_parameters(/*recurse=*/false)) {
+    if (parameter.value().dim() >= 2 && !parameter.key().ends_with("bias")) {
+      matrices.push_back(parameter.value());
+    }
+  }
+  return matrices;
+}
+
 class Loop {
  public:
   explicit Loop(const TrainingJob& job)
@@ -308,7 +330,7 @@ class Loop {
         model_(job.model),
         base_top_k_(job.model->architecture().top_k),
         parameters_(select_trainable(model_, job.options.trainable)),
-        optimizer_(parameters_, job.options),
+        optimizer_(parameters_, matrices_of(model_), job.options),
         sampler_(*job.train_data, job.options.rows_per_batch, job.sequence_length, data_order_seed(job.seed),
                  job.train_mix),
         loss_domains_(domains_named(job.loss_domains, *job.train_data)),
@@ -358,7 +380,6 @@ class Loop {
       result.seconds += seconds;
       result.tokens += tokens;
       result.steps = step;
-      result.last_loss = values.loss;
       if (logged || job_.on_step) {
         const Json event = step_event(step, values, norm, rate, seconds, tokens);
         if (logged) {
@@ -375,8 +396,8 @@ class Loop {
       progress.advance(1, fmt::format("loss {:.4f}", values.loss));
       const bool last = step == job_.options.steps;
       const bool stopping = job_.stop != nullptr && job_.stop->load();
-      if (!held_out_batches_.empty() && !stopping &&
-          (last || (job_.options.evaluate_every > 0 && step % job_.options.evaluate_every == 0))) {
+      if (!held_out_batches_.empty() &&
+          (last || (!stopping && job_.options.evaluate_every > 0 && step % job_.options.evaluate_every == 0))) {
         const Json held_out = evaluate();
         metrics.write({{"event", "evaluate"}, {"step", step}, {"held_out", held_out}});
         progress.print_line(evaluate_line(step, held_out));
@@ -399,7 +420,9 @@ class Loop {
   std::int64_t open_run() {
     const std::filesystem::path recipe_path = job_.run_dir / "recipe.yaml";
     if (job_.overwrite) {
-      for (const char* name : {"checkpoints", "metrics.jsonl", "recipe.yaml", "residency.json"}) {
+      // With what was made from the earlier run: evaluate would take it for this one's.
+      for (const char* name : {"checkpoints", "metrics.jsonl", "recipe.yaml", "residency.json", "control", "bundle",
+                               "hf", "gguf", "results.json", "answers.jsonl"}) {
         std::filesystem::remove_all(job_.run_dir / name);
       }
     }
@@ -410,13 +433,7 @@ class Loop {
             fmt::format("{}: there is no checkpoint to resume from; start {}", job_.run_dir.string(),
                         std::filesystem::exists(recipe_path) ? "afresh with --overwrite" : "without --resume"));
       }
-      const std::string difference = first_difference(read_text_file(recipe_path), job_.resolved_recipe);
-      if (!difference.empty()) {
-        throw UsageError(
-            fmt::format("{}: the recipe changed since this run began ({}); resume with the recipe it was "
-                        "started with, or start afresh with --overwrite",
-                        job_.run_dir.string(), difference));
-      }
+      check_same_recipe(job_.run_dir, job_.resolved_recipe);
       const auto& [step, folder] = *latest;
       const std::int64_t position = CheckpointState(folder).number("data_position");
       optimizer_.load(folder);
@@ -778,6 +795,16 @@ std::optional<std::pair<std::int64_t, std::filesystem::path>> latest_checkpoint(
     return std::nullopt;
   }
   return all.back();
+}
+
+void check_same_recipe(const std::filesystem::path& run_dir, const std::string& resolved_recipe) {
+  const std::string difference = first_difference(read_text_file(run_dir / "recipe.yaml"), resolved_recipe);
+  if (!difference.empty()) {
+    throw UsageError(
+        fmt::format("{}: the recipe changed since this run began ({}); resume with the recipe it was "
+                    "started with, or start afresh with --overwrite",
+                    run_dir.string(), difference));
+  }
 }
 
 TrainingResult train(const TrainingJob& job) {

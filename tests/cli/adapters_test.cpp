@@ -109,8 +109,20 @@ TEST_CASE("routers with adapters and fewer experts, from recipe to a model direc
   CHECK(again.at("arms").at(0).at("top_k") == 1);
   CHECK(again.at("arms").at(0).at("domains").at(0).at("perplexity").get<double>() == Approx(apart).epsilon(1e-4));
 
-  // A fresh start removes what was made from the run before it.
+  // A fresh start removes what was made from the run before it, once it is known that there will be a run.
+  std::filesystem::create_directories(project.path() / "runs/tuned/gguf");
+  project.write("runs/tuned/answers.jsonl", "{}\n");
+  check_complaint(project.run(with({"finetune", "finetune.yaml", "--overwrite", "--quiet", "residency.lambda=0.1",
+                                    "residency.slots=1000", "residency.in_loop=true"})),
+                  2, {"residency.slots"});
+  for (const char* name : {"control/checkpoints/step_6", "bundle", "hf", "gguf", "results.json", "answers.jsonl"}) {
+    INFO(name);
+    CHECK(std::filesystem::exists(project.path() / "runs/tuned" / name));
+  }
   done(project.run(with({"finetune", "finetune.yaml", "--overwrite", "--quiet"})));
+  CHECK_FALSE(std::filesystem::exists(project.path() / "runs/tuned/gguf"));
+  CHECK_FALSE(std::filesystem::exists(project.path() / "runs/tuned/results.json"));
+  CHECK_FALSE(std::filesystem::exists(project.path() / "runs/tuned/answers.jsonl"));
   CHECK_FALSE(std::filesystem::exists(project.path() / "runs/tuned/hf"));
   CHECK_FALSE(std::filesystem::exists(project.path() / "runs/tuned/bundle"));
 }
@@ -128,6 +140,18 @@ TEST_CASE("what was trained beyond routers and adapters is exported as a whole o
                   {"train.trainable \"all\"", "--to hf", "router or router+lora"});
   CHECK(done(project.run(with({"export", "finetune.yaml", "--to", "hf"}))) == "runs/tuned/hf\n");
   check_complaint(project.run(with({"export", "finetune.yaml", "--to", "hf"})), 2, {"runs/tuned/hf", "remove it"});
+  CHECK(done(project.run(with({"export", "finetune.yaml", "--to", "hf", "--output", "runs/copy/"}))) == "runs/copy/\n");
+  CHECK(project.read("runs/copy/model.safetensors") == project.read("runs/tuned/hf/model.safetensors"));
+  // Without what the run was given on the command line, its routers alone would stand for it.
+  for (const std::vector<std::string>& verb :
+       std::vector<std::vector<std::string>>{{"export", "finetune.yaml", "--to", "hf", "--output", "runs/hybrid"},
+                                             {"export", "finetune.yaml"},
+                                             {"evaluate", "finetune.yaml", "--checkpoint"}}) {
+    check_complaint(project.run(verb), 2,
+                    {"finetune.yaml", "runs/tuned trained with train.trainable \"all\", got \"router\""});
+  }
+  CHECK_FALSE(std::filesystem::exists(project.path() / "runs/hybrid"));
+  done(project.run({"evaluate", "runs/tuned", "--checkpoint", "--only", "tuned", "--quiet"}));
   // The directory is the tuned model: a base for another run.
   const auto nll_of = [&](const std::string& run_dir) {
     const Json results = read_json_file(project.path() / run_dir / "results.json");

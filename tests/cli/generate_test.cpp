@@ -201,7 +201,7 @@ TEST_CASE("generate says what statistics lack for a preload, before it loads a m
   const TemporaryFolder folder;
   const std::string file = preferences_of_tiny(folder, 3, 0);
   const auto complains = [&](std::vector<std::string> more, const std::vector<std::string>& parts) {
-    more.insert(more.begin(), {"--start", "preload", "--preload", file});
+    more.insert(more.begin(), {"--expert-slots", "4", "--start", "preload", "--preload", file});
     check_complaint(hestia(generate(std::move(more))), 2, parts);
   };
   complains({"--preload-by", "predictor"}, {file, "has no predictor", "export.predictor.enabled=true"});
@@ -261,6 +261,25 @@ TEST_CASE("generate streams text on stdout and keeps its statistics to stderr") 
                                    "24", "--device", "cpu", "--expert-slots", "total:50"});
   CHECK(done(streamed) == json["text"].get<std::string>() + "\n");
   CHECK_THAT(streamed.err, Catch::Contains("50 slots in one pool") && Catch::Contains("tokens/s"));
+}
+
+TEST_CASE("a prompt begins with one token of beginning, where the model has one, and keeps what it repeats") {
+  const TemporaryFolder folder;
+  std::filesystem::copy(HESTIA_SOURCE_DIR "/checkpoints/tiny", folder.path() / "without");
+  Json config = read_json_file(folder.path() / "without" / "config.json");
+  config["bos_token_id"] = nullptr;
+  write_text_atomically(folder.path() / "without" / "config.json", config.dump());
+  const auto tokens = [&](const std::string& model, const std::string& prompt) {
+    return Json::parse(done(hestia({"generate", "--model", model, "--prompt", prompt, "--max-tokens", "1", "--device",
+                                    "cpu", "--json"})))["prompt_tokens"]
+        .get<std::int64_t>();
+  };
+  const std::string without = (folder.path() / "without").string();
+  for (const char* prompt : {"The kernel", "\n\n\nThe kernel", "\n\n\n\n"}) {
+    INFO(prompt);
+    CHECK(tokens(without, prompt) + 1 == tokens("checkpoints/tiny", prompt));
+  }
+  CHECK(tokens(without, "\n\n\n\n") > tokens(without, "\n\n\n"));
 }
 
 TEST_CASE("generate lays a message out as a chat") {
@@ -481,10 +500,10 @@ TEST_CASE("generate names what is wrong before it loads a model") {
   complains({"--expert-slots", "40"}, {"--expert-slots", "from 1 to 32", "\"40\""});
   complains({"--expert-slots", "4", "--policy", "lri"}, {"lri", "lru"});
   complains({"--expert-slots", "4", "--policy", "belady"}, {"belady"});
-  complains({"--start", "prefil"}, {"--start", "prefil", "prefill"});
-  complains({"--start", "preload"}, {"--start preload", "--preload FILE"});
-  complains({"--preload", "x.h5"}, {"--preload", "--start cold"});
-  complains({"--preload-by", "nearest"}, {"--preload-by", "--start cold"});
+  complains({"--expert-slots", "4", "--start", "prefil"}, {"--start", "prefil", "prefill"});
+  complains({"--expert-slots", "4", "--start", "preload"}, {"--start preload", "--preload FILE"});
+  complains({"--expert-slots", "4", "--preload", "x.h5"}, {"--preload", "--start cold"});
+  complains({"--expert-slots", "4", "--preload-by", "nearest"}, {"--preload-by", "--start cold"});
   complains({"--prompt-tokens", "1,2"}, {"either --prompt TEXT or --prompt-tokens"});
   complains({"--pinned-memory", "8GB/s"}, {"--pinned-memory", "8GiB", "\"8GB/s\""});
   complains({"--pinned-memory", "1KiB"}, {"--pinned-memory", "16.0 KiB", "1.0 KiB"});
@@ -493,15 +512,29 @@ TEST_CASE("generate names what is wrong before it loads a model") {
   complains({"--system", "Be brief."}, {"--system", "--chat"});
   complains({"--temperature", "-1"}, {"--temperature", "-1"});
   complains({"--top-p", "0"}, {"--top-p", "0"});
-  complains({"--residency-prior", "0.3,2"}, {"--residency-prior", "--router"});
-  complains({"--residency-prior", "0.3,2,logit"}, {"--residency-prior", "--router", "by weight"});
-  complains({"--residency-prior", "0.3,2,weights"}, {"--residency-prior", "logit or weight", "\"0.3,2,weights\""});
-  complains({"--residency-prior", "0.3,2,weight+mas"}, {"--residency-prior", "+mass", "\"0.3,2,weight+mas\""});
-  complains({"--residency-prior", "0.3,,weight"}, {"--residency-prior", "\"0.3,,weight\""});
-  complains({"--residency-prior", "0.3,2,weight,1"},
+  complains({"--expert-slots", "4", "--residency-prior", "0.3,2"}, {"--residency-prior", "--router"});
+  complains({"--expert-slots", "4", "--residency-prior", "0.3,2,logit"},
+            {"--residency-prior", "--router", "by weight"});
+  complains({"--expert-slots", "4", "--residency-prior", "0.3,2,weights"},
+            {"--residency-prior", "logit or weight", "\"0.3,2,weights\""});
+  complains({"--expert-slots", "4", "--residency-prior", "0.3,2,weight+mas"},
+            {"--residency-prior", "+mass", "\"0.3,2,weight+mas\""});
+  complains({"--expert-slots", "4", "--residency-prior", "0.3,,weight"}, {"--residency-prior", "\"0.3,,weight\""});
+  complains({"--expert-slots", "4", "--residency-prior", "0.3,2,weight,1"},
             {"--residency-prior", "per MoE layer (6)", "got 1 in", "\"0.3,2,weight,1\""});
-  complains({"--residency-prior", "0.3,2,weight,1,1,-1,1,1,1"}, {"--residency-prior", "\"0.3,2,weight,1,1,-1,1,1,1\""});
+  complains({"--expert-slots", "4", "--residency-prior", "0.3,2,weight,1,1,-1,1,1,1"},
+            {"--residency-prior", "\"0.3,2,weight,1,1,-1,1,1,1\""});
   complains({"--fold"}, {"--fold", "--replay"});
+  for (const std::vector<std::string>& of_slots :
+       std::vector<std::vector<std::string>>{{"--policy", "lfu"},
+                                             {"--fetch", "waves"},
+                                             {"--prefetch", "off"},
+                                             {"--gamma", "0.5"},
+                                             {"--start", "prefill"},
+                                             {"--preload", "x.h5"},
+                                             {"--residency-prior", "0.25,1,weight"}}) {
+    complains(of_slots, {of_slots.front() + ": ", "--expert-slots"});
+  }
   complains({"--expert-slots", "4", "--fetch", "copie"}, {"fetch path", "\"copie\"", "did you mean \"copies\""});
   complains({"--expert-format", "int5"}, {"expert format", "\"int5\"", "int4", "bf16"});
   complains({"--expert-format", "int4", "--dtype", "float32"}, {"int4", "float32", "dtype bfloat16"});
@@ -845,6 +878,7 @@ TEST_CASE("bench refuses a grid that there is not, with the recipe's line") {
   complains({"bench.slots=[\"99\"]"}, {"bench.slots", "from 1 to 32"});
   complains({"bench.policies=[belady]"}, {"belady"});
   complains({"bench.batch=[]"}, {"bench.batch", "at least one"});
+  complains({"bench.prefetch=[]"}, {"bench.prefetch", "at least one"});
   complains({"bench.start=full", "bench.slots=[\"4\"]"}, {"bench.start", "32"});
   complains({"bench.slot=[all]"}, {"bench.slot", "bench.slots"});
   complains({"bench.expert_formats=[int5]"}, {"bench.expert_formats", "int5", "int4"});

@@ -240,8 +240,13 @@ void run_two_steps(const std::string& family, const std::string& name, const std
   const std::string file = (kRecipes / (name + ".yaml")).string();
   const FinetuneRecipe recipe = load_finetune_recipe(file, {}).recipe;
   std::set<std::string> templates;
-  std::vector<std::string> overrides = {"model.path=" + (folder.path() / "model").string(), "model.device=cpu",
-                                        "train.steps=2"};
+  // Fewer rows than published: how many there are changes no path.
+  std::vector<std::string> overrides = {"model.path=" + (folder.path() / "model").string(),
+                                        "model.device=cpu",
+                                        "train.steps=2",
+                                        "train.rows_per_batch=2",
+                                        "train.accumulate=2",
+                                        "train.evaluate_tokens=2000"};
   overrides.insert(overrides.end(), more.begin(), more.end());
   for (std::size_t i = 0; i < recipe.data.corpora.size(); ++i) {
     templates.insert(recipe.data.corpora[i].chat_template);

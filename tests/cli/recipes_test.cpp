@@ -133,6 +133,11 @@ TEST_CASE("what a recipe names but nobody has is an input error that says what t
     INFO(verb);
     check_complaint(project.run({verb, "finetune.yaml", "model.path=models/absent"}), 3, {"models/absent"});
   }
+  // Weights that are stored in parts are there; what is not is a tokenizer.
+  const std::filesystem::path packed = HESTIA_SOURCE_DIR "/tests/parity/goldens/gpt_oss_mxfp4";
+  const Outcome parts = project.run({"validate", "finetune.yaml", "model.path=" + packed.string()});
+  check_complaint(parts, 3, {"gpt_oss_mxfp4", "tokenizer"});
+  CHECK_THAT(parts.err, !Catch::Contains("fetch the checkpoint"));
   // A directory that is none of a model.
   check_complaint(project.run({"finetune", "finetune.yaml", "model.path=letters"}), 3, {"letters", "tokenizer.model"});
 

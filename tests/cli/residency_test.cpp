@@ -44,6 +44,15 @@ TEST_CASE("residency in the loop: finetune keeps the rule, export hands it on, e
   CHECK(read_json_file(project.path() / "runs/tuned/bundle/manifest.json").at("residency") == rule);
   CHECK_THAT(done(project.run({"inspect", "runs/tuned/bundle"})),
              Catch::Contains("3 slots, lru, residency lambda 0.3, J 1"));
+  // The decoder serves under it where there is something to prefer.
+  const auto served = [&](std::vector<std::string> more) {
+    more.insert(more.begin(),
+                {"generate", "--model", "runs/base/model", "--router", "runs/tuned/bundle", "--prompt-tokens", "1,2,3",
+                 "--max-tokens", "3", "--ignore-eos", "--device", "cpu", "--json"});
+    return Json::parse(done(project.run(more))).at("residency");
+  };
+  CHECK(served({"--expert-slots", "3"}).at("lambda") == 0.3);
+  CHECK(served({}).is_null());
   const Outcome plain_export = project.run({"export", "loop.yaml", "--to", "hf", "--quiet"});
   CHECK(done(plain_export) == "runs/tuned/hf\n");
   CHECK_THAT(plain_export.err, Catch::Contains("warning") && Catch::Contains("lambda 0.3, J 1, 3 slots") &&

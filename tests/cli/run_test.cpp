@@ -321,6 +321,9 @@ TEST_CASE("an interrupted run says so and resumes to the very same routers") {
     CHECK(project.read(std::string("runs/whole/checkpoints/step_150/") + name) ==
           project.read(std::string("runs/halves/checkpoints/step_150/") + name));
   }
+  CHECK(done(project.run(with({"run_dir=runs/halves", "--resume"}))).empty());
+  check_complaint(project.run(with({"run_dir=runs/halves", "seed=9", "--resume"})), 2,
+                  {"runs/halves", "the recipe changed", "seed: 8", "seed: 9"});
   // The log reads as one run.
   std::vector<std::pair<std::int64_t, double>> losses[2];
   for (int i = 0; i < 2; ++i) {

@@ -68,9 +68,6 @@ class RoutingMetrics {
   [[nodiscard]] double distinct_experts() const;
   /// Over counted tokens; uses counts of selections.
   [[nodiscard]] UsageStatistics usage() const;
-  /// Entropy of the mean router probability per layer (counted tokens), normalised by log E, mean over layers; NaN when
-  /// no probabilities were recorded.
-  [[nodiscard]] double mean_probability_entropy() const;
   [[nodiscard]] SimulationCounts simulate(const SimulationOptions& options) const;
   /// Over decode steps, as everything here.
   [[nodiscard]] SegmentRouting segment_routing(std::int64_t segment_length) const;
@@ -82,9 +79,7 @@ class RoutingMetrics {
 
  private:
   RoutingTrace trace_;
-  std::vector<std::int64_t> counts_;      // [L, E]
-  std::vector<double> probability_sums_;  // [L, E]
-  bool has_probabilities_ = false;
+  std::vector<std::int64_t> counts_;  // [L, E]
   std::int64_t num_sequences_ = 0;
   std::int64_t num_counted_ = 0;
 };

@@ -227,7 +227,7 @@ struct ArchitectureOptions {
 
 /// Section `tokenizer` of a pretraining recipe.
 struct TokenizerOptions {
-  std::string path;  ///< An existing tokenizer.model; empty: train one on the training split.
+  std::string path;  ///< An existing tokenizer.model or .json; empty: train one on the training split.
   std::int64_t vocab_size = 4096;
   std::int64_t sample_bytes = 20'000'000;   ///< Text to train it on, shared equally among the domains.
   std::vector<std::string> special_tokens;  ///< Tokens of chat templates that a trained vocabulary gets.
@@ -256,7 +256,7 @@ struct PretrainRecipe {
   FieldList fields();
 };
 
-/// What kind of recipe a file holds: told by its `task` key (finetune | pretrain).
+/// What kind of recipe a file holds: told by its `task` key (finetune | pretrain | bench).
 [[nodiscard]] std::string recipe_task(const std::filesystem::path& path);
 
 /// A recipe with where its values came from.
@@ -283,8 +283,8 @@ struct LoadedRecipe {
 void resolve_steps(TrainOptions& options, const PackedData& data, const std::vector<double>& mix,
                    std::int64_t sequence_length, std::uint64_t seed, const RecipeSource& source);
 /// The same from the recipe that the run in `run_dir` saved, for verbs that come after it. Without a saved recipe
-/// `steps` stays 0.
-void resolve_steps_from_run(TrainOptions& options, const std::filesystem::path& run_dir);
+/// `steps` stays 0. Throws UsageError, with the place in the recipe, when the run trained another set of parameters.
+void resolve_steps_from_run(TrainOptions& options, const std::filesystem::path& run_dir, const RecipeSource& source);
 /// What a `train` section asks of the model it is to train: K' at most K and one that the family has, a rank that the
 /// experts have room for, routing that has a gradient of all experts where that is asked for. Adds to `problems`, with
 /// the place in the recipe.

@@ -69,7 +69,6 @@ struct TrainingJob {
 /// Result of a finished run.
 struct TrainingResult {
   std::int64_t steps = 0;
-  double last_loss = 0.0;
   double seconds = 0.0;     ///< Of the steps run by this process, evaluation left out.
   std::int64_t tokens = 0;  ///< Tokens trained on by this process (padding left out).
 };
@@ -82,6 +81,11 @@ struct TrainingResult {
 /// Throws UsageError when the directory holds another run (or one to be resumed without `resume`), RunError on a
 /// non-finite loss or gradient, before the update, InterruptedError after `stop`.
 TrainingResult train(const TrainingJob& job);
+
+/// Throws UsageError, with the first difference, when the run in `run_dir` began with another recipe than
+/// `resolved_recipe`, as save_recipe writes it: such a run is not to be gone on with. InputError without its
+/// recipe.yaml.
+void check_same_recipe(const std::filesystem::path& run_dir, const std::string& resolved_recipe);
 
 /// The newest complete checkpoint of a run directory: step number and folder; nullopt when there is none.
 [[nodiscard]] std::optional<std::pair<std::int64_t, std::filesystem::path>> latest_checkpoint(

@@ -257,7 +257,9 @@ TEST_CASE("prompts of unequal length are continued as each is alone") {
 
 TEST_CASE("what is written under a residency rule is chosen by the rule from the first token of the answer on") {
   at::set_num_threads(1);
-  MoeModel model = create_model(hestia::testing::tiny_architecture(), torch::kFloat64, torch::kCPU, 14);
+  Architecture architecture = hestia::testing::tiny_architecture();
+  architecture.normalise_top_k = false;  // so that preserved mass scales weights
+  MoeModel model = create_model(architecture, torch::kFloat64, torch::kCPU, 14);
   const std::vector<AnswerExample> examples = random_prompts(83, 9);
   GreedyOptions options;
   options.max_new_tokens = 12;
@@ -265,6 +267,7 @@ TEST_CASE("what is written under a residency rule is chosen by the rule from the
   const std::vector<std::vector<std::int32_t>> plain = greedy_continuations(model, examples, options);
   ResidencyRule rule;
   rule.score = GENERATE(ResidencyScore::kLogit, ResidencyScore::kWeight);
+  rule.preserve_mass = GENERATE(false, true);
   rule.lambda = 0.6;
   rule.always_keep = 0;
   rule.slots = 3;

@@ -194,7 +194,6 @@ TEST_CASE("streamed metrics equal the metrics of the trace they build") {
   RoutingMetrics metrics(3, 7, 2, {1, 4, 5}, 900);
   std::int64_t counted = 0;
   std::vector<std::vector<double>> uses(3, std::vector<double>(7, 0.0));
-  std::vector<std::vector<double>> probabilities(3, std::vector<double>(7, 0.0));
   for (std::int64_t id = 0; id < 6; ++id) {
     const std::int64_t num_tokens = 5 + static_cast<std::int64_t>(random.below(20));
     const SequenceRouting sequence = random_sequence(random, id, num_tokens, id % 3);
@@ -205,10 +204,6 @@ TEST_CASE("streamed metrics equal the metrics of the trace they build") {
         const std::int64_t row = layer * num_tokens + token;
         for (std::int64_t k = 0; k < 2; ++k) {
           uses[static_cast<std::size_t>(layer)][sequence.selected[static_cast<std::size_t>(row * 2 + k)]] += 1.0;
-        }
-        for (std::int64_t e = 0; e < 7; ++e) {
-          probabilities[static_cast<std::size_t>(layer)][static_cast<std::size_t>(e)] +=
-              static_cast<double>(sequence.probabilities[static_cast<std::size_t>(row * 7 + e)]);
         }
       }
     }
@@ -229,13 +224,10 @@ TEST_CASE("streamed metrics equal the metrics of the trace they build") {
   double entropy = 0.0;
   double variation = 0.0;
   double max_share = 0.0;
-  double mean_entropy = 0.0;
   for (std::size_t layer = 0; layer < 3; ++layer) {
     double total = 0.0;
-    double total_probability = 0.0;
     for (std::size_t e = 0; e < 7; ++e) {
       total += uses[layer][e];
-      total_probability += probabilities[layer][e];
     }
     double variance = 0.0;
     double largest = 0.0;
@@ -244,8 +236,6 @@ TEST_CASE("streamed metrics equal the metrics of the trace they build") {
       entropy -= share * std::log(share) / std::log(7.0) / 3.0;
       variance += (share - 1.0 / 7.0) * (share - 1.0 / 7.0) / 7.0;
       largest = std::max(largest, share);
-      const double mean = probabilities[layer][e] / total_probability;
-      mean_entropy -= mean * std::log(mean) / std::log(7.0) / 3.0;
     }
     variation += std::sqrt(variance) * 7.0 / 3.0;
     max_share += largest * 7.0 / 3.0;
@@ -255,7 +245,6 @@ TEST_CASE("streamed metrics equal the metrics of the trace they build") {
   CHECK(usage.coefficient_of_variation == Approx(variation).epsilon(1e-12));
   CHECK(usage.max_share == Approx(max_share).epsilon(1e-12));
   CHECK(usage.unused_experts == 0);
-  CHECK(metrics.mean_probability_entropy() == Approx(mean_entropy).epsilon(1e-12));
 }
 
 TEST_CASE("usage of balanced and collapsed routing") {
@@ -271,7 +260,6 @@ TEST_CASE("usage of balanced and collapsed routing") {
   CHECK(even.usage().coefficient_of_variation == Approx(0.0).margin(1e-15));
   CHECK(even.usage().max_share == Approx(1.0));
   CHECK(even.usage().unused_experts == 0);
-  CHECK(std::isnan(even.mean_probability_entropy()));
 
   SequenceRouting collapsed = balanced;
   collapsed.selected = {2, 1, 2, 1, 1, 2, 2, 1};
@@ -291,19 +279,6 @@ TEST_CASE("usage of balanced and collapsed routing") {
   CHECK(nothing.usage().normalised_entropy == 0.0);
   CHECK(nothing.usage().unused_experts == 4);
   CHECK(nothing.expert_overlap_ratio() == 0.0);
-}
-
-TEST_CASE("a mean probability that covers some sequences uses those") {
-  SplitMix64 random(73);
-  const SequenceRouting with = random_sequence(random, 0, 9, 0);
-  SequenceRouting without = random_sequence(random, 1, 30, 0);
-  without.probabilities.clear();
-  RoutingMetrics both(3, 7, 2, {0, 1, 2}, 0);
-  both.add(with);
-  both.add(without);
-  RoutingMetrics alone(3, 7, 2, {0, 1, 2}, 0);
-  alone.add(with);
-  CHECK(both.mean_probability_entropy() == Approx(alone.mean_probability_entropy()).epsilon(1e-14));
 }
 
 TEST_CASE("sequences of another shape are refused") {

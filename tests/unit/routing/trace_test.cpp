@@ -268,8 +268,8 @@ TEST_CASE("a damaged packed trace is refused with the reason") {
   const TemporaryFolder folder;
   const std::filesystem::path path = folder.path() / "trace.h5";
   const auto make = [&](std::int64_t version, const std::string& format, const std::vector<std::int64_t>& layers,
-                        const std::vector<std::int64_t>& shape, std::vector<std::uint16_t> experts,
-                        std::vector<std::int64_t> steps) {
+                        const std::vector<std::int64_t>& shape, const std::vector<std::int64_t>& experts,
+                        std::vector<std::int64_t> steps, std::int64_t expert_bytes = 5) {
     H5File file = H5File::create(path);
     file.write_attribute("/", "format", format);
     file.write_attribute("/", "format_version", version);
@@ -279,13 +279,13 @@ TEST_CASE("a damaged packed trace is refused with the reason") {
     file.write_attribute("/", "num_experts", std::int64_t{8});
     file.write_attribute("/", "top_k", std::int64_t{2});
     file.write_attribute("/", "layers", layers);
-    file.write_attribute("/", "expert_bytes", std::vector<std::int64_t>(layers.size(), 5));
+    file.write_attribute("/", "expert_bytes", std::vector<std::int64_t>(layers.size(), expert_bytes));
     file.write_attribute("/", "dense_bytes", std::vector<std::int64_t>(layers.size(), 6));
     const std::vector<std::uint16_t> weights(experts.size(), 0x3800);
     const std::vector<std::int64_t> sequences(steps.size(), 0);
     const std::vector<std::uint8_t> phases(steps.size(), 1);
     const auto num_steps = static_cast<std::int64_t>(steps.size());
-    file.write("/trace/expert", H5Type::kUInt16, shape, experts.data());
+    file.write("/trace/expert", H5Type::kInt64, shape, experts.data());  // any integer type is read
     file.write("/trace/weight", H5Type::kFloat16, shape, weights.data());
     file.write("/trace/sequence", H5Type::kInt64, {num_steps}, sequences.data());
     file.write("/trace/step", H5Type::kInt64, {num_steps}, steps.data());
@@ -312,7 +312,14 @@ TEST_CASE("a damaged packed trace is refused with the reason") {
   make(1, format, {1, 2}, {2, 1, 2}, {3, 4, 5, 6}, {0, 1});
   CHECK_THAT(message(), Catch::Contains("/trace/expert must have shape [2, 2, 2], got [2, 1, 2]"));
   make(1, format, {1}, {2, 1, 2}, {3, 8, 5, 6}, {0, 1});
-  CHECK_THAT(message(), Catch::Contains("expert must be below num_experts (8), got 8 at step 0, layer 1"));
+  CHECK_THAT(message(),
+             Catch::Contains("expert must be at least 0 and below num_experts (8), got 8 at step 0, layer 1"));
+  make(1, format, {1}, {2, 1, 2}, {3, -1, 5, 6}, {0, 1});
+  CHECK_THAT(message(), Catch::Contains("below num_experts (8), got -1 at step 0, layer 1"));
+  make(1, format, {1}, {2, 1, 2}, {3, 4, 5, 6}, {-1, 1});
+  CHECK_THAT(message(), Catch::Contains("step must be at least 0, got -1 at position 0"));
+  make(1, format, {1}, {2, 1, 2}, {3, 4, 5, 6}, {0, 1}, INT64_MAX);
+  CHECK_THAT(message(), Catch::Contains("expert_bytes and dense_bytes must lie between 0 and 1099511627776, got 9223"));
   make(1, format, {1}, {2, 1, 2}, {3, 4, 6, 6}, {0, 1});
   CHECK_THAT(message(), Catch::Contains("expert 6 stands twice at step 1, layer 1"));
   make(1, format, {1}, {2, 1, 2}, {3, 4, 5, 6}, {1, 1});
@@ -372,6 +379,8 @@ TEST_CASE("damaged traces are refused with file, line and value") {
     CHECK_THAT(failure(replaced(kHeader, "n_expert=8", "n_expert=99999999") + kRows), Catch::Contains(":2: n_expert"));
     CHECK_THAT(failure(replaced(kHeader, "n_expert_used=2", "n_expert_used=9") + kRows),
                Catch::Contains(":2: n_expert_used must be at most n_expert (8), got 9"));
+    CHECK_THAT(failure(replaced(kHeader, "expert_bytes=100", "expert_bytes=9223372036854775807") + kRows),
+               Catch::Contains(":3: expert_bytes must be a whole number between 0 and 1099511627776, got \"9223"));
     CHECK_THAT(failure(replaced(kHeader, "# layer=1", "# layer=4") + kRows),
                Catch::Contains("must be below n_layer (4), got 4"));
     CHECK_THAT(failure(replaced(kHeader, "# layer=1", "# layer=1\n# layer=1") + kRows),

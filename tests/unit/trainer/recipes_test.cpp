@@ -144,6 +144,11 @@ TEST_CASE("trainable sets, adapters and annealing are checked at their lines") {
   CHECK(misfits("  trainable: router+lora\n  lora: {rank: 16}\n  top_k_annealing: {step: 3, top_k: 2}\n").empty());
   CHECK(misfits("  lora: {rank: 17}\n").empty());  // of no use without adapters
   CHECK(misfits("  router_gradient: all\n").empty());
+  architecture.expert_bias = true;
+  CHECK(misfits("  trainable: all\n").empty());
+  CHECK_THAT(misfits("  trainable: router+lora\n  lora: {rank: 16}\n"),
+             Catch::Contains(":18: train.trainable must be router or all for"));
+  architecture.expert_bias = false;
   CHECK_THAT(
       misfits("  trainable: router+lora\n  lora: {rank: 17}\n  top_k_annealing: {step: 3, top_k: 3}\n"),
       Catch::Contains(":19: train.lora.rank must be at most the rank of the experts' matrices (16), got 17") &&
@@ -300,6 +305,10 @@ TEST_CASE("what spans keys of losses and corpora is checked without any file") {
                          "{domain: beta, paths: [b.txt], format: chat, question_field: q, text_field: t}"),
                     Catch::Contains("data.corpora.1.question_field is for format question_answer only") &&
                         Catch::Contains("data.corpora.1.text_field is for format jsonl only, got format chat"));
+  CHECK_THROWS_WITH(load("{domain: beta, paths: [b.txt]}",
+                         "{domain: beta, paths: [b.txt], format: chat, min_document_bytes: 9, max_document_bytes: 99}"),
+                    Catch::Contains("data.corpora.1.min_document_bytes is for format text only") &&
+                        Catch::Contains("data.corpora.1.max_document_bytes is for format text or jsonl only"));
   CHECK_THROWS_WITH(
       load("{domain: beta, paths: [b.txt]}", "{domain: beta, paths: [b.txt], format: chat, template: chatlm}"),
       Catch::Contains("data.corpora.1.template must be one of plain") && Catch::Contains("did you mean \"chatml\"?"));

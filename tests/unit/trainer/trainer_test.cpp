@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <fstream>
 #include <limits>
 
 #include <fmt/format.h>
@@ -230,6 +231,8 @@ TEST_CASE("a resumed run is bit-identical to one that never stopped") {
   first.stop = &stop;
   first.on_step = [&](const Json& event) { stop = event.at("step").get<std::int64_t>() == 3; };
   CHECK_THROWS_AS(train(first), InterruptedError);
+  // What a full disk leaves of a line.
+  std::ofstream(folder.path() / "halves" / "metrics.jsonl", std::ios::app) << R"({"event": "st)";
 
   MoeModel resumed = model_to_train(trainable);
   TrainingJob second = make_job(resumed, data, options, folder.path() / "halves");
@@ -264,6 +267,58 @@ TEST_CASE("a resumed run is bit-identical to one that never stopped") {
     CHECK(same_tensors(whole->adapters(), loaded->adapters()));
     CHECK(loaded->architecture().top_k == whole->architecture().top_k);
   }
+}
+
+TEST_CASE("a run that is stopped in its last step is a whole run") {
+  const TemporaryFolder folder;
+  const PackedData data = tiny_data(5, 20, 24);
+  MoeModel model = tiny_model();
+  std::atomic<bool> stop{false};
+  TrainingJob job = make_job(model, data, short_run(2), folder.path() / "run");
+  job.held_out = &data;
+  job.stop = &stop;
+  job.on_step = [&](const Json& event) { stop = event.at("step").get<std::int64_t>() == 2; };
+  CHECK(train(job).steps == 2);
+  Json last;
+  read_json_lines(folder.path() / "run" / "metrics.jsonl", [&](std::int64_t, const Json& event) { last = event; });
+  CHECK(last.at("event") == "evaluate");
+  CHECK(last.at("step") == 2);
+}
+
+TEST_CASE("weight decay is for matrices, not for biases that experts have stacked in one tensor") {
+  const TemporaryFolder folder;
+  const PackedData data = tiny_data(5, 20, 24);
+  const auto trained = [&](double weight_decay) {
+    MoeModel model = create_model(hestia::testing::tiny_architecture("gpt_oss"), torch::kFloat32, torch::kCPU, 3);
+    hestia::testing::move_vectors(model);
+    {
+      const torch::NoGradGuard no_grad;
+      for (auto& [name, tensor] : model->named_tensors()) {
+        if (tensor.dim() == 2 && name.ends_with("bias")) {
+          tensor.add_(0.5);
+        }
+      }
+    }
+    TrainOptions options = short_run(1);
+    options.trainable = "all";
+    options.weight_decay = weight_decay;
+    TrainingJob job = make_job(model, data, options, folder.path() / fmt::format("run_{}", weight_decay));
+    train(job);
+    return model;
+  };
+  MoeModel plain = trained(0.0);
+  MoeModel decayed = trained(0.9);
+  std::size_t stacked = 0;
+  const auto tensors = plain->named_tensors();
+  const auto others = decayed->named_tensors();
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const auto& [name, tensor] = tensors[i];
+    INFO(name);
+    const bool matrix = tensor.dim() >= 2 && !name.ends_with("bias");
+    CHECK(torch::equal(tensor, others[i].second) != matrix);
+    stacked += tensor.dim() == 2 && !matrix ? 1 : 0;
+  }
+  CHECK(stacked == 2 * 2);  // of gate with up and of down, in two layers
 }
 
 TEST_CASE("from the annealing step on, K' experts are the K of forward and losses, to the bit") {
