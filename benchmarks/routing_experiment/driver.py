@@ -278,7 +278,8 @@ def run_arm(arm, options, programs, gpu, threads, facts):
         arm.overrides,
         options.overrides,
     )
-    row = {"arm": arm.id, **dataclasses.asdict(arm), "recipe_sha256": facts["recipe"], "base_sha256": facts["base"]}
+    row = {"arm": arm.id, **dataclasses.asdict(arm), "overrides": merged(arm.overrides, options.overrides)}
+    row |= {"recipe_sha256": facts["recipe"], "base_sha256": facts["base"]}
     row |= {"corpus_sha256": facts["corpus"], "gpu": facts["gpu"] if gpu is not None else "", "seconds": {}}
     begin = time.monotonic()
 
@@ -461,8 +462,9 @@ class Point:
     factor: float  # base loads over these
     factor_spread: float  # largest less smallest over the seeds
     perplexity: float
-    against_nll: float  # ratio less 1, to plain tuning of the same set at its best rate; NaN without one
+    against_nll: float  # ratio less 1, to plain tuning of the same set and seeds at its best rate; NaN without one
     against_nll_spread: float
+    same_seeds: bool  # False: plain tuning lacks one of these seeds, and all that it has count
     outside: float  # geometric mean over the domains not tuned of the ratio to the base, less 1
     outside_of_nll: float  # that of the plain tuning; NaN without one
     static: float  # perplexity with the E/4 most used experts only, over the unrestricted one, less 1
@@ -521,16 +523,22 @@ def outside_of(figures, base, domain):
 
 
 def best_plain(rows, domain, trainable, steps):
-    """Figures by domain, one per seed, of plain tuning for as many steps, on that domain alone, at the best of its
-    learning rates; empty without any."""
+    """Figures by domain of every seed, {seed: figures}, of plain tuning for as many steps, on that domain alone, at the
+    best of its learning rates; empty without any."""
     by_name = plain_by_name(rows, domain, trainable, steps)
-    return by_name.get(best_plain_name(rows, domain, trainable, steps), [])
+    return by_name.get(best_plain_name(rows, domain, trainable, steps), {})
+
+
+def of_seeds(by_seed, seeds):
+    """What to compare with: the values of the same seeds where all are there, else of every seed; and which it was."""
+    same = all(seed in by_seed for seed in seeds)
+    return ([by_seed[seed] for seed in seeds] if same else list(by_seed.values())), same
 
 
 def best_plain_name(rows, domain, trainable, steps=""):
     """The name of that tuning; None without any."""
     by_name = plain_by_name(rows, domain, trainable, steps)
-    return min(by_name, key=lambda name: mean_perplexity(by_name[name], domain), default=None)
+    return min(by_name, key=lambda name: mean_perplexity(by_name[name].values(), domain), default=None)
 
 
 def plain_by_name(rows, domain, trainable, steps):
@@ -538,12 +546,23 @@ def plain_by_name(rows, domain, trainable, steps):
     for row in rows:
         plain = row["name"].startswith(NLL_PREFIX) and not override_of(row, "data.train")
         if plain and (row["domain"], row["trainable"], override_of(row, "train.steps")) == (domain, trainable, steps):
-            by_name.setdefault(row["name"], []).append(row["points"][0]["domains"])
+            by_name.setdefault(row["name"], {})[row["seed"]] = row["points"][0]["domains"]
     return by_name
 
 
 def mean_perplexity(seeds, domain):
     return mean([figures[domain]["perplexity"] for figures in seeds])
+
+
+def check_same_text(figures, base, arm):
+    """Likelihoods of other held-out text cannot be compared with the base's."""
+    for domain, of_base in base.items():
+        tokens = figures.get(domain, of_base).get("tokens")
+        if tokens != of_base.get("tokens"):
+            sys.exit(
+                f"{arm}: measured on {tokens} tokens of {domain}, the base on {of_base.get('tokens')}; run both with the "
+                "same --tuned and the same evaluate.* keys"
+            )
 
 
 def points_by_domain(rows, domain):
@@ -559,12 +578,14 @@ def points_by_domain(rows, domain):
             for point in row["points"]:
                 rule = rule_text(point["residency"], row["experts"] // 4)
                 key = (row["trainable"], row["name"], rule, override_of(row, "train.steps"))
-                groups.setdefault(key, []).append(point["domains"])
+                check_same_text(point["domains"], base, row["name"])
+                groups.setdefault(key, {})[row["seed"]] = point["domains"]
     points = []
-    for (trainable, name, rule, steps), seeds in groups.items():
+    for (trainable, name, rule, steps), by_seed in groups.items():
+        seeds = list(by_seed.values())
         own = [figures[domain] for figures in seeds]
         base_only = trainable == BASE_SET
-        plain_seeds = [base] if base_only else best_plain(rows, domain, trainable, steps)
+        plain_seeds, same_seeds = ([base], True) if base_only else of_seeds(best_plain(rows, domain, trainable, steps), by_seed)
         plain = mean_perplexity(plain_seeds, domain) if plain_seeds else math.nan
         plain_outside = [outside_of(figures, base, domain) for figures in plain_seeds]
         outside = [outside_of(figures, base, domain) for figures in seeds]
@@ -584,6 +605,7 @@ def points_by_domain(rows, domain):
                 perplexity=mean([figures["perplexity"] for figures in own]),
                 against_nll=mean([figures["perplexity"] for figures in own]) / plain - 1,
                 against_nll_spread=spread([figures["perplexity"] / plain for figures in own]),
+                same_seeds=same_seeds,
                 outside=math.exp(mean(outside)) - 1,
                 outside_of_nll=math.exp(mean(plain_outside)) - 1 if plain_outside else math.nan,
                 static=mean(static) if static else math.nan,
@@ -603,41 +625,47 @@ def points_by_domain(rows, domain):
 
 
 def accuracies(rows, domain):
-    """Of every arm that answered tasks, served by plain Top-K: (set, name, seeds, {task: mean accuracy}); of choices
-    that by likelihood per byte."""
-    groups = {}
+    """Of every arm that answered tasks, served by plain Top-K: {(set, name, steps): {seed: {task: accuracy}}}; of
+    choices that by likelihood per byte."""
+    found, counts = {}, {}
     for row in rows:
         if row["domain"] == domain and row["points"][0].get("tasks"):
-            groups.setdefault((row["trainable"], row["name"]), []).append(row["points"][0]["tasks"])
-    found, counts = [], {}
-    for (trainable, name), seeds in groups.items():
-        by_task = {}
-        for task in (task for tasks in seeds for task in tasks):
-            if counts.setdefault(task["task"], task["count"]) != task["count"]:
-                sys.exit(f"{task['task']}: rows of {counts[task['task']]} and of {task['count']} questions cannot be compared")
-            by_task.setdefault(task["task"], []).append(task.get("accuracy_by_bytes", task["accuracy"]))
-        found.append((trainable, name, len(seeds), {task: mean(values) for task, values in by_task.items()}))
+            key = (row["trainable"], row["name"], override_of(row, "train.steps"))
+            by_task = found.setdefault(key, {}).setdefault(row["seed"], {})
+            for task in row["points"][0]["tasks"]:
+                if counts.setdefault(task["task"], task["count"]) != task["count"]:
+                    sys.exit(
+                        f"{task['task']}: rows of {counts[task['task']]} and of {task['count']} questions cannot be compared"
+                    )
+                by_task[task["task"]] = task.get("accuracy_by_bytes", task["accuracy"])
     return found
+
+
+def mean_accuracy(seeds, task):
+    """NaN where no seed answered the task."""
+    values = [by_task[task] for by_task in seeds if task in by_task]
+    return mean(values) if values else math.nan
 
 
 def tasks_text(rows, domain):
     """Accuracy in per cent, and in points against plain tuning of the same set at its best rate."""
     found = accuracies(rows, domain)
-    tasks = list(dict.fromkeys(task for *_, by_task in found for task in by_task))
+    tasks = list(dict.fromkeys(task for by_seed in found.values() for by_task in by_seed.values() for task in by_task))
     if not tasks:
         return ""
     lines = [f"{'set':<12} {'arm':<32} {'seeds':>5} " + " ".join(f"{task:>22}" for task in tasks)]
     order = {name: number for number, name in enumerate((BASE_SET, *SETS))}
-    for trainable, name, seeds, by_task in sorted(found, key=lambda arm: order[arm[0]]):
-        plain_name = best_plain_name(rows, domain, trainable)
-        plain = next((arm[3] for arm in found if arm[:2] == (trainable, plain_name)), {})
+    for (trainable, name, steps), by_seed in sorted(found.items(), key=lambda arm: order[arm[0][0]]):
+        plain_name = best_plain_name(rows, domain, trainable, steps)
+        plain, same_seeds = of_seeds(found.get((trainable, plain_name, steps), {}), by_seed)
         cells = []
         for task in tasks:
-            cell = f"{100 * by_task[task]:.1f}" if task in by_task else "-"
-            if task in by_task and task in plain and name != plain_name:
-                cell += f" ({100 * (by_task[task] - plain[task]):+.1f})"
+            right, of_plain = mean_accuracy(by_seed.values(), task), mean_accuracy(plain, task)
+            cell = "-" if math.isnan(right) else f"{100 * right:.1f}"
+            if not math.isnan(right - of_plain) and name != plain_name:
+                cell += f" ({100 * (right - of_plain):+.1f}{'' if same_seeds else '~'})"
             cells.append(f"{cell:>22}")
-        lines.append(f"{trainable:<12} {name:<32} {seeds:>5} " + " ".join(cells))
+        lines.append(f"{trainable:<12} {name:<32} {len(by_seed):>5} " + " ".join(cells))
     return "\n".join(["tasks, per cent right (points against plain tuning of the same set):", *lines])
 
 
@@ -663,6 +691,7 @@ def table_text(rows, domain, front_only=False):
         several = point.seeds > 1
         fewer = f"{point.factor:.2f}x" + (f" ±{point.factor_spread / 2:.2f}" if several else "")
         against = percent(point.against_nll) + (f" ±{50 * point.against_nll_spread:.2f}" if several else "")
+        against += "" if point.same_seeds else "~"
         lines.append(
             f"{point.trainable:<12} {point.name:<32} {point.rule:<16} {point.seeds:>5} {point.loads:>6.3f} "
             f"{point.loads_min:>6.3f} {fewer:>12} {point.perplexity:>8.3f} {against:>15} {percent(point.outside):>8} "
@@ -670,6 +699,8 @@ def table_text(rows, domain, front_only=False):
             f"{' *' if point.front else '  '} {point.targets()}".rstrip()
         )
     met = sorted({letter for point in points for letter in point.targets()})
+    if any(not point.same_seeds for point in points):
+        lines.append("~ plain tuning lacks a seed of this arm: against the mean of all that it has")
     lines.append(f"* on the Pareto front of its set. {TARGETS}. Met: {', '.join(met) if met else 'none'}")
     return "\n".join(lines)
 

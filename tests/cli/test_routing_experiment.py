@@ -316,9 +316,17 @@ class Table(unittest.TestCase):
         rows += [row("router", "nll_b", 2, 7.2, 0.55), row("router", "arm", 1, 7.5, 0.62, 0.25)]
         text = driver.tasks_text(rows, "python").splitlines()
         self.assertRegex(text[2], r"^- +base +1 +50\.0 +70\.0$")
-        self.assertRegex(text[3], r"^router +nll_a +1 +50\.0 \(\+0\.0\) +50\.0 \(-10\.0\)$")
+        self.assertRegex(text[3], r"^router +nll_a +1 +50\.0 \(\+0\.0\) +50\.0 \(-15\.0\)$", "of the same seed")
         self.assertRegex(text[4], r"^router +nll_b +2 +50\.0 +60\.0$")
-        self.assertRegex(text[5], r"^router +arm +1 +25\.0 \(-25\.0\) +62\.0 \(\+2\.0\)$")
+        self.assertRegex(text[5], r"^router +arm +1 +25\.0 \(-25\.0\) +62\.0 \(-3\.0\)$", "of the same seed")
+        # Another seed than plain tuning has; and twice as many steps, which are compared among themselves.
+        longer = [row("router", "nll_long", 1, 6.0, 0.7), row("router", "arm_long", 1, 6.5, 0.65)]
+        for long in longer:
+            long["overrides"] = ["train.steps=600"]
+        text = driver.tasks_text([*rows, row("router", "arm_3", 3, 7.5, 0.62), *longer], "python").splitlines()
+        self.assertRegex(text[6], r"^router +arm_3 +1 +50\.0 \(\+0\.0~\) +62\.0 \(\+2\.0~\)$")
+        self.assertRegex(text[7], r"^router +nll_long +1 +50\.0 +70\.0$")
+        self.assertRegex(text[8], r"^router +arm_long +1 +50\.0 \(\+0\.0\) +65\.0 \(-5\.0\)$")
         self.assertEqual(driver.tasks_text([{**rows[0], "points": [{"domains": {}}]}], "python"), "")
         rows[2]["points"][0]["tasks"][1]["count"] = 41
         with self.assertRaisesRegex(SystemExit, "piqa: rows of 40 and of 41 questions"):
@@ -376,6 +384,26 @@ class Table(unittest.TestCase):
         self.assertFalse(good.front, "another has as few loads at less perplexity")
         self.assertTrue(points["router", "forgets"].front)
         self.assertIn("Met: A, B, C, D, E", driver.table_text(rows, "python"))
+        self.assertIn("~ plain tuning lacks a seed", driver.table_text(rows, "python"))
+
+    def test_points_against_the_same_seeds(self):
+        rows = [self.row("-", "base", 4.0, 8.0)]
+        rows += [self.row("router", "nll_1", 4.0, value, seed=seed) for seed, value in ((1, 7.0), (2, 7.14), (3, 7.14))]
+        rows += [self.row("router", "arm", 1.0, 7.126, seed=1), self.row("router", "other", 1.0, 7.0, seed=4)]
+        points = {p.name: p for p in driver.points_by_domain(rows, "python")}
+        self.assertAlmostEqual(points["arm"].against_nll, 7.126 / 7.0 - 1)
+        self.assertEqual(points["arm"].targets(), "")
+        self.assertTrue(points["arm"].same_seeds)
+        self.assertAlmostEqual(points["other"].against_nll, 7.0 / (21.28 / 3) - 1)
+        self.assertFalse(points["other"].same_seeds)
+        self.assertAlmostEqual(points["nll_1"].against_nll, 0.0)
+
+    def test_points_of_other_text(self):
+        rows = [self.row("-", "base", 4.0, 8.0), self.row("router", "nll_1", 4.0, 7.0)]
+        for row, tokens in zip(rows, (32768, 8192)):
+            row["points"][0]["domains"]["prose"]["tokens"] = tokens
+        with self.assertRaisesRegex(SystemExit, "nll_1: measured on 8192 tokens of prose, the base on 32768"):
+            driver.points_by_domain(rows, "python")
         self.assertIn("no base row yet", driver.table_text(rows[1:], "python"))
 
     def test_shipped_arms(self):
