@@ -62,6 +62,9 @@ void read_token_id(ConfigReader& reader, const char* key, std::int64_t& out) {
   }
 }
 
+// Keeps a damaged file from asking for absurd amounts of memory before any tensor is looked at.
+constexpr std::int64_t kMaxWidth = std::int64_t{1} << 24;
+
 void read_quantisation(ConfigReader& reader, const Json& settings, Architecture& architecture) {
   const Json* method = ConfigReader::find_in(settings, "quant_method");
   const Json* format = ConfigReader::find_in(settings, "fmt");
@@ -74,9 +77,9 @@ void read_quantisation(ConfigReader& reader, const Json& settings, Architecture&
     architecture.quantisation = Quantisation::kFp8Blocks;
     std::vector<std::int64_t> sizes;
     reader.read("weight_block_size", *block, sizes);
-    if (sizes.size() != 2 || std::min(sizes[0], sizes[1]) < 1) {
-      reader.problem(
-          fmt::format("\"weight_block_size\" must be two positive numbers, got {}; correct it", shown(*block)));
+    if (sizes.size() != 2 || std::min(sizes[0], sizes[1]) < 1 || std::max(sizes[0], sizes[1]) > kMaxWidth) {
+      reader.problem(fmt::format("\"weight_block_size\" must be two numbers between 1 and {}, got {}; correct it",
+                                 kMaxWidth, shown(*block)));
       return;
     }
     architecture.scale_block_rows = sizes[0];
@@ -92,8 +95,6 @@ void read_quantisation(ConfigReader& reader, const Json& settings, Architecture&
 
 void check_values(const Family& family, const Architecture& a, ConfigReader& reader) {
   using A = Architecture;
-  // Upper limits keep a damaged file from asking for absurd amounts of memory before any tensor is looked at.
-  constexpr std::int64_t kMaxWidth = std::int64_t{1} << 24;
   constexpr std::int64_t kMaxLayers = 4096;
   constexpr std::int64_t kMaxExperts = 65536;
   const auto in_range = [&](std::int64_t A::*field, std::int64_t high, std::int64_t low = 1) {

@@ -66,15 +66,17 @@ class Config {
 
 void check_sizes(const std::string& subject, const DenseArchitecture& a, Problems& problems) {
   constexpr std::int64_t kLargest = std::int64_t{1} << 24;
-  const auto positive = [&](const char* what, std::int64_t value) {
-    if (value < 1 || value > kLargest) {
-      problems.add(fmt::format("{}: {} must be between 1 and {}, got {}; correct it", subject, what, kLargest, value));
+  constexpr std::int64_t kMostLayers = 4096;
+  const auto in_range = [&](const char* what, std::int64_t value, std::int64_t largest) {
+    if (value < 1 || value > largest) {
+      problems.add(fmt::format("{}: {} must be between 1 and {}, got {}; correct it", subject, what, largest, value));
     }
   };
+  const auto positive = [&](const char* what, std::int64_t value) { in_range(what, value, kLargest); };
   positive("the vocabulary", a.vocab_size);
   positive("the hidden size", a.hidden_size);
   positive("the feed-forward size", a.intermediate_size);
-  positive("the number of layers", a.num_layers);
+  in_range("the number of layers", a.num_layers, kMostLayers);
   positive("the number of heads", a.num_attention_heads);
   positive("the number of key-value heads", a.num_key_value_heads);
   positive("the size of a head", a.head_dim);

@@ -278,7 +278,10 @@ void check_upcycle(const DenseArchitecture& architecture, const UpcycleOptions& 
     problems.add(fmt::format("--top-k must be at least 1, got {}; choose another", options.top_k));
     problems.throw_usage_if_any();
   }
-  if (options.num_experts < options.top_k || options.num_experts % options.top_k != 0) {
+  constexpr std::int64_t kMostExperts = 65536;  // that a model may have
+  if (options.num_experts > kMostExperts) {
+    problems.add(fmt::format("--experts must be at most {}, got {}; choose fewer", kMostExperts, options.num_experts));
+  } else if (options.num_experts < options.top_k || options.num_experts % options.top_k != 0) {
     problems.add(fmt::format("--experts must be a multiple of --top-k ({}), got {}; every shard is copied as often",
                              options.top_k, options.num_experts));
   } else if (options.start == UpcycleStart::kSigned && options.num_experts / options.top_k % 2 != 0) {

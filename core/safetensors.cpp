@@ -55,7 +55,10 @@ using SortedJson = nlohmann::json;
 // members of the parent again after each one, which takes minutes on a header of 50,000 names.
 class RepeatedKeys final : public nlohmann::json_sax<SortedJson> {
  public:
+  static constexpr std::size_t kDeepest = 64;  // a header has 3 levels; printing a value takes stack for each
+
   [[nodiscard]] const std::string& first() const { return first_; }
+  [[nodiscard]] bool too_deep() const { return depth_ > kDeepest; }
 
   bool null() override { return true; }
   bool boolean(bool /*value*/) override { return true; }
@@ -64,11 +67,14 @@ class RepeatedKeys final : public nlohmann::json_sax<SortedJson> {
   bool number_float(number_float_t /*value*/, const string_t& /*text*/) override { return true; }
   bool string(string_t& /*value*/) override { return true; }
   bool binary(binary_t& /*value*/) override { return true; }
-  bool start_array(std::size_t /*size*/) override { return true; }
-  bool end_array() override { return true; }
+  bool start_array(std::size_t /*size*/) override { return ++depth_ <= kDeepest; }
+  bool end_array() override {
+    --depth_;
+    return true;
+  }
   bool start_object(std::size_t /*size*/) override {
     keys_.emplace_back();
-    return true;
+    return ++depth_ <= kDeepest;
   }
   bool end_object() override {
     std::vector<std::string>& keys = keys_.back();
@@ -77,6 +83,7 @@ class RepeatedKeys final : public nlohmann::json_sax<SortedJson> {
       first_ = *twice;
     }
     keys_.pop_back();
+    --depth_;
     return true;
   }
   bool key(string_t& key) override {
@@ -91,6 +98,7 @@ class RepeatedKeys final : public nlohmann::json_sax<SortedJson> {
  private:
   std::vector<std::vector<std::string>> keys_;  // of each object that is open
   std::string first_;
+  std::size_t depth_ = 0;
 };
 
 // Parses JSON and refuses repeated keys, of which nlohmann keeps the last without a word. `fail` makes the error.
@@ -101,10 +109,10 @@ SortedJson parse_without_duplicates(std::string_view text, const Fail& fail) {
     throw fail(fmt::format("is not valid JSON at byte {}", zero));
   }
   // Both passes at once: each takes milliseconds for thousands of tensors.
-  std::future<std::string> repeated = std::async(std::launch::async, [text] {
+  std::future<RepeatedKeys> repeated = std::async(std::launch::async, [text] {
     RepeatedKeys keys;
     SortedJson::sax_parse(text, &keys);
-    return keys.first();
+    return keys;
   });
   SortedJson json;
   try {
@@ -117,8 +125,12 @@ SortedJson parse_without_duplicates(std::string_view text, const Fail& fail) {
   if (!json.is_object()) {
     throw fail(fmt::format("must be a JSON object, got {}", json.type_name()));
   }
-  if (const std::string name = repeated.get(); !name.empty()) {
-    throw fail(fmt::format("holds the name \"{}\" twice", name));
+  const RepeatedKeys keys = repeated.get();
+  if (keys.too_deep()) {
+    throw fail(fmt::format("is nested deeper than {} levels", RepeatedKeys::kDeepest));
+  }
+  if (!keys.first().empty()) {
+    throw fail(fmt::format("holds the name \"{}\" twice", keys.first()));
   }
   return json;
 }

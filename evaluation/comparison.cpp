@@ -180,7 +180,8 @@ PackedData evaluation_data(const FinetuneRecipe& recipe, const Tokenizer& tokeni
   }
   DataOptions training = recipe.data;
   training.train = recipe.data.evaluate;
-  training.max_tokens_per_domain = tokens;
+  const std::int64_t trained_on = training.max_tokens_per_domain;  // 0: all
+  training.max_tokens_per_domain = trained_on > 0 ? std::min(trained_on, tokens) : tokens;
   return load_training_data(training, tokenizer, threads);
 }
 

@@ -216,10 +216,13 @@ std::string comparison_table(const Comparison& comparison) {
   add_number("dist.", 1, [](const DomainFigures& figures) { return figures.distinct_experts; });
   add_number("usageH", 3, [](const DomainFigures& figures) { return figures.usage.normalised_entropy; });
   const std::vector<StaticSetFigures>& static_sets = comparison.arms.front().domains.front().static_sets;
-  for (std::size_t i = 0; i < static_sets.size(); ++i) {
-    // Not measured under a residency rule.
-    add(fmt::format("ppl@{}", static_sets[i].experts), [&](const ArmFigures& /*arm*/, const DomainFigures& figures) {
-      return i < figures.static_sets.size() ? fmt::format("{:.3f}", figures.static_sets[i].quality.perplexity()) : "-";
+  for (const StaticSetFigures& of_first : static_sets) {
+    const std::int64_t experts = of_first.experts;
+    // Not measured under a residency rule, nor with as many experts by an arm whose K is another.
+    add(fmt::format("ppl@{}", experts), [experts](const ArmFigures& /*arm*/, const DomainFigures& figures) {
+      const auto found = std::find_if(figures.static_sets.begin(), figures.static_sets.end(),
+                                      [experts](const StaticSetFigures& set) { return set.experts == experts; });
+      return found == figures.static_sets.end() ? "-" : fmt::format("{:.3f}", found->quality.perplexity());
     });
   }
   for (const std::int64_t count : slots) {

@@ -399,6 +399,12 @@ void measure_choices(MoeModel& model, const TaskExamples& task, const std::funct
   for (const ChoiceExample& example : task.choices) {
     const std::vector<double> sums(next, next + static_cast<std::ptrdiff_t>(example.choices.size()));
     next += static_cast<std::ptrdiff_t>(example.choices.size());
+    if (!std::all_of(sums.begin(), sums.end(), [](double sum) { return std::isfinite(sum); })) {
+      throw RunError(
+          fmt::format("{}: the likelihoods of its choices are not finite; use another dtype or look at the "
+                      "run that made the weights",
+                      example.id));
+    }
     std::vector<double> per_byte;
     for (std::size_t i = 0; i < sums.size(); ++i) {
       per_byte.push_back(sums[i] / static_cast<double>(example.bytes[i]));

@@ -35,7 +35,9 @@ torch::Tensor StaticSetSelector::select(const torch::Tensor& logits_TE, std::int
         fmt::format("static set: layer {} has {} experts for a top {}", moe_layer, sizes_[layer], top_k));
   }
   forbidden_E_[layer] = forbidden_E_[layer].to(logits_TE.device());
-  return inside_->select(logits_TE.masked_fill(forbidden_E_[layer], -std::numeric_limits<double>::infinity()), top_k,
+  // Groups that the family left out have scores of -inf, too: the set's own come before what is forbidden.
+  const torch::Tensor allowed_TE = logits_TE.clamp_min(std::numeric_limits<float>::lowest());
+  return inside_->select(allowed_TE.masked_fill(forbidden_E_[layer], -std::numeric_limits<double>::infinity()), top_k,
                          moe_layer, batch);
 }
 

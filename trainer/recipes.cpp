@@ -632,6 +632,15 @@ LoadedRecipe<FinetuneRecipe> load_finetune_recipe(const std::filesystem::path& p
         fmt::format("{}: residency.lambda must be above 0 when residency.in_loop is true (0 is plain Top-K), got 0",
                     loaded.source.location("residency.lambda")));
   }
+  for (const auto& [key, given] :
+       {std::pair("losses.logit_distillation.teacher", !recipe.distillation.teacher.empty()),
+        std::pair("losses.logit_distillation.domains", !recipe.distillation.domains.empty())}) {
+    if (given && recipe.distillation.weight == 0.0) {
+      problems.add(
+          fmt::format("{}: {} does nothing without losses.logit_distillation.weight; set it, or leave this out",
+                      loaded.source.location(key), key));
+    }
+  }
   for (const auto& [key, given] : {std::pair("residency.ramp_steps", recipe.residency.ramp_steps > 0),
                                    std::pair("residency.train_slots", !recipe.residency.train_slots.empty())}) {
     if (given && !recipe.residency.in_loop) {

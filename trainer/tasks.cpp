@@ -121,7 +121,7 @@ FinetuneRecipe control_recipe(const FinetuneRecipe& recipe) {
   control.train.learning_rate = recipe.control.learning_rate;
   control.control.enabled = false;
   control.losses.set_all_weights(0.0);
-  control.distillation.weight = 0.0;
+  control.distillation = {};
   control.residency.in_loop = false;
   control.residency.ramp_steps = 0;
   control.residency.train_slots.clear();
@@ -270,7 +270,8 @@ PackedData export_data(const FinetuneRecipe& recipe, const Tokenizer& tokenizer,
   PackedData data;
   if (options.split == "train") {
     DataOptions bounded = recipe.data;
-    bounded.max_tokens_per_domain = options.tokens;
+    const std::int64_t trained_on = bounded.max_tokens_per_domain;  // 0: all
+    bounded.max_tokens_per_domain = trained_on > 0 ? std::min(trained_on, options.tokens) : options.tokens;
     data = load_training_data(bounded, tokenizer, threads);
   } else {
     data = load_held_out_data(recipe.data, recipe.data.train, tokenizer, options.tokens, threads);

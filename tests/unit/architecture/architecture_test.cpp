@@ -178,7 +178,11 @@ TEST_CASE("what is wrong with a config is said, all of it") {
   CHECK_THAT(message_with("quantization_config", Json::object({{"bits", 4}})), Contains("quantised"));
   CHECK_THAT(message_with("quantization_config", Json::object({{"quant_method", "fp8"}})), Contains("quantised"));
   CHECK_THAT(message_with("quantization_config", Json::object({{"quant_method", "fp8"}, {"weight_block_size", {128}}})),
-             Contains("\"weight_block_size\" must be two positive numbers, got [128]"));
+             Contains("\"weight_block_size\" must be two numbers between 1 and 16777216, got [128]"));
+  CHECK_THAT(
+      message_with("quantization_config",
+                   Json::object({{"quant_method", "fp8"}, {"weight_block_size", {INT64_MAX, 128}}})),
+      Contains("\"weight_block_size\" must be two numbers between 1 and 16777216, got [9223372036854775807,128]"));
   CHECK_THAT(message_of(Json::array({1, 2})), Contains("must be a JSON object, got [1,2]"));
 
   Json config = hub_config();

@@ -326,6 +326,9 @@ TEST_CASE("Sizes that do not divide are refused with all that is wrong") {
   check_upcycle(architecture, options);
   options.start = UpcycleStart::kSigned;
   CHECK_THAT(error_of<UsageError>([&] { check_upcycle(architecture, options); }), Catch::Contains("even multiple"));
+  options.num_experts = std::int64_t{1} << 58;
+  CHECK_THAT(error_of<UsageError>([&] { check_upcycle(architecture, options); }),
+             Catch::Contains("at most 65536, got 288"));
   options.top_k = 0;
   CHECK_THAT(error_of<UsageError>([&] { check_upcycle(architecture, options); }), Catch::Contains("at least 1, got 0"));
   options.top_k = 12;

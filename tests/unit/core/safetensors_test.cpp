@@ -173,6 +173,8 @@ TEST_CASE("Damaged safetensors files are refused with file, tensor and values") 
     CHECK(header_message("{\"a\": 1e999}", 0) == "the header is not valid JSON");
     CHECK(header_message("[1, 2]", 0) == "the header must be a JSON object, got array");
     CHECK(header_message(std::string(200'000, '['), 0) == "the header is not valid JSON at byte 200001");
+    CHECK(header_message("{\"w\": " + std::string(1'000'000, '[') + std::string(1'000'000, ']') + "}", 0) ==
+          "the header is nested deeper than 64 levels");
   }
   SECTION("repeated names") {
     const std::string entry = R"({"dtype":"U8","shape":[1],"data_offsets":[0,1]})";

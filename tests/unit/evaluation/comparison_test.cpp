@@ -216,6 +216,27 @@ TEST_CASE("a table of nothing is empty") {
   CHECK(comparison_table(random_comparison(5, layout)).empty());
 }
 
+TEST_CASE("perplexity with C experts stands under its own C, whatever an arm's K made of the sizes") {
+  Layout layout;
+  Comparison comparison = random_comparison(7, layout);
+  const auto set_of = [](std::int64_t experts, double perplexity) {
+    StaticSetFigures set;
+    set.experts = experts;
+    set.quality.labels = 100;
+    set.quality.nll_sum = 100.0 * std::log(perplexity);
+    return set;
+  };
+  for (std::size_t i = 0; i < comparison.arms.size(); ++i) {
+    for (DomainFigures& figures : comparison.arms[i].domains) {
+      figures.static_sets = i == 2 ? std::vector<StaticSetFigures>{set_of(2, 222.5), set_of(8, 888.5)}
+                                   : std::vector<StaticSetFigures>{set_of(4, 444.5), set_of(8, 777.5)};
+    }
+  }
+  const std::string table = comparison_table(comparison);
+  CHECK_THAT(table, Catch::Contains("ppl@4") && Catch::Contains("ppl@8") && Catch::Contains("444.5") &&
+                        Catch::Contains("888.5") && !Catch::Contains("222.5"));
+}
+
 TEST_CASE("the closing lines say what tuning changed in each domain") {
   const Layout layout;
   const Comparison comparison = random_comparison(6, layout);

@@ -311,6 +311,17 @@ TEST_CASE("logits that are no numbers end a task with the example's name") {
   model->head_weight().detach().fill_(std::nan(""));
   CHECK_THROWS_WITH(greedy_continuations(model, random_prompts(61, 1), {}),
                     Catch::StartsWith("0: the logits") && Catch::Contains("not finite"));
+  TaskExamples task;
+  task.options.name = "choices";
+  task.options.kind = "multiple_choice";
+  ChoiceExample example;
+  example.id = "line 7";
+  example.choices = random_examples(62, 2);
+  example.bytes = {3, 4};
+  task.choices = {example};
+  const auto tokenizer = open_tokenizer(std::filesystem::path(HESTIA_SOURCE_DIR) / "checkpoints/tiny");
+  CHECK_THROWS_WITH(measure_task(model, *tokenizer, task, "choices", true),
+                    Catch::StartsWith("line 7: the likelihoods") && Catch::Contains("not finite"));
 }
 
 TEST_CASE("accuracies are compared example by example") {

@@ -8,6 +8,7 @@
 #include <catch2/catch.hpp>
 
 #include "hestia/kernels/soft_cache.hpp"
+#include "hestia/model/static_set.hpp"
 #include "model_fixtures.hpp"
 #include "residency_cases.hpp"
 
@@ -205,6 +206,19 @@ TEST_CASE("the base model's forward is routed plainly whatever the selector") {
   model->set_selector(std::make_shared<ResidencySelector>(rule_of(2.0, 0, 3)));
   CHECK(torch::equal(model->forward_reference(batch).hidden_BSD, plain));
   CHECK_FALSE(torch::equal(model->forward(batch).hidden_BSD, plain));
+}
+
+TEST_CASE("a static set's own experts are served, also where the family left their groups out") {
+  StaticSetSelector selector({{4, 5}, {1, 4, 6}}, 8);
+  const double out = -std::numeric_limits<double>::infinity();
+  const torch::Tensor scores = torch::tensor({{1.0, 2.0, 3.0, 4.0, out, out, out, out}}, torch::kFloat64);
+  const auto served = [&](std::int64_t layer) {
+    return std::get<0>(selector.select(scores, 2, layer, {}).sort(1)).to(torch::kInt64);
+  };
+  CHECK(torch::equal(served(0), torch::tensor({{4, 5}}, torch::kInt64)));
+  CHECK(served(1)[0][0].item<std::int64_t>() == 1);  // the one of its group that is in the set
+  CHECK(served(1)[0][1].item<std::int64_t>() != 0);
+  CHECK(served(1)[0][1].item<std::int64_t>() >= 4);
 }
 
 TEST_CASE("a batch changed in place is laid out anew") {

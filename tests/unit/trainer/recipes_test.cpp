@@ -85,8 +85,8 @@ TEST_CASE("every problem of a recipe is reported at its line") {
 TEST_CASE("routing terms and distillation name domains that are trained on") {
   const TemporaryFolder folder;
   const auto path = write_recipe(folder, kGood);
-  const auto loaded =
-      load_finetune_recipe(path, {"losses.domains=[alpha]", "losses.logit_distillation.domains=[alpha]"});
+  const auto loaded = load_finetune_recipe(path, {"losses.domains=[alpha]", "losses.logit_distillation.domains=[alpha]",
+                                                  "losses.logit_distillation.weight=1"});
   CHECK(loaded.recipe.loss_domains == std::vector<std::string>{"alpha"});
   CHECK(loaded.recipe.distillation.domains == std::vector<std::string>{"alpha"});
   CHECK_THROWS_WITH(load_finetune_recipe(path, {"losses.domains=[alhpa]"}),
@@ -94,6 +94,11 @@ TEST_CASE("routing terms and distillation name domains that are trained on") {
                         Catch::Contains("did you mean \"alpha\"?"));
   CHECK_THROWS_WITH(load_finetune_recipe(path, {"losses.logit_distillation.domains=[alpha, alpha]"}),
                     Catch::Contains("losses.logit_distillation.domains names the domain \"alpha\" twice"));
+  for (const char* given :
+       {"losses.logit_distillation.domains=[alpha]", "losses.logit_distillation.teacher=/models/x"}) {
+    CHECK_THROWS_WITH(load_finetune_recipe(path, {given}),
+                      Catch::Contains("does nothing without losses.logit_distillation.weight; set it"));
+  }
 }
 
 TEST_CASE("trainable sets, adapters and annealing are checked at their lines") {
