@@ -10,6 +10,7 @@
 
 #include <fmt/format.h>
 
+#include "hestia/core/atomic_folder.hpp"
 #include "hestia/core/error.hpp"
 #include "hestia/core/files.hpp"
 #include "hestia/core/float_bits.hpp"
@@ -202,11 +203,6 @@ void write_weights(const DenseCheckpoint& dense, const UpcycleOptions& options, 
   }
 }
 
-[[noreturn]] void fail(const fs::path& path, const std::error_code& failure) {
-  throw RunError(
-      fmt::format("{}: cannot be written, got \"{}\"; choose another place", path.string(), failure.message()));
-}
-
 }  // namespace
 
 UpcycleStart upcycle_start_from_name(std::string_view name) {
@@ -313,29 +309,13 @@ void upcycle(const DenseCheckpoint& dense, const UpcycleOptions& options, const 
   if (fs::exists(output) && !(fs::is_directory(output) && fs::is_empty(output))) {
     throw UsageError(fmt::format("{}: exists already; remove it or choose another --to", output.string()));
   }
-  std::error_code failure;
-  fs::path folder = output.has_filename() ? output : output.parent_path();
-  folder += ".tmp";
-  fs::remove_all(folder, failure);
-  fs::create_directories(folder, failure);
-  if (failure) {
-    fail(folder, failure);
+  AtomicFolder folder(output);
+  write_weights(dense, options, folder.temporary());
+  if (extra) {
+    extra(folder.temporary());
   }
-  try {
-    write_weights(dense, options, folder);
-    if (extra) {
-      extra(folder);
-    }
-    write_text_atomically(folder / "config.json", upcycled_config(a, options).dump(2) + "\n");
-    fs::remove(output, failure);  // an empty folder, if anything
-    fs::rename(folder, output, failure);
-    if (failure) {
-      fail(output, failure);
-    }
-  } catch (...) {
-    fs::remove_all(folder, failure);
-    throw;
-  }
+  write_text_atomically(folder.temporary() / "config.json", upcycled_config(a, options).dump(2) + "\n");
+  folder.commit();
 }
 
 }  // namespace hestia

@@ -13,6 +13,7 @@
 
 #include "check_tensor.hpp"
 #include "hestia/architecture/architecture.hpp"
+#include "hestia/core/atomic_folder.hpp"
 #include "hestia/core/error.hpp"
 #include "hestia/core/files.hpp"
 #include "hestia/core/json_lines.hpp"
@@ -133,7 +134,6 @@ void copy_the_rest(const fs::path& base, const SafetensorsCheckpoint& checkpoint
 }  // namespace
 
 void write_tuned_checkpoint(const fs::path& base, const TunedParts& parts, const fs::path& output) {
-  std::error_code failure;
   if (fs::exists(output) && !(fs::is_directory(output) && fs::is_empty(output))) {
     throw UsageError(fmt::format("{}: exists already; remove it or choose another --output", output.string()));
   }
@@ -166,40 +166,26 @@ void write_tuned_checkpoint(const fs::path& base, const TunedParts& parts, const
   }
   problems.throw_input_if_any();
 
-  fs::path folder = output.has_filename() ? output : output.parent_path();  // "runs/hf/" is runs/hf
-  folder += ".tmp";
-  fs::remove_all(folder, failure);
-  fs::create_directories(folder, failure);
-  if (failure) {
-    fail(folder, failure);
-  }
-  try {
-    copy_the_rest(base, checkpoint, folder);
-    for (const SafetensorsFile& file : checkpoint.files()) {
-      const fs::path target = folder / file.path().filename();
-      if (std::ranges::any_of(file.names(), [&](const std::string& name) { return changes.contains(name); })) {
-        write_changed(file, changes, target);
-      } else {
-        link_or_copy(file.path(), target);
-      }
-    }
-    if (parts.top_k == architecture.top_k) {
-      copy_whole(base / kConfig, folder / kConfig);
+  AtomicFolder whole(output);
+  const fs::path& folder = whole.temporary();
+  copy_the_rest(base, checkpoint, folder);
+  for (const SafetensorsFile& file : checkpoint.files()) {
+    const fs::path target = folder / file.path().filename();
+    if (std::ranges::any_of(file.names(), [&](const std::string& name) { return changes.contains(name); })) {
+      write_changed(file, changes, target);
     } else {
-      Json config = read_json_file(base / kConfig);
-      set_config_top_k(config, architecture, parts.top_k);
-      static_cast<void>(parse_architecture(config, (output / kConfig).string()));  // a family may have one K only
-      write_text_atomically(folder / kConfig, config.dump(2) + "\n");
+      link_or_copy(file.path(), target);
     }
-    fs::remove(output, failure);  // an empty folder, if anything
-    fs::rename(folder, output, failure);
-    if (failure) {
-      fail(output, failure);
-    }
-  } catch (...) {
-    fs::remove_all(folder, failure);
-    throw;
   }
+  if (parts.top_k == architecture.top_k) {
+    copy_whole(base / kConfig, folder / kConfig);
+  } else {
+    Json config = read_json_file(base / kConfig);
+    set_config_top_k(config, architecture, parts.top_k);
+    static_cast<void>(parse_architecture(config, (output / kConfig).string()));  // a family may have one K only
+    write_text_atomically(folder / kConfig, config.dump(2) + "\n");
+  }
+  whole.commit();
 }
 
 }  // namespace hestia

@@ -12,6 +12,7 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include "hestia/core/atomic_folder.hpp"
 #include "hestia/core/files.hpp"
 #include "hestia/core/log.hpp"
 #include "hestia/core/progress.hpp"
@@ -399,20 +400,10 @@ void write_whole_model(const FinetuneRecipe& recipe, const std::filesystem::path
   const torch::Dtype dtype = dtype_from_recipe(recipe.model.dtype);
   MoeModel model = load_model(recipe.model.path, dtype, torch::kCPU, quiet);
   load_run_weights(model, checkpoint, recipe.train.trainable);
-  std::filesystem::path folder = output.has_filename() ? output : output.parent_path();  // "runs/hf/" is runs/hf
-  folder += ".tmp";
-  try {
-    std::filesystem::remove_all(folder);
-    std::filesystem::create_directories(folder);
-    save_model(model, folder, dtype, kShardBytes);
-    copy_tokenizer(recipe.model.path, folder);
-    std::filesystem::remove(output);
-    std::filesystem::rename(folder, output);
-  } catch (...) {
-    std::error_code ignored;
-    std::filesystem::remove_all(folder, ignored);
-    throw;
-  }
+  AtomicFolder folder(output);
+  save_model(model, folder.temporary(), dtype, kShardBytes);
+  copy_tokenizer(recipe.model.path, folder.temporary());
+  folder.commit();
 }
 
 std::vector<PackedBatch> all_batches(const PackedData& data, const TrainOptions& train, std::int64_t sequence_length) {

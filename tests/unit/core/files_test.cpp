@@ -9,6 +9,7 @@
 #include <catch2/catch.hpp>
 
 #include "core_fixtures.hpp"
+#include "hestia/core/atomic_folder.hpp"
 #include "hestia/core/files.hpp"
 #include "hestia/core/random.hpp"
 #include "temporary_folder.hpp"
@@ -215,6 +216,33 @@ TEST_CASE("Writers of one file at once never mix: the last one wins whole") {
   const std::string text = read_text_file(path);
   CHECK(text == std::string(20'000, text.at(0)));
   CHECK(entries(folder.path()) == 1);
+}
+
+TEST_CASE("a folder appears whole or not at all, and takes nobody's place") {
+  const TemporaryFolder folder;
+  const std::filesystem::path place = folder.path() / "new" / "model";
+  {
+    AtomicFolder first(place / "");  // "model/" is model
+    AtomicFolder second(place);
+    CHECK(first.path() == place);
+    CHECK(first.temporary() != second.temporary());
+    CHECK(first.temporary().parent_path() == place.parent_path());
+    write_text_atomically(first.temporary() / "a.txt", "a");
+    write_text_atomically(second.temporary() / "b.txt", "b");
+    CHECK_FALSE(std::filesystem::exists(place));
+    CHECK(entries(folder.path() / "new") == 2);
+    first.commit();
+    CHECK(read_text_file(place / "a.txt") == "a");
+    CHECK_THROWS_WITH(second.commit(), Catch::Contains("new/model: cannot be written"));
+  }
+  CHECK(entries(folder.path() / "new") == 1);  // the second one's is gone
+  CHECK_FALSE(std::filesystem::exists(place / "b.txt"));
+  std::filesystem::create_directory(folder.path() / "empty");
+  AtomicFolder over(folder.path() / "empty");
+  over.commit();
+  CHECK(std::filesystem::is_empty(folder.path() / "empty"));
+  write_text_atomically(folder.path() / "file", "x");
+  CHECK_THROWS_WITH(AtomicFolder(folder.path() / "file" / "model"), Catch::Contains("cannot be written"));
 }
 
 }  // namespace

@@ -307,6 +307,10 @@ TEST_CASE("a tuned checkpoint is the base's directory with the tuned parts in it
     parts.top_k = 1;
     tuned->set_top_k(1);
   }
+  // Another's folder, that only looks like a temporary one.
+  const std::filesystem::path others = folder.path() / "made" / "tuned.tmp";
+  std::filesystem::create_directories(others);
+  write_text_atomically(others / "mine.txt", "mine");
   clear_degradations();
   write_tuned_checkpoint(base, parts, output);
   CHECK(degradations().size() == 1);
@@ -314,7 +318,8 @@ TEST_CASE("a tuned checkpoint is the base's directory with the tuned parts in it
   clear_degradations();
   CHECK_FALSE(std::filesystem::exists(output / "pytorch_model.bin"));
   CHECK(read_text_file(output / "tokenizer.model") == "the vocabulary");
-  CHECK_FALSE(std::filesystem::exists(folder.path() / "made" / "tuned.tmp"));
+  CHECK(read_text_file(others / "mine.txt") == "mine");
+  CHECK(std::distance(std::filesystem::directory_iterator(folder.path() / "made"), {}) == 2);
 
   const Architecture architecture = read_architecture(output);
   CHECK(architecture.top_k == parts.top_k);
