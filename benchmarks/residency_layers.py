@@ -29,7 +29,7 @@ import sys
 import threading
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-KEYS = {"logit": "lambdas", "weight": "weight_lambdas"}
+KEYS = {"logit": "lambdas", "weight": "weight_lambdas", "root": "root_lambdas"}
 
 
 def listed(numbers):
@@ -72,6 +72,8 @@ class Program:
             f"evaluate.residency_prior.layer_factors={listed(factors)}",
             *(f"evaluate.residency_prior.{KEYS[score]}={listed(values)}" for score, values in lambdas.items()),
             *options.overrides,
+            "residency.in_loop=false",  # the recipe's own rule is no point of these
+            "residency.lambda=0",
         ]
         key = "\n".join([self.version, options.recipe, *overrides])
         run_dir = self.out / hashlib.sha256(key.encode()).hexdigest()[:16]

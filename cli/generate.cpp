@@ -134,11 +134,11 @@ std::optional<ResidencyRule> residency_from(const std::string& text, const std::
     }
   }
   if (!good) {
-    throw UsageError(
-        fmt::format("--residency-prior: must be LAMBDA,J (0.3,2) or LAMBDA,J,SCORE with the score logit or weight "
-                    "(0.05,2,weight) or one of them with +mass (0.3,2,logit+mass), then if wanted a factor of lambda "
-                    "per MoE layer (0.05,2,weight,1,0.5,2), off, or bundle for the bundle's own rule, got \"{}\"",
-                    text));
+    throw UsageError(fmt::format(
+        "--residency-prior: must be LAMBDA,J (0.3,2) or LAMBDA,J,SCORE with the score logit, weight or root "
+        "(0.05,2,weight) or one of them with +mass (0.3,2,logit+mass), then if wanted a factor of lambda "
+        "per MoE layer (0.05,2,weight,1,0.5,2), off, or bundle for the bundle's own rule, got \"{}\"",
+        text));
   }
   if (!rule.layer_factors.empty() && rule.layer_factors.size() != num_layers) {
     throw UsageError(
@@ -148,7 +148,7 @@ std::optional<ResidencyRule> residency_from(const std::string& text, const std::
   if (!manifest && rule.score == ResidencyScore::kLogit) {
     throw UsageError(fmt::format(
         "--residency-prior: lambda is measured in the logit ranges that a bundle holds, got \"{}\" without --router; "
-        "give the bundle, or a rule by weight",
+        "give the bundle, or a rule by weight or root",
         text));
   }
   return rule;

@@ -165,6 +165,9 @@ std::vector<ResidencyRule> residency_rules(const LoadedRecipe<FinetuneRecipe>& l
     for (const double lambda : prior.weight_lambdas) {
       add(ResidencyScore::kWeight, lambda, always_keep, slots, factors);
     }
+    for (const double lambda : prior.root_lambdas) {
+      add(ResidencyScore::kRoot, lambda, always_keep, slots, factors);
+    }
   }
   if (bundle.lambda > 0.0) {
     add(bundle.score, bundle.lambda, bundle.always_keep, bundle.slots, bundle.layer_factors);

@@ -23,7 +23,7 @@ struct Choice {
 Choice choose(const DecodeRouterShape& shape, const float* logits, const std::int32_t* slot_of) {
   std::vector<float> scores(logits, logits + shape.num_experts);
   if (slot_of != nullptr && routes_by_weight(shape.score, shape.bonus, shape.always_keep, shape.top_k)) {
-    relative_weights(logits, shape.num_experts, scores.data());
+    weight_scores(shape.score, logits, shape.num_experts, scores.data());
   }
   std::vector<ResidencyCandidate> experts;
   for (std::int32_t e = 0; e < shape.num_experts; ++e) {

@@ -152,7 +152,7 @@ __device__ bool choose(const DecodeRouterShape& shape, const DecodeRouterInputs&
     const float z = __ldcg(logits + e);  // written by other blocks
     slots[e] = slot_of != nullptr ? slot_of[e] : -1;
     p[e] = z;
-    const float score = by_weight ? relative_weight(z, largest) : z;
+    const float score = by_weight ? weight_score(shape.score, z, largest) : z;
     own[e] = ordered_logit(score);
     if (prior) {
       adjusted[e] = slots[e] >= 0 ? ordered_logit(__fadd_rn(score, shape.bonus)) : own[e];

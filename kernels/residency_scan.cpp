@@ -65,7 +65,7 @@ class Scan {
   void token(const float* logits, bool with_prior, std::int64_t* selected) {
     const float* scores = logits;
     if (by_weight_ && with_prior) {
-      relative_weights(logits, shape_.num_experts, weights_.data());
+      weight_scores(shape_.score, logits, shape_.num_experts, weights_.data());
       scores = weights_.data();
     }
     order(scores, (with_prior ? raise_ : none_).data(), own_.data(), adjusted_.data(), shape_.num_experts);

@@ -85,7 +85,7 @@ __global__ void residency_prepare_kernel(ResidencyShape shape, int always_keep, 
   }
   for (int i = lane; i < num_experts; i += kWarp) {
     const float z = logits[token * num_experts + i];
-    const float score = by_weight ? relative_weight(z, largest) : z;
+    const float score = by_weight ? weight_score(shape.score, z, largest) : z;
     keys[i] = make_int2(ordered_logit(__fadd_rn(score, bonus)), ordered_logit(score));
   }
   __syncwarp();

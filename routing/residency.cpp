@@ -1,17 +1,32 @@
 #include "hestia/routing/residency.hpp"
 
 #include <algorithm>
+#include <array>
 
 #include "demand_cache.hpp"
 
 namespace hestia {
 
+namespace {
+
+constexpr std::array kScores = {ResidencyScore::kLogit, ResidencyScore::kWeight, ResidencyScore::kRoot};
+
+}  // namespace
+
 std::string_view residency_score_name(ResidencyScore score) {
-  return score == ResidencyScore::kWeight ? "weight" : "logit";
+  switch (score) {
+    case ResidencyScore::kWeight:
+      return "weight";
+    case ResidencyScore::kRoot:
+      return "root";
+    case ResidencyScore::kLogit:
+      break;
+  }
+  return "logit";
 }
 
 std::optional<ResidencyScore> residency_score_from_name(std::string_view name) {
-  for (const ResidencyScore score : {ResidencyScore::kLogit, ResidencyScore::kWeight}) {
+  for (const ResidencyScore score : kScores) {
     if (name == residency_score_name(score)) {
       return score;
     }
@@ -20,17 +35,20 @@ std::optional<ResidencyScore> residency_score_from_name(std::string_view name) {
 }
 
 std::vector<std::string> residency_score_names() {
-  return {std::string(residency_score_name(ResidencyScore::kLogit)),
-          std::string(residency_score_name(ResidencyScore::kWeight))};
+  std::vector<std::string> names;
+  for (const ResidencyScore score : kScores) {
+    names.emplace_back(residency_score_name(score));
+  }
+  return names;
 }
 
-void relative_weights(const float* logits, std::int64_t num_experts, float* weights) {
+void weight_scores(ResidencyScore score, const float* logits, std::int64_t num_experts, float* scores) {
   float largest = -std::numeric_limits<float>::infinity();
   for (std::int64_t expert = 0; expert < num_experts; ++expert) {
     largest = larger_logit(largest, logits[expert]);
   }
   for (std::int64_t expert = 0; expert < num_experts; ++expert) {
-    weights[expert] = relative_weight(logits[expert], largest);
+    scores[expert] = weight_score(score, logits[expert], largest);
   }
 }
 
@@ -51,7 +69,7 @@ SimulationCounts route_with_residency(const ResidencyShape& shape, const float* 
       const bool with_prior = counted == nullptr || counted[token] != 0;
       const float* const row = logits + token * shape.num_experts;
       if (by_weight && with_prior) {
-        relative_weights(row, shape.num_experts, scores.data());
+        weight_scores(shape.score, row, shape.num_experts, scores.data());
       } else {
         std::copy(row, row + shape.num_experts, scores.begin());
       }

@@ -13,10 +13,11 @@ using torch::Tensor;
 
 namespace {
 
-// relative_weight of every logit, operation by operation, so bit by bit: each of torch's rounds by itself.
-Tensor relative_weights(const Tensor& logits_TE) {
+// weight_score of every logit, operation by operation, so bit by bit: each of torch's rounds by itself.
+Tensor weight_scores(ResidencyScore score, const Tensor& z_TE) {
   using C = RelativeWeight;
   const float infinity = std::numeric_limits<float>::infinity();
+  const Tensor logits_TE = score == ResidencyScore::kRoot ? z_TE * 0.5F : z_TE;
   const Tensor largest = logits_TE.nan_to_num(-infinity, infinity, -infinity).amax(1, /*keepdim=*/true);
   const Tensor difference = (logits_TE - largest).masked_fill(logits_TE == largest, 0.0F);
   const Tensor exponent = difference * C::kLog2E;
@@ -45,7 +46,7 @@ torch::Tensor SlotResidencySelector::select(const torch::Tensor& logits_TE, std:
     return top_k_lowest_index(logits, top_k);
   }
   const bool by_weight = routes_by_weight(rule_.score, bonus, rule_.always_keep, top_k);
-  const Tensor scores = by_weight ? relative_weights(logits) : logits;
+  const Tensor scores = by_weight ? weight_scores(rule_.score, logits) : logits;
   const Tensor resident_E = slots_->resident(moe_layer);
   Tensor adjusted = scores + resident_E.to(torch::kFloat32) * bonus;
   const std::int64_t kept = std::clamp<std::int64_t>(rule_.always_keep, 0, top_k);

@@ -147,7 +147,8 @@ FieldList ResidencyOptions::fields() {
   FieldList list;
   list.add("score", score, "what experts are compared by: logits, or weights relative to the token's largest",
            residency_score_names());
-  list.add("lambda", lambda, "bonus of a resident expert: in mean logit ranges, or the weight itself; 0: plain Top-K",
+  list.add("lambda", lambda,
+           "bonus of a resident expert: in mean logit ranges, or on the weight or its root; 0: plain Top-K",
            {.low = 0.0, .high = 1e6});
   list.add("layer_factors", layer_factors, "factors of lambda, one per MoE layer; empty: 1 everywhere",
            {.low = 0.0, .high = 1e6});
@@ -169,6 +170,8 @@ FieldList ResidencyPriorOptions::fields() {
   list.add("lambdas", lambdas, "evaluate every router under residency-aware routing by logits too; empty: do not",
            {.low = 0.0, .high = 1e6, .exclusive_low = true});
   list.add("weight_lambdas", weight_lambdas, "the same by weights (score: weight), for example [0.02, 0.05]",
+           {.low = 0.0, .high = 1e6, .exclusive_low = true});
+  list.add("root_lambdas", root_lambdas, "the same by roots of weights (score: root), for example [0.1, 0.3]",
            {.low = 0.0, .high = 1e6, .exclusive_low = true});
   list.add("layer_factors", layer_factors, "factors of each lambda, one per MoE layer; empty: the bundle's",
            {.low = 0.0, .high = 1e6});

@@ -134,8 +134,10 @@ ResidencyRule rule_of_run(const LoadedRecipe<FinetuneRecipe>& loaded, MoeModel& 
 }
 
 std::string lambda_text(const ResidencyRule& rule) {
-  return fmt::format("{}lambda {:g}{}{}", rule.score == ResidencyScore::kWeight ? "weight " : "", rule.lambda,
-                     rule.layer_factors.empty() ? "" : " by layer", rule.preserve_mass ? ", mass preserved" : "");
+  const std::string score =
+      rule.score == ResidencyScore::kLogit ? "" : fmt::format("{} ", residency_score_name(rule.score));
+  return fmt::format("{}lambda {:g}{}{}", score, rule.lambda, rule.layer_factors.empty() ? "" : " by layer",
+                     rule.preserve_mass ? ", mass preserved" : "");
 }
 
 Json residency_json(const ResidencyRule& rule) {

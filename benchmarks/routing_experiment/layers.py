@@ -28,12 +28,13 @@ import driver
 
 SHRINK, LEAST = 0.25, 0.3  # of the cost towards the mean of all layers; of that mean
 BEYOND = 1.06  # where savings lead to, over the largest measured
-GRID = [0.1 + 0.0025 * step for step in range(161)]  # lambdas to choose from
+KEYS = {"logit": "lambdas", "weight": "weight_lambdas", "root": "root_lambdas"}
+GRID = [0.4 + 0.01 * step for step in range(161)]  # times the budget: lambdas to choose from
 
 
 def measure(layer, layers, options, domains):
     """The figures of one layer alone: for lambda 0 and each of the others, loads saved and NLL added."""
-    run_dir = f"{options.out}/layers/{layer}"
+    run_dir = f"{options.out}/layers/{options.score}/{layer}"
     factors = [int(other == layer) for other in range(layers)]
     words = driver.merged(
         driver.corpus_overrides(options.recipe, options.corpus),
@@ -41,10 +42,12 @@ def measure(layer, layers, options, domains):
         [f"data.train=[{options.domain}]", f"data.evaluate=[{','.join(domains)}]", "data.max_tokens_per_domain=60000"],
         ["evaluate.split=train", f"evaluate.tokens_per_domain={options.tokens}", "evaluate.policies=[lru]"],
         ["evaluate.static_set=[]", "evaluate.segments=[]", "evaluate.agreement=false"],
-        [f"evaluate.residency_prior.always_keep=[{options.always_keep}]", "evaluate.residency_prior.weight_lambdas=[]"],
-        [f"evaluate.residency_prior.lambdas={json.dumps(options.lambdas)}"],
+        [f"evaluate.residency_prior.{key}=[]" for key in KEYS.values()],
+        [f"evaluate.residency_prior.always_keep=[{options.always_keep}]"],
+        [f"evaluate.residency_prior.{KEYS[options.score]}={json.dumps(options.lambdas)}"],
         [f"evaluate.residency_prior.layer_factors={json.dumps(factors)}"],
         options.overrides,
+        ["residency.in_loop=false", "residency.lambda=0"],  # the recipe's own rule is no point of these
     )
     arguments = [options.program, "evaluate", options.recipe, *words, "--only", "baseline", "--quiet"]
     environment = {**os.environ, **({} if options.gpus == "cpu" else {"CUDA_VISIBLE_DEVICES": options.gpus})}
@@ -96,12 +99,13 @@ def choose(measured, budget):
     if mean <= 0.0:
         sys.exit(f"the rule costs nothing here (mean {mean:.3g} * lambda^2); raise --tokens or --lambdas")
     costs = [max((1.0 - SHRINK) * cost + SHRINK * mean, LEAST * mean) for cost in costs]
-    saved = [[saved_at(points, strength) for strength in GRID] for points in measured]
+    grid = [budget * times for times in GRID]
+    saved = [[saved_at(points, strength) for strength in grid] for points in measured]
     wanted = sum(saved_at(points, budget) for points in measured)
 
     def at(price):  # of one saved load, in nats: the best place of each layer on the grid
-        places = range(len(GRID))
-        return [min(places, key=lambda n: c * GRID[n] ** 2 - price * s[n]) for c, s in zip(costs, saved)]
+        places = range(len(grid))
+        return [min(places, key=lambda n: c * grid[n] ** 2 - price * s[n]) for c, s in zip(costs, saved)]
 
     def total(places):
         return sum(s[n] for s, n in zip(saved, places))
@@ -113,10 +117,10 @@ def choose(measured, budget):
     places = at(high)
     return {
         "budget_of_lambda": budget,
-        "layer_factors": [round(GRID[n] / budget, 2) for n in places],
+        "layer_factors": [round(GRID[n], 2) for n in places],
         "cost_of_lambda_squared": costs,
         "expected_saved": total(places),
-        "expected_nll": sum(c * GRID[n] ** 2 for c, n in zip(costs, places)),
+        "expected_nll": sum(c * grid[n] ** 2 for c, n in zip(costs, places)),
         "expected_nll_of_uniform": sum(costs) * budget**2,
     }
 
@@ -142,12 +146,13 @@ def run(options):
         "domain": options.domain,
         "other_domains": domains[1:],
         "tokens_per_domain": options.tokens,
+        "score": options.score,
         "always_keep": options.always_keep,
         "note": "training text; saved is loads per token of one layer, nll in nats per token",
         **choose(points, options.budget),
         "layers": points,
     }
-    path = driver.ROOT / options.out / "layers.json"
+    path = driver.ROOT / options.out / ("layers.json" if options.score == "logit" else f"layers_{options.score}.json")
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"residency.layer_factors={json.dumps(result['layer_factors']).replace(' ', '')}")
     print(f"{path}", file=sys.stderr)
@@ -170,10 +175,12 @@ def main():
     parser.add_argument("--domain", default="python", help="whose loads count, and half of the cost")
     parser.add_argument("--others", default=general, help="domains whose cost is the other half")
     parser.add_argument("--tokens", type=int, default=4096, help="of each domain")
-    parser.add_argument("--lambdas", type=numbers, default=[0.2, 0.3, 0.5])
+    parser.add_argument("--score", choices=list(KEYS), default="logit", help="residency.score of the rule")
+    parser.add_argument("--lambdas", type=numbers, help="default: .8, 1.2 and 2 times the budget")
     parser.add_argument("--always-keep", type=int, default=0, help="J")
     parser.add_argument("--budget", type=float, default=0.25, help="the lambda whose savings are aimed at")
     options = parser.parse_args()
+    options.lambdas = options.lambdas or [round(times * options.budget, 6) for times in (0.8, 1.2, 2.0)]
     if not options.program.exists():
         sys.exit(f"{options.program}: not there; build it (README.md)")
     run(options)

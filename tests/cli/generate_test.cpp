@@ -516,7 +516,7 @@ TEST_CASE("generate names what is wrong before it loads a model") {
   complains({"--expert-slots", "4", "--residency-prior", "0.3,2,logit"},
             {"--residency-prior", "--router", "by weight"});
   complains({"--expert-slots", "4", "--residency-prior", "0.3,2,weights"},
-            {"--residency-prior", "logit or weight", "\"0.3,2,weights\""});
+            {"--residency-prior", "logit, weight or root", "\"0.3,2,weights\""});
   complains({"--expert-slots", "4", "--residency-prior", "0.3,2,weight+mas"},
             {"--residency-prior", "+mass", "\"0.3,2,weight+mas\""});
   complains({"--expert-slots", "4", "--residency-prior", "0.3,,weight"}, {"--residency-prior", "\"0.3,,weight\""});
@@ -556,6 +556,9 @@ TEST_CASE("a residency prior by weight needs no bundle, and loads less") {
                                    {"always_keep", 1},
                                    {"preserve_mass", false}});
   CHECK(prior["cache"]["loads"] < plain["cache"]["loads"]);
+  const Json root = Json::parse(done(hestia(generate({"--expert-slots", "5", "--residency-prior", "0.2,1,root"}))));
+  CHECK(root["residency"]["score"] == "root");
+  CHECK(root["cache"]["loads"] < plain["cache"]["loads"]);
   const Json none = Json::parse(done(hestia(generate({"--expert-slots", "5", "--residency-prior", "0,1,weight"}))));
   const auto under = [](const std::string& rule) {
     return Json::parse(done(hestia(generate({"--expert-slots", "5", "--residency-prior", rule}))));

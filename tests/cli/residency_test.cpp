@@ -92,12 +92,12 @@ TEST_CASE("residency in the loop: finetune keeps the rule, export hands it on, e
       CHECK(arm.at("residency").at("slots") == 3);
     }
   }
-  // The two scores side by side, told apart by name and rule.
+  // The scores side by side, told apart by name and rule.
   check_complaint(project.run({"evaluate", "loop.yaml", "evaluate.residency_prior.weight_lambdas=[0.05]"}), 2,
                   {"evaluate.residency_prior.always_keep", "(2), got 2"});
   done(project.run({"evaluate", "loop.yaml", "evaluate.residency_prior.lambdas=[0.05]",
-                    "evaluate.residency_prior.weight_lambdas=[0.05,0.2]", "evaluate.residency_prior.always_keep=[0]",
-                    "--only", "baseline", "--quiet"}));
+                    "evaluate.residency_prior.weight_lambdas=[0.05,0.2]", "evaluate.residency_prior.root_lambdas=[0.1]",
+                    "evaluate.residency_prior.always_keep=[0]", "--only", "baseline", "--quiet"}));
   names.clear();
   std::vector<std::string> scores;
   const Json both = read_json_file(project.path() / "runs/tuned/results.json");
@@ -106,8 +106,9 @@ TEST_CASE("residency in the loop: finetune keeps the rule, export hands it on, e
     scores.push_back(arm.at("residency").is_null() ? "" : arm.at("residency").at("score").get<std::string>());
   }
   CHECK(names == std::vector<std::string>{"baseline", "baseline, lambda 0.05, J 0", "baseline, weight lambda 0.05, J 0",
-                                          "baseline, weight lambda 0.2, J 0", "baseline, lambda 0.3, J 1"});
-  CHECK(scores == std::vector<std::string>{"", "logit", "weight", "weight", "logit"});
+                                          "baseline, weight lambda 0.2, J 0", "baseline, root lambda 0.1, J 0",
+                                          "baseline, lambda 0.3, J 1"});
+  CHECK(scores == std::vector<std::string>{"", "logit", "weight", "weight", "root", "logit"});
   // Factors of the layers: 0 routes one plainly, 1 changes nothing.
   check_complaint(project.run({"evaluate", "loop.yaml", "evaluate.residency_prior.layer_factors=[1,2,3]"}), 2,
                   {"evaluate.residency_prior.layer_factors", "per MoE layer (2), got 3"});

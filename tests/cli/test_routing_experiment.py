@@ -170,15 +170,26 @@ class Experiment(unittest.TestCase):
     def test_layers_are_measured_one_at_a_time(self):
         self.call("pretrain")
         arguments = [FOLDER / "layers.py", "--out", self.out, "--corpus", self.out / "corpus", "--program", PROGRAM]
-        arguments += ["--gpus", "cpu", "--others", "kernel,go", "--tokens", 600, "--lambdas", "0.3,0.9", *TOY]
+        arguments += ["--gpus", "cpu", "--others", "kernel,go", "--tokens", 600]
+        by_logit = ["--lambdas", "0.3,0.9"]
+        by_root = ["--score", "root", "--budget", "0.5"]
+        self.measure_layers([*arguments, *by_logit, *TOY, "residency.lambda=0.7", "residency.always_keep=0"], "logit", [0.3, 0.9])
+        self.measure_layers([*arguments, *by_root, *TOY], "root", [0.4, 0.6, 1.0])
+        arguments = [sys.executable, FOLDER / "layers.py", "--out", self.out / "none", "--program", PROGRAM]
+        missing = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        self.assertIn("make it with driver.py pretrain", missing.stderr)
+
+    def measure_layers(self, arguments, score, lambdas):
         done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False)
         said = "the rule costs nothing here"  # so it may come out on a model that has learnt nothing
         self.assertTrue(done.returncode == 0 or said in done.stderr, done.stderr)
         for layer in range(2):
-            results = json.loads((self.out / "layers" / str(layer) / "results.json").read_text())
-            plain, weak, strong = results["arms"]
+            results = json.loads((self.out / "layers" / score / str(layer) / "results.json").read_text())
+            plain, *others = results["arms"]
+            weak, strong = others[0], others[-1]
             self.assertIsNone(plain["residency"])
-            self.assertEqual([weak["residency"]["lambda"], strong["residency"]["lambda"]], [0.3, 0.9])
+            self.assertEqual([arm["residency"]["lambda"] for arm in others], lambdas)
+            self.assertEqual({arm["residency"]["score"] for arm in others}, {score})
             self.assertEqual(strong["residency"]["layer_factors"], [int(other == layer) for other in range(2)])
             self.assertEqual([d["domain"] for d in plain["domains"]], ["python", "kernel", "go"])
             loads = [
@@ -188,12 +199,10 @@ class Experiment(unittest.TestCase):
             self.assertLess(loads[2], loads[0])
             self.assertLessEqual(loads[1], loads[0])
         if done.returncode == 0:
-            kept = json.loads((self.out / "layers.json").read_text())
-            self.assertEqual([len(points) for points in kept["layers"]], [2, 2])
+            kept = json.loads((self.out / ("layers_root.json" if score == "root" else "layers.json")).read_text())
+            self.assertEqual(kept["score"], score)
+            self.assertEqual([len(points) for points in kept["layers"]], [len(lambdas)] * 2)
             self.assertIn(f"layer_factors={json.dumps(kept['layer_factors']).replace(' ', '')}", done.stdout)
-        arguments = [sys.executable, FOLDER / "layers.py", "--out", self.out / "none", "--program", PROGRAM]
-        missing = subprocess.run(arguments, capture_output=True, text=True, check=False)
-        self.assertIn("make it with driver.py pretrain", missing.stderr)
 
     def test_factors_by_layer_have_equal_prices(self):
         source = random.Random(9)

@@ -49,7 +49,9 @@ inline ResidencyCase random_residency_case(SplitMix64& random, std::int64_t max_
                 : coarse               ? 0.5F * static_cast<float>(below(5))
                                        : static_cast<float>(2.0 * random.uniform());
   const bool by_weight = random.uniform() < 0.5;
-  shape.score = by_weight ? ResidencyScore::kWeight : ResidencyScore::kLogit;
+  shape.score = !by_weight               ? ResidencyScore::kLogit
+                : random.uniform() < 0.5 ? ResidencyScore::kWeight
+                                         : ResidencyScore::kRoot;
   if (by_weight) {
     shape.bonus *= 0.25F;
   }

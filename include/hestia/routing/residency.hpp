@@ -15,21 +15,22 @@ namespace hestia {
 
 /// What the rule compares experts by.
 enum class ResidencyScore : std::int32_t {
-  kLogit,  ///< z itself; the bonus is lambda * D_avg.
-  kWeight  ///< u = exp(z - max z), the mixing weight relative to the token's largest; the bonus is lambda.
+  kLogit,   ///< z itself; the bonus is lambda * D_avg.
+  kWeight,  ///< u = exp(z - max z), the mixing weight relative to the token's largest; the bonus is lambda.
+  kRoot     ///< sqrt(u), between the two: what is far behind is neither lost nor near; the bonus is lambda.
 };
 
-/// Name in recipes, manifests and on the command line: logit, weight.
+/// Name in recipes, manifests and on the command line: logit, weight, root.
 [[nodiscard]] std::string_view residency_score_name(ResidencyScore score);
 /// Inverse of residency_score_name; nullopt for any other name.
 [[nodiscard]] std::optional<ResidencyScore> residency_score_from_name(std::string_view name);
 /// All names, in enum order.
 [[nodiscard]] std::vector<std::string> residency_score_names();
 
-/// Residency-aware routing (after the cache-prior of arXiv 2412.00099; docs/routing.md): a bonus on the score, z or u,
-/// of the experts that the layer's slot cache holds, z' = z + lambda * D_avg or u' = u + lambda, where layers may scale
-/// lambda by factors of their own; the J highest by score alone chosen first and the other K - J with the bonus. What a
-/// router is trained or served with; lambda 0 is plain Top-K.
+/// Residency-aware routing (after the cache-prior of arXiv 2412.00099; docs/routing.md): a bonus on the score, z, u
+/// or sqrt(u), of the experts that the layer's slot cache holds, z' = z + lambda * D_avg, u' = u + lambda or sqrt(u) +
+/// lambda, where layers may scale lambda by factors of their own; the J highest by score alone chosen first and the
+/// other K - J with the bonus. What a router is trained or served with; lambda 0 is plain Top-K.
 struct ResidencyRule {
   ResidencyScore score = ResidencyScore::kLogit;
   double lambda = 0.0;                ///< At least 0.
@@ -44,13 +45,13 @@ struct ResidencyRule {
   std::string calibration;         ///< The text that logit_range is the mean over, in words.
 
   /// What is added to a resident's score in MoE layer `layer`, rounded to float32 once, here: lambda * factor * D_avg
-  /// for logits, lambda * factor for weights. Throws std::out_of_range where the layer has no range, for logits, or no
-  /// factor although others have.
+  /// for logits, lambda * factor for weights and their roots. Throws std::out_of_range where the layer has no range,
+  /// for logits, or no factor although others have.
   [[nodiscard]] float bonus(std::int64_t layer) const {
     const auto index = static_cast<std::size_t>(layer);
     const double strength = layer_factors.empty() ? lambda : lambda * layer_factors.at(index);
-    return static_cast<float>(score == ResidencyScore::kWeight ? strength
-                                                               : strength * static_cast<double>(logit_range.at(index)));
+    return static_cast<float>(score == ResidencyScore::kLogit ? strength * static_cast<double>(logit_range.at(index))
+                                                              : strength);
   }
 
   /// Whether mixing weights of MoE layer `layer` are scaled: where the rule changes nothing (no bonus, or J at least
@@ -71,11 +72,11 @@ struct ResidencyShape {
   ResidencyScore score = ResidencyScore::kLogit;
 };
 
-/// Whether a token that the rule routes is routed by u: where it changes nothing (no bonus, or J at least K) it is
-/// plain Top-K, by z, in both forms.
+/// Whether a token that the rule routes is routed by u or its root: where it changes nothing (no bonus, or J at least
+/// K) it is plain Top-K, by z, in all forms.
 [[nodiscard]] HESTIA_HOST_DEVICE inline bool routes_by_weight(ResidencyScore score, float bonus,
                                                               std::int64_t always_keep, std::int64_t top_k) {
-  return score == ResidencyScore::kWeight && bonus > 0.0F && always_keep < top_k;
+  return score != ResidencyScore::kLogit && bonus > 0.0F && always_keep < top_k;
 }
 
 /// The larger of two logits for a row's maximum, begun with minus infinity: NaN as `next` is passed over.
@@ -149,8 +150,15 @@ struct RelativeWeight {
   return z >= C::kLowest ? weight : z;
 }
 
-/// relative_weight of a row of logits, float32 [E], each with the row's largest. CPU.
-void relative_weights(const float* logits, std::int64_t num_experts, float* weights);
+/// The score of an expert in a token that is routed by weight: u, or sqrt(u) = exp((z - largest) / 2). Halving is exact
+/// but for denormal logits, and rounded by itself, so that host and device give the same bits here, too.
+[[nodiscard]] HESTIA_HOST_DEVICE inline float weight_score(ResidencyScore score, float z, float largest) {
+  const float power = score == ResidencyScore::kRoot ? 0.5F : 1.0F;
+  return relative_weight(rounded_product(power, z), rounded_product(power, largest));
+}
+
+/// weight_score of a row of logits, float32 [E], each with the row's largest; scores: float32 [E]. CPU.
+void weight_scores(ResidencyScore score, const float* logits, std::int64_t num_experts, float* scores);
 
 /// An integer that orders as the logit does: equal floats (0 and -0 among them) give equal numbers, NaN comes before
 /// all.
@@ -170,7 +178,7 @@ void relative_weights(const float* logits, std::int64_t num_experts, float* weig
 /// An expert as the rule sees it in one token.
 struct ResidencyCandidate {
   std::int32_t adjusted = 0;  ///< ordered_logit of the float32 sum of its score and the bonus where it is resident.
-  std::int32_t own = 0;       ///< ordered_logit of its score, z or u.
+  std::int32_t own = 0;       ///< ordered_logit of its score: z, u or sqrt(u).
   std::int32_t expert = 0;
 };
 
@@ -186,7 +194,7 @@ struct ResidencyCandidate {
 
 /// Routes the tokens of each run by the rule, through the simulator's slot cache (LRU, empty at the start of each run),
 /// in the plainest way: a sort per token. The reference that the scans in kernels/ are compared with.
-/// logits: float32 [T, E]; counted: uint8 [T], 0 where the token routes by z alone, in both forms (a prompt token,
+/// logits: float32 [T, E]; counted: uint8 [T], 0 where the token routes by z alone, in all forms (a prompt token,
 /// which is served through the same cache), null: all count; run_begin, run_end: int64 [num_runs], token range of each
 /// sequence; selected: int64 [T, K], by falling score, ties to the lower index, overwritten inside the runs. Returns
 /// what the cache saw, prompt tokens included. E is at most 65,536.

@@ -150,10 +150,13 @@ struct ResidencyOptions {
 struct ResidencyPriorOptions {
   std::vector<double> lambdas;         ///< By logits; empty: no such arms.
   std::vector<double> weight_lambdas;  ///< By weights; empty: no such arms.
+  std::vector<double> root_lambdas;    ///< By roots of weights; empty: no such arms.
   std::vector<double> layer_factors;   ///< Of every lambda, one per MoE layer; empty: the bundle's.
   std::vector<std::int64_t> always_keep = {2};
   std::int64_t slots = 0;  ///< C; 0: the bundle's.
-  [[nodiscard]] bool asks_for_arms() const { return !lambdas.empty() || !weight_lambdas.empty(); }
+  [[nodiscard]] bool asks_for_arms() const {
+    return !lambdas.empty() || !weight_lambdas.empty() || !root_lambdas.empty();
+  }
   FieldList fields();
 };
 

@@ -35,8 +35,8 @@ void calibrate(ResidencyRule& rule, MoeModel& model, const PackedData& data, std
 [[nodiscard]] ResidencyRule rule_of_run(const LoadedRecipe<FinetuneRecipe>& loaded, MoeModel& model,
                                         const Tokenizer& tokenizer, std::int64_t threads);
 
-/// Form and strength of the rule in words: "lambda 0.3", or "weight lambda 0.05" for the form by weights; "lambda 0.3
-/// by layer" where layers have factors.
+/// Form and strength of the rule in words: "lambda 0.3", or "weight lambda 0.05" and "root lambda 0.3" for the others;
+/// "lambda 0.3 by layer" where layers have factors.
 [[nodiscard]] std::string lambda_text(const ResidencyRule& rule);
 
 /// The rule as it stands in `residency.json` of a run directory and under `residency` in a bundle's manifest.

@@ -26,7 +26,7 @@ TEST_CASE("an arm's loads under LRU are those of the cache that its selector kep
   at::set_num_threads(1);
   const std::int64_t slots = GENERATE(1, 2, 3, 8);  // below, at and above K; all experts
   ResidencyRule rule = example_rule(slots);
-  rule.score = GENERATE(ResidencyScore::kLogit, ResidencyScore::kWeight);
+  rule.score = GENERATE(ResidencyScore::kLogit, ResidencyScore::kWeight, ResidencyScore::kRoot);
   rule.layer_factors = GENERATE(std::vector<double>{}, std::vector<double>{0.25, 2.0});
   PackedData data = tiny_data(17, 22, 40);
   for (TokenSequence& sequence : data.sequences) {

@@ -266,7 +266,7 @@ TEST_CASE("what is written under a residency rule is chosen by the rule from the
   options.rows = GENERATE(1, 4);
   const std::vector<std::vector<std::int32_t>> plain = greedy_continuations(model, examples, options);
   ResidencyRule rule;
-  rule.score = GENERATE(ResidencyScore::kLogit, ResidencyScore::kWeight);
+  rule.score = GENERATE(ResidencyScore::kLogit, ResidencyScore::kWeight, ResidencyScore::kRoot);
   rule.preserve_mass = GENERATE(false, true);
   rule.lambda = 0.6;
   rule.always_keep = 0;

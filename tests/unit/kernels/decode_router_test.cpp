@@ -154,10 +154,12 @@ Result run(const Case& c, bool with_bias, bool with_resident, bool gpu, Asked* a
 std::vector<std::int32_t> choice(const Case& c, const float* z, bool with_resident) {
   const DecodeRouterShape& shape = c.shape;
   std::vector<float> weights(static_cast<std::size_t>(shape.num_experts));
-  if (with_resident && shape.score == ResidencyScore::kWeight && shape.bonus > 0.0F &&
-      shape.always_keep < shape.top_k) {
+  if (with_resident && shape.score != ResidencyScore::kLogit && shape.bonus > 0.0F && shape.always_keep < shape.top_k) {
     const float largest = *std::max_element(z, z + shape.num_experts);
-    std::transform(z, z + shape.num_experts, weights.begin(), [&](float x) { return relative_weight(x, largest); });
+    std::transform(z, z + shape.num_experts, weights.begin(), [&](float x) {
+      const float half = shape.score == ResidencyScore::kRoot ? 0.5F : 1.0F;
+      return relative_weight(half * x, half * largest);
+    });
     z = weights.data();
   }
   std::vector<std::int32_t> order(static_cast<std::size_t>(c.shape.num_experts));
@@ -261,7 +263,7 @@ void check_all(SplitMix64& random, bool gpu) {
       c.shape.always_keep = variant % 4;
       c.shape.preserve_mass = variant == 3 || variant >= 6;
       if (variant == 4 || variant == 5 || variant == 7) {
-        c.shape.score = ResidencyScore::kWeight;
+        c.shape.score = variant == 5 ? ResidencyScore::kRoot : ResidencyScore::kWeight;
         c.shape.bonus = variant == 4 ? 0.05F : 0.4F;
       }
       c.shape.dependent = variant == 2;
@@ -346,7 +348,9 @@ void check_guess(SplitMix64& random, bool gpu) {
       c.shape.norm = variant == 1 ? DecodeNorm::kRmsWide : DecodeNorm::kRms;
       c.shape.bonus = variant % 2 == 1 ? 1.5F : 0.0F;
       c.shape.always_keep = variant % 4;
-      c.shape.score = variant >= 4 ? ResidencyScore::kWeight : ResidencyScore::kLogit;
+      c.shape.score = variant == 5   ? ResidencyScore::kRoot
+                      : variant >= 4 ? ResidencyScore::kWeight
+                                     : ResidencyScore::kLogit;
       c.shape.dependent = variant == 2;
       next.shape = c.shape;
       next.shape.bonus = c.shape.bonus * 0.25F;  // a factor of the layer
@@ -426,6 +430,7 @@ TEST_CASE("decode router: a prior of nothing leaves every bit as it is") {
   SplitMix64 random(22);
   check_prior_off(random, false, ResidencyScore::kLogit);
   check_prior_off(random, false, ResidencyScore::kWeight);
+  check_prior_off(random, false, ResidencyScore::kRoot);
 }
 
 TEST_CASE("decode router: sizes that the kernel does not take are refused by name") {
@@ -467,6 +472,7 @@ TEST_CASE("decode router: CUDA equals the definition, and chooses by the CPU's r
   check_all(random, true);
   check_prior_off(random, true, ResidencyScore::kLogit);
   check_prior_off(random, true, ResidencyScore::kWeight);
+  check_prior_off(random, true, ResidencyScore::kRoot);
 }
 
 TEST_CASE("decode router: other rows do not change a bit on CUDA", "[gpu]") {

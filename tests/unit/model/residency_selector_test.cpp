@@ -72,7 +72,7 @@ TEST_CASE("every layer serves what the reference chooses, prompts, packing and p
   MoeModel model = float_model(a);
   ResidencyRule rule = rule_of(0.4, 1, 3);
   rule.preserve_mass = GENERATE(false, true);
-  rule.score = GENERATE(ResidencyScore::kLogit, ResidencyScore::kWeight);
+  rule.score = GENERATE(ResidencyScore::kLogit, ResidencyScore::kWeight, ResidencyScore::kRoot);
   rule.layer_factors = GENERATE(std::vector<double>{}, std::vector<double>{0.5, 3.0, 1.25});
   model->set_selector(std::make_shared<ResidencySelector>(rule));
   const TokenBatch batch = batch_with_prompt(a);
@@ -131,7 +131,7 @@ TEST_CASE("lambda 0 and J at K are plain Top-K, without prompts every token coun
   const TokenBatch batch = packed_batch(a);
   const torch::NoGradGuard no_grad;
   const ModelOutput plain = model->forward(batch);
-  const ResidencyScore score = GENERATE(ResidencyScore::kLogit, ResidencyScore::kWeight);
+  const ResidencyScore score = GENERATE(ResidencyScore::kLogit, ResidencyScore::kWeight, ResidencyScore::kRoot);
   for (ResidencyRule rule : {rule_of(0.0, 1, 3), rule_of(2.0, a.top_k, 3), rule_of(2.0, 99, 1)}) {
     rule.score = score;
     rule.preserve_mass = true;
@@ -150,7 +150,7 @@ TEST_CASE("layers have the strength of their factors: 1 as without, 0 plainly ro
   const TokenBatch batch = batch_with_prompt(a);
   const torch::NoGradGuard no_grad;
   ResidencyRule rule = rule_of(0.6, 0, 3);
-  rule.score = GENERATE(ResidencyScore::kLogit, ResidencyScore::kWeight);
+  rule.score = GENERATE(ResidencyScore::kLogit, ResidencyScore::kWeight, ResidencyScore::kRoot);
   const auto served = [&](const std::vector<double>& factors) {
     rule.layer_factors = factors;
     model->set_selector(std::make_shared<ResidencySelector>(rule));
@@ -278,7 +278,7 @@ TEST_CASE("the CUDA residency scan chooses what the CPU chooses", "[gpu]") {
     batch.counted_BS = torch::tensor(c.counted, torch::kUInt8).view({1, -1});
     ResidencyRule rule = rule_of(1.0, c.shape.always_keep, c.shape.slots, 1);
     rule.score = c.shape.score;
-    if (rule.score == ResidencyScore::kWeight) {
+    if (rule.score != ResidencyScore::kLogit) {
       rule.lambda = static_cast<double>(c.shape.bonus);
     } else {
       rule.logit_range[0] = c.shape.bonus;

@@ -80,7 +80,7 @@ TEST_CASE("groups: a residency prior chooses inside them") {
   const Tensor logits = random_normal({60, 12}, 73, torch::kFloat32);
   const Tensor scores = selection_scores(a, logits);
   ResidencyRule residency;
-  residency.score = GENERATE(ResidencyScore::kLogit, ResidencyScore::kWeight);
+  residency.score = GENERATE(ResidencyScore::kLogit, ResidencyScore::kWeight, ResidencyScore::kRoot);
   residency.lambda = GENERATE(0.0, 0.5, 50.0);
   residency.always_keep = 1;
   residency.slots = 5;

@@ -37,11 +37,31 @@ TEST_CASE("a relative weight is 1 for the largest, and what is no logit stays wh
   CHECK(std::isnan(relative_weight(nan, 2.0F)));
   const float logits[] = {nan, 1.0F, -infinity, 2.0F};
   float weights[4] = {};
-  relative_weights(logits, 4, weights);
+  weight_scores(ResidencyScore::kWeight, logits, 4, weights);
   CHECK(std::isnan(weights[0]));
   CHECK(static_cast<double>(weights[1]) == Approx(std::exp(-1.0)));
   CHECK(weights[2] == -infinity);
   CHECK(weights[3] == 1.0F);
+  weight_scores(ResidencyScore::kRoot, logits, 4, weights);
+  CHECK(std::isnan(weights[0]));
+  CHECK(static_cast<double>(weights[1]) == Approx(std::exp(-0.5)));
+  CHECK(weights[2] == -infinity);
+  CHECK(weights[3] == 1.0F);
+}
+
+TEST_CASE("the root of a relative weight is the weight of half the distance") {
+  SplitMix64 random(43);
+  double worst = 0.0;
+  for (int i = 0; i < 100000; ++i) {
+    const auto largest = static_cast<float>(40.0 * (random.uniform() - 0.5));
+    const auto z = static_cast<float>(static_cast<double>(largest) - (i % 2 == 0 ? 5.0 : 170.0) * random.uniform());
+    const double exact = std::sqrt(std::exp(static_cast<double>(z - largest)));
+    const auto root = static_cast<double>(weight_score(ResidencyScore::kRoot, z, largest));
+    worst = std::max(worst, std::abs(root / exact - 1.0));
+    CHECK(weight_score(ResidencyScore::kWeight, z, largest) == relative_weight(z, largest));
+  }
+  CHECK(worst < 1e-6);
+  CHECK(worst > 1e-9);
 }
 
 TEST_CASE("the bonus is lambda by weight, and in logit ranges by logit") {
@@ -50,7 +70,7 @@ TEST_CASE("the bonus is lambda by weight, and in logit ranges by logit") {
   rule.logit_range = {3.0F};
   CHECK(rule.bonus(0) == static_cast<float>(0.1 * 3.0));
   CHECK_THROWS_AS(rule.bonus(1), std::out_of_range);
-  rule.score = ResidencyScore::kWeight;
+  rule.score = GENERATE(ResidencyScore::kWeight, ResidencyScore::kRoot);
   CHECK(rule.bonus(0) == 0.1F);
   CHECK(rule.bonus(1) == 0.1F);
   // Factors of its layers scale it; 1 changes no bit.
@@ -68,6 +88,7 @@ TEST_CASE("the bonus is lambda by weight, and in logit ranges by logit") {
   CHECK(rule.bonus(1) == static_cast<float>(0.1 * static_cast<double>(0.7F)));
   rule.layer_factors = {1.0};
   CHECK_THROWS_AS(rule.bonus(1), std::out_of_range);
+  CHECK(residency_score_names() == std::vector<std::string>{"logit", "weight", "root"});
   for (const std::string& name : residency_score_names()) {
     CHECK(residency_score_name(*residency_score_from_name(name)) == name);
   }

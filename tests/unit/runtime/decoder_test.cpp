@@ -561,7 +561,7 @@ void check_residency(torch::Device device, torch::Dtype dtype) {
   rule.always_keep = 1;
   rule.slots = 4;
   rule.logit_range = {2.0F, 3.0F, 4.0F};
-  rule.score = GENERATE(ResidencyScore::kLogit, ResidencyScore::kWeight);
+  rule.score = GENERATE(ResidencyScore::kLogit, ResidencyScore::kWeight, ResidencyScore::kRoot);
   rule.layer_factors = GENERATE(std::vector<double>{}, std::vector<double>{1.5, 0.0, 0.75});
   rule.lambda = 0.0;
   options.residency = rule;
@@ -627,7 +627,7 @@ void check_preserved_mass(torch::Device device) {
   rule.always_keep = 1;
   rule.slots = 4;
   rule.logit_range = {2.0F, 3.0F, 4.0F};
-  rule.score = GENERATE(ResidencyScore::kLogit, ResidencyScore::kWeight);
+  rule.score = GENERATE(ResidencyScore::kLogit, ResidencyScore::kWeight, ResidencyScore::kRoot);
   const auto decoded = [&](torch::Dtype dtype, bool preserve_mass) {
     const OffloadedModel offloaded = make_offloaded(a, dtype, device);
     options.residency = rule;

@@ -246,11 +246,16 @@ TEST_CASE("a residency rule survives its file, and a damaged one says what is wr
   rule.score = ResidencyScore::kWeight;
   write([](Json& json) { CHECK(json.at("score") == "weight"); });
   CHECK(read_residency(path).score == ResidencyScore::kWeight);
+  rule.score = ResidencyScore::kRoot;
+  write([](Json& json) { CHECK(json.at("score") == "root"); });
+  CHECK(read_residency(path).score == ResidencyScore::kRoot);
+  CHECK(lambda_text(rule) == "root lambda 0.3");
+  rule.score = ResidencyScore::kWeight;
   // What was written before there was a choice.
   write([](Json& json) { json.erase("score"); });
   CHECK(read_residency(path).score == ResidencyScore::kLogit);
   write([](Json& json) { json["score"] = "weights"; });
-  CHECK_THROWS_WITH(read_residency(path), Catch::Contains("score must be one of logit, weight, got \"weights\""));
+  CHECK_THROWS_WITH(read_residency(path), Catch::Contains("score must be one of logit, weight, root, got \"weights\""));
   rule.layer_factors = {0.1, 1.75};
   write([](Json&) {});
   CHECK(read_residency(path).layer_factors == rule.layer_factors);
