@@ -305,7 +305,17 @@ void DenseCheckpoint::read_gguf() {
   a.tie_word_embeddings = !file.contains("output.weight");
   a.head_dim =
       integer_or("llama.attention.key_length", a.num_attention_heads > 0 ? a.hidden_size / a.num_attention_heads : 0);
-  const auto token = [&](const char* key) { return file.has(key) ? Json(file.integer(key)) : Json(); };
+  const auto token = [&](const char* key) {
+    if (!file.has(key)) {
+      return Json();
+    }
+    const std::int64_t id = file.integer(key);
+    if (id < 0 || id >= a.vocab_size) {
+      problems.add(fmt::format("{}: metadata \"{}\" must be below the {} tokens, got {}; convert the model again",
+                               subject, key, a.vocab_size, id));
+    }
+    return Json(id);
+  };
   a.bos_token_id = token("tokenizer.ggml.bos_token_id");
   a.eos_token_id = token("tokenizer.ggml.eos_token_id");
   a.pad_token_id = token("tokenizer.ggml.padding_token_id");
@@ -315,9 +325,18 @@ void DenseCheckpoint::read_gguf() {
                              subject, a.head_dim, integer_or("llama.rope.dimension_count", a.head_dim),
                              integer_or("llama.attention.value_length", a.head_dim), kLayout));
   }
-  const std::string scaling = file.has("llama.rope.scaling.type") ? file.text("llama.rope.scaling.type") : "none";
+  // As llama.cpp reads it: linear where the type is missing, by the newer key or the older one; 0 is none.
+  const std::string scaling = file.has("llama.rope.scaling.type") ? file.text("llama.rope.scaling.type") : "linear";
   if (scaling == "linear") {
-    a.rope_scaling = {{"rope_type", "linear"}, {"factor", as_written(file.number("llama.rope.scaling.factor"))}};
+    const std::string key =
+        file.has("llama.rope.scaling.factor") ? "llama.rope.scaling.factor" : "llama.rope.scale_linear";
+    const double factor = file.has(key) ? as_written(file.number(key)) : 0.0;
+    if (!(factor >= 0.0) || !std::isfinite(factor)) {
+      problems.add(fmt::format("{}: metadata \"{}\" must be a number of at least 0, got {:g}; convert the model again",
+                               subject, key, factor));
+    } else if (factor != 0.0 && factor != 1.0) {
+      a.rope_scaling = {{"rope_type", "linear"}, {"factor", factor}};
+    }
   } else if (scaling != "none") {
     problems.add(
         fmt::format("{}: metadata \"llama.rope.scaling.type\" must be none or linear, got \"{}\"; give the "

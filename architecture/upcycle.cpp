@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <list>
 #include <numbers>
 #include <stdexcept>
@@ -23,6 +24,7 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr double kSignedStep = 0.15;
+constexpr float kLargestHalf = 65504.0F;
 constexpr std::uint64_t kMaxShardBytes = std::uint64_t{2} << 30;
 
 std::vector<std::byte> encoded(const std::vector<float>& values, DType dtype) {
@@ -57,7 +59,7 @@ std::vector<double> direction(SplitMix64& random, const std::vector<float>& mean
     norm += values[i] * values[i];
   }
   for (double& value : values) {
-    value *= length / std::sqrt(norm);
+    value *= norm > 0.0 ? length / std::sqrt(norm) : 0.0;  // in one dimension nothing is orthogonal to the mean
   }
   return values;
 }
@@ -114,7 +116,15 @@ class Shard {
  public:
   explicit Shard(DType dtype) : dtype_(dtype) { writer_.set_metadata("format", "pt"); }
 
-  std::span<const std::byte> keep(const std::vector<float>& values) {
+  std::span<const std::byte> keep(const std::string& name, const std::vector<float>& values) {
+    const auto most = static_cast<double>(dtype_ == DType::kF16 ? kLargestHalf : std::numeric_limits<float>::max());
+    for (const float value : values) {
+      if (!(std::abs(static_cast<double>(value)) <= most)) {
+        throw InputError(fmt::format(
+            "tensor \"{}\": holds {:g}, which is no finite {}; {}", name, static_cast<double>(value),
+            dtype_name(dtype_), std::isfinite(value) ? "choose --dtype bfloat16 or float32" : "fetch the model again"));
+      }
+    }
     return alive_.emplace_back(encoded(values, dtype_));
   }
   void add(const std::string& name, std::vector<std::int64_t> shape, std::span<const std::byte> bytes) {
@@ -141,7 +151,7 @@ void add_layer(Shard& shard, const DenseCheckpoint& dense, const UpcycleOptions&
   const std::string prefix = fmt::format("model.layers.{}.", layer);
   for (const DenseTensor& tensor : dense_tensors(a)) {
     if (tensor.name.starts_with(prefix) && tensor.name.find(".mlp.") == std::string::npos) {
-      shard.add(tensor.name, tensor.shape, shard.keep(dense.tensor(tensor.name)));
+      shard.add(tensor.name, tensor.shape, shard.keep(tensor.name, dense.tensor(tensor.name)));
     }
   }
   const RouterInput input = options.router_inputs.empty()
@@ -149,16 +159,16 @@ void add_layer(Shard& shard, const DenseCheckpoint& dense, const UpcycleOptions&
                                 : options.router_inputs[static_cast<std::size_t>(layer)];
   const std::string block = prefix + "block_sparse_moe.";
   shard.add(block + "gate.weight", {options.num_experts, a.hidden_size},
-            shard.keep(upcycled_router(options, input, derive_seed(options.seed, block))));
+            shard.keep(block + "gate.weight", upcycled_router(options, input, derive_seed(options.seed, block))));
   const std::vector<FeedForwardShard> experts =
       split_feed_forward(dense.tensor(prefix + "mlp.gate_proj.weight"), dense.tensor(prefix + "mlp.up_proj.weight"),
                          dense.tensor(prefix + "mlp.down_proj.weight"), a.hidden_size, options.top_k);
   const std::int64_t neurons = a.intermediate_size / options.top_k;
   for (std::int64_t s = 0; s < options.top_k; ++s) {
     const FeedForwardShard& expert = experts[static_cast<std::size_t>(s)];
-    const auto gate = shard.keep(expert.gate);
-    const auto up = shard.keep(expert.up);
-    const auto down = shard.keep(expert.down);
+    const auto gate = shard.keep(prefix + "mlp.gate_proj.weight", expert.gate);
+    const auto up = shard.keep(prefix + "mlp.up_proj.weight", expert.up);
+    const auto down = shard.keep(prefix + "mlp.down_proj.weight", expert.down);
     for (std::int64_t number = s; number < options.num_experts; number += options.top_k) {
       const std::string name = fmt::format("{}experts.{}.", block, number);
       shard.add(name + "w1.weight", {neurons, a.hidden_size}, gate);
@@ -184,7 +194,7 @@ void write_weights(const DenseCheckpoint& dense, const UpcycleOptions& options, 
     if (number == 0) {
       for (const DenseTensor& tensor : dense_tensors(a)) {
         if (!tensor.name.starts_with("model.layers.")) {
-          shard.add(tensor.name, tensor.shape, shard.keep(dense.tensor(tensor.name)));
+          shard.add(tensor.name, tensor.shape, shard.keep(tensor.name, dense.tensor(tensor.name)));
         }
       }
     }

@@ -21,6 +21,7 @@
 
 #include "hestia/core/error.hpp"
 #include "hestia/core/json_lines.hpp"
+#include "hestia/core/median.hpp"
 #include "hestia/core/random.hpp"
 #include "hestia/routing/preferences.hpp"
 
@@ -37,12 +38,6 @@ std::int64_t peak_bytes() {
   struct rusage usage {};
   getrusage(RUSAGE_SELF, &usage);
   return static_cast<std::int64_t>(usage.ru_maxrss) * 1024;
-}
-
-double median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  const std::size_t middle = values.size() / 2;
-  return values.size() % 2 == 1 ? values[middle] : (values[middle - 1] + values[middle]) / 2;
 }
 
 double gauss(SplitMix64& random) {

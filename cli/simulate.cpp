@@ -60,6 +60,12 @@ struct Setting {
 std::vector<std::vector<std::uint16_t>> preload_of(const SimulateArguments& arguments, const RoutingTrace& trace) {
   const bool wanted = start_from_name(arguments.start) == CacheStart::kPreload;
   const PreferenceRouter router = router_from_name(arguments.preload_router, "--preload-router");
+  if (arguments.preload.empty() && arguments.preload_router != SimulateArguments().preload_router) {
+    throw UsageError(
+        fmt::format("--preload-router: says whose counts of --preload FILE are meant, got {} without it; add --preload "
+                    "or leave it out",
+                    arguments.preload_router));
+  }
   if (!wanted) {
     if (!arguments.preload.empty()) {
       throw UsageError(

@@ -1,6 +1,7 @@
 #include "hestia/core/json_lines.hpp"
 
 #include <cerrno>
+#include <string_view>
 #include <system_error>
 
 #include <fmt/format.h>
@@ -78,8 +79,38 @@ void read_json_lines(const std::filesystem::path& path,
   }
 }
 
+namespace {
+
+// Whether brackets of `text` open deeper than what may be printed without running out of stack.
+bool too_deep(std::string_view text) {
+  constexpr int kDeepest = 500;
+  int depth = 0;
+  bool quoted = false;
+  for (std::size_t i = 0; i < text.size(); ++i) {
+    const char c = text[i];
+    if (quoted) {
+      i += c == '\\' ? 1 : 0;
+      quoted = c != '"';
+    } else if (c == '"') {
+      quoted = true;
+    } else if (c == '[' || c == '{') {
+      if (++depth > kDeepest) {
+        return true;
+      }
+    } else if (c == ']' || c == '}') {
+      --depth;
+    }
+  }
+  return false;
+}
+
+}  // namespace
+
 Json read_json_file(const std::filesystem::path& path) {
   const std::string text = read_text_file(path);
+  if (too_deep(text)) {
+    throw InputError(fmt::format("{}: nested more than 500 deep; mend the file or fetch it again", path.string()));
+  }
   try {
     return Json::parse(text);
   } catch (const nlohmann::json::parse_error& error) {

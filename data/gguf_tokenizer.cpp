@@ -21,16 +21,17 @@ struct PreTokenizer {
   bool single_digits = false;
   bool compose = false;  // normalisation form C first
   bool whole_words = false;
+  bool leads = false;  // with the token of beginning where the file does not say, as llama.cpp has it
 };
 
 constexpr PreTokenizer kPreTokenizers[] = {
     {"gpt-2", nullptr},
-    {"olmo", nullptr},
+    {"olmo", nullptr, false, true},
     {"smollm", nullptr, true},
     {"starcoder", nullptr, true},
     {"llama-bpe",
      R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)",
-     false, false, true},
+     false, false, true, true},
     {"qwen2",
      R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)",
      false, true},
@@ -139,7 +140,8 @@ Json gguf_tokenizer(const GgufFile& file) {
     }
   }
   Json post_processor;  // null: none
-  if (file.has("tokenizer.ggml.add_bos_token") && file.boolean("tokenizer.ggml.add_bos_token")) {
+  const bool says = file.has("tokenizer.ggml.add_bos_token");
+  if (says ? file.boolean("tokenizer.ggml.add_bos_token") : kind.leads && file.has("tokenizer.ggml.bos_token_id")) {
     const std::optional<std::string> bos = special_token(file, tokens, "bos");
     if (!bos) {
       throw refuse(file, "tokenizer.ggml.add_bos_token is set, but tokenizer.ggml.bos_token_id is missing");
@@ -189,8 +191,10 @@ Json gguf_tokenizer_config(const GgufFile& file) {
 void write_gguf_tokenizer(const GgufFile& file, const std::filesystem::path& folder) {
   // Damaged vocabularies may hold bytes that are no UTF-8, which JSON cannot.
   try {
-    write_text_atomically(folder / "tokenizer.json", gguf_tokenizer(file).dump(2) + "\n");
-    write_text_atomically(folder / "tokenizer_config.json", gguf_tokenizer_config(file).dump(2) + "\n");
+    const std::string tokenizer = gguf_tokenizer(file).dump(2) + "\n";
+    const std::string config = gguf_tokenizer_config(file).dump(2) + "\n";
+    write_text_atomically(folder / "tokenizer.json", tokenizer);
+    write_text_atomically(folder / "tokenizer_config.json", config);
   } catch (const Json::type_error&) {
     throw refuse(file, "the vocabulary or the chat template is not UTF-8");
   }

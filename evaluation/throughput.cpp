@@ -15,6 +15,7 @@
 
 #include "hestia/core/error.hpp"
 #include "hestia/core/log.hpp"
+#include "hestia/core/median.hpp"
 #include "hestia/core/progress.hpp"
 #include "hestia/core/random.hpp"
 #include "hestia/evaluation/build_info.hpp"
@@ -310,11 +311,6 @@ struct Arm {
   double bound_seconds = 0.0;        // of one round
   std::int64_t steps = 0, requests = 0, hits = 0, loads = 0;
 };
-
-double median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  return values[values.size() / 2];
-}
 
 DecodeBound bound_of(MoeModel& model, std::int64_t expert_bytes, const ProbedRates& rates) {
   const Architecture& a = model->architecture();

@@ -12,6 +12,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
 
+#include "hestia/core/median.hpp"
 #include "hestia/core/random.hpp"
 #include "hestia/kernels/expert_fetch.hpp"
 #include "hestia/kernels/memory_probe.hpp"
@@ -20,11 +21,6 @@ namespace hestia {
 namespace {
 
 using torch::Tensor;
-
-double median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  return values[values.size() / 2];
-}
 
 // Bytes per second of `pass`, which moves `bytes`; called often enough to take a tenth of a second.
 double rate_of(double bytes, int repeats, c10::cuda::CUDAStream stream, const std::function<void()>& pass) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <map>
 #include <numeric>
 
@@ -304,6 +305,24 @@ TEST_CASE("The written experts and router compute the dense feed-forward network
   CHECK_THROWS_AS(upcycle(dense, options, folder.path() / "half", interrupted), RunError);
   CHECK(entries() == before);
   CHECK_FALSE(std::filesystem::exists(folder.path() / "half"));
+  // What float16 cannot hold is said before anything stands there.
+  UpcycleOptions half = options;
+  half.dtype = DType::kF16;
+  const TemporaryFolder other;
+  Dense large(other);
+  large.values.at("model.layers.1.mlp.up_proj.weight").at(3) = 70000.0F;
+  large.write_directory();
+  const DenseCheckpoint overflowing(large.directory);
+  CHECK_THAT(
+      error_of<InputError>([&] { upcycle(overflowing, half, folder.path() / "half"); }),
+      Catch::Contains("\"model.layers.1.mlp.up_proj.weight\": holds 70000, which is no finite F16; choose --dtype "
+                      "bfloat16"));
+  CHECK_FALSE(std::filesystem::exists(folder.path() / "half"));
+  large.values.at("model.norm.weight").at(0) = std::numeric_limits<float>::quiet_NaN();
+  large.write_directory();
+  const DenseCheckpoint damaged(large.directory);
+  CHECK_THAT(error_of<InputError>([&] { upcycle(damaged, options, folder.path() / "half"); }),
+             Catch::Contains("\"model.norm.weight\": holds nan") && Catch::Contains("fetch the model again"));
   // Half the bytes in the other types.
   options.dtype = DType::kBF16;
   upcycle(dense, options, folder.path() / "bf16");
@@ -402,6 +421,23 @@ TEST_CASE("What is no dense Llama model is refused") {
   CHECK_THAT(gguf(model.gguf_writer().uint32("llama.rope.dimension_count", 2)),
              Catch::Contains("the whole head (4), got 2"));
   CHECK_THAT(gguf(model.gguf_writer().text("llama.rope.scaling.type", "yarn")), Catch::Contains("got \"yarn\""));
+  // A factor without a type is linear, by either key; 0 and 1 are none.
+  const auto scaling = [&](GgufWriter writer) {
+    model.write_gguf(std::move(writer));
+    return DenseCheckpoint(model.gguf).architecture().rope_scaling;
+  };
+  const Json linear = {{"rope_type", "linear"}, {"factor", 2.5}};
+  CHECK(scaling(model.gguf_writer().float32("llama.rope.scaling.factor", 2.5F)) == linear);
+  CHECK(scaling(model.gguf_writer().float32("llama.rope.scale_linear", 2.5F)) == linear);
+  CHECK(scaling(model.gguf_writer().text("llama.rope.scaling.type", "none").float32("llama.rope.scaling.factor", 2.5F))
+            .is_null());
+  CHECK(scaling(model.gguf_writer().float32("llama.rope.scaling.factor", 0.0F)).is_null());
+  CHECK(scaling(model.gguf_writer().float32("llama.rope.scale_linear", 1.0F)).is_null());
+  CHECK_THAT(gguf(model.gguf_writer().float32("llama.rope.scaling.factor", std::numeric_limits<float>::quiet_NaN())),
+             Catch::Contains("\"llama.rope.scaling.factor\" must be a number of at least 0, got nan"));
+  CHECK_THAT(gguf(model.gguf_writer().float32("llama.rope.scaling.factor", -2.0F)), Catch::Contains("got -2"));
+  CHECK_THAT(gguf(model.gguf_writer().uint32("tokenizer.ggml.padding_token_id", 4000000000U)),
+             Catch::Contains("\"tokenizer.ggml.padding_token_id\" must be below the"));
   CHECK_THAT(gguf(model.gguf_writer().tensor("rope_freqs.weight", {2}, 0, std::string(8, 'x'))),
              Catch::Contains("\"rope_freqs.weight\" is not part of"));
   GgufWriter other;

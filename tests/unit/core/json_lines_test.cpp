@@ -95,6 +95,13 @@ TEST_CASE("A damaged JSON file is named with line and column") {
   CHECK(contains(error_text<InputError>([&] { (void)read_json_file(path); }), ":1:1: not valid JSON"));
   put_file(path, R"({"z": 1, "a": [true, null]})");
   CHECK(read_json_file(path).dump() == R"({"z":1,"a":[true,null]})");
+  const auto nested = [](std::size_t depth) { return std::string(depth, '[') + std::string(depth, ']'); };
+  put_file(path, nested(500));
+  CHECK(read_json_file(path).dump() == nested(500));
+  put_file(path, nested(100000));
+  CHECK(contains(error_text<InputError>([&] { (void)read_json_file(path); }), "nested more than 500 deep"));
+  put_file(path, R"({"text": ")" + std::string(600, '[') + R"(\"{[", "after": 1})");
+  CHECK(read_json_file(path).at("after") == 1);
 }
 
 TEST_CASE("A metrics file that cannot be opened is a RunError") {

@@ -3,6 +3,7 @@
 
 #include <catch2/catch.hpp>
 
+#include "hestia/core/median.hpp"
 #include "hestia/core/random.hpp"
 
 namespace hestia {
@@ -69,6 +70,14 @@ TEST_CASE("Purposes and seeds get seeds of their own, the same on every machine"
   // A changed derivation would change every run: FNV-1a("") is the offset basis, then one splitmix64 step.
   CHECK(derive_seed(0, "") == SplitMix64(0xCBF29CE484222325ULL).next());
   CHECK(derive_seed(5, "a") == SplitMix64(5 ^ 0xAF63DC4C8601EC8CULL).next());
+}
+
+TEST_CASE("The median of an even number of values lies between the two in the middle") {
+  CHECK(median({3.0, 1.0, 2.0}) == 2.0);
+  CHECK(median({4.0, 1.0}) == 2.5);
+  CHECK(median({7.0, 1.0, 100.0, 3.0}) == 5.0);
+  CHECK(median({5.0}) == 5.0);
+  CHECK_THROWS_AS(median({}), std::invalid_argument);
 }
 
 }  // namespace

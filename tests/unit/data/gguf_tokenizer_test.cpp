@@ -72,6 +72,19 @@ TEST_CASE("Pre-tokenisers with a pattern of their own, and a leading token") {
   CHECK(gguf_tokenizer(GgufFile(path)).at("normalizer").at("type") == "NFC");
   vocabulary("gpt-2").save(path);
   CHECK(gguf_tokenizer(GgufFile(path)).at("pre_tokenizer").at("pretokenizers").size() == 1);
+  CHECK(gguf_tokenizer(GgufFile(path)).at("normalizer").is_null());
+  vocabulary("olmo").save(path);
+  CHECK(gguf_tokenizer(GgufFile(path)).at("normalizer").at("type") == "NFC");
+  // Where the file does not say, llama-bpe leads with the token of beginning, if there is one, and others do not.
+  const auto leads = [&](const GgufWriter& writer) {
+    writer.save(path);
+    return !gguf_tokenizer(GgufFile(path)).at("post_processor").is_null();
+  };
+  CHECK(leads(vocabulary("llama-bpe").uint32("tokenizer.ggml.bos_token_id", 0)));
+  CHECK_FALSE(leads(vocabulary("llama-bpe")));
+  CHECK_FALSE(leads(
+      vocabulary("llama-bpe").uint32("tokenizer.ggml.bos_token_id", 0).boolean("tokenizer.ggml.add_bos_token", false)));
+  CHECK_FALSE(leads(vocabulary("smollm").uint32("tokenizer.ggml.bos_token_id", 0)));
 }
 
 TEST_CASE("A vocabulary that cannot be converted is refused") {
@@ -90,6 +103,9 @@ TEST_CASE("A vocabulary that cannot be converted is refused") {
   CHECK_THAT(refusal(vocabulary("tekken")),
              Catch::Contains("f.gguf: tokenizer.ggml.pre must be one of gpt-2, olmo, smollm") &&
                  Catch::Contains("got \"tekken\"; take the tokenizer files"));
+  // The second document fails: the first is not written either.
+  CHECK_THAT(refusal(vocabulary("gpt-2").uint32("tokenizer.ggml.eos_token_id", 7)),
+             Catch::Contains("\"tokenizer.ggml.eos_token_id\" must be below the 7 tokens, got 7"));
   GgufWriter pieces;
   pieces.text("general.architecture", "llama").text("tokenizer.ggml.model", "llama");
   CHECK_THAT(refusal(pieces), Catch::Contains("must be \"gpt2\" (byte-level BPE), got \"llama\""));
