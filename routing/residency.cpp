@@ -36,6 +36,7 @@ std::optional<ResidencyScore> residency_score_from_name(std::string_view name) {
 
 std::vector<std::string> residency_score_names() {
   std::vector<std::string> names;
+  names.reserve(kScores.size());
   for (const ResidencyScore score : kScores) {
     names.emplace_back(residency_score_name(score));
   }
