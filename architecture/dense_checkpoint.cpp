@@ -5,12 +5,14 @@
 #include <cstring>
 #include <set>
 #include <stdexcept>
+#include <utility>
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
 #include "hestia/core/error.hpp"
 #include "hestia/core/float_bits.hpp"
+#include "hestia/core/log.hpp"
 
 namespace hestia {
 namespace {
@@ -20,6 +22,22 @@ constexpr std::string_view kLayout = "hestia upcycle takes models of Llama layou
 std::string shown(const Json& value) {
   const std::string text = value.dump(-1, ' ', false, Json::error_handler_t::replace);
   return text.size() > 80 ? text.substr(0, 77) + "..." : text;
+}
+
+// Special tokens that the vocabulary does not have become none, as llama.cpp takes them.
+void drop_unknown_tokens(const std::string& subject, DenseArchitecture& a) {
+  const auto known = [&](const Json& id) {
+    return !id.is_number_integer() || (id.get<std::int64_t>() >= 0 && id.get<std::int64_t>() < a.vocab_size);
+  };
+  for (const auto& [name, token] :
+       {std::pair("bos_token_id", &a.bos_token_id), std::pair("eos_token_id", &a.eos_token_id),
+        std::pair("pad_token_id", &a.pad_token_id)}) {
+    if (token->is_array() ? !std::all_of(token->begin(), token->end(), known) : !known(*token)) {
+      log_warning(fmt::format("{}: {} is not below the {} tokens, got {}; it is left out", subject, name, a.vocab_size,
+                              shown(*token)));
+      *token = Json();
+    }
+  }
 }
 
 // Reads keys of config.json, noting what is wrong instead of stopping at it.
@@ -239,6 +257,7 @@ void DenseCheckpoint::read_directory() {
   config.integer("head_dim", a.head_dim, false);
   check_sizes(subject, a, problems);
   problems.throw_input_if_any();
+  drop_unknown_tokens(subject, a);
 
   directory_ = std::make_unique<SafetensorsCheckpoint>(path_);
   tensors_ = dense_tensors(a);
@@ -305,17 +324,7 @@ void DenseCheckpoint::read_gguf() {
   a.tie_word_embeddings = !file.contains("output.weight");
   a.head_dim =
       integer_or("llama.attention.key_length", a.num_attention_heads > 0 ? a.hidden_size / a.num_attention_heads : 0);
-  const auto token = [&](const char* key) {
-    if (!file.has(key)) {
-      return Json();
-    }
-    const std::int64_t id = file.integer(key);
-    if (id < 0 || id >= a.vocab_size) {
-      problems.add(fmt::format("{}: metadata \"{}\" must be below the {} tokens, got {}; convert the model again",
-                               subject, key, a.vocab_size, id));
-    }
-    return Json(id);
-  };
+  const auto token = [&](const char* key) { return file.has(key) ? Json(file.integer(key)) : Json(); };
   a.bos_token_id = token("tokenizer.ggml.bos_token_id");
   a.eos_token_id = token("tokenizer.ggml.eos_token_id");
   a.pad_token_id = token("tokenizer.ggml.padding_token_id");
@@ -345,6 +354,7 @@ void DenseCheckpoint::read_gguf() {
   }
   check_sizes(subject, a, problems);
   problems.throw_input_if_any();
+  drop_unknown_tokens(subject, a);
 
   tensors_ = dense_tensors(a);
   std::set<std::string, std::less<>> wanted;

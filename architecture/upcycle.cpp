@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <list>
 #include <numbers>
 #include <stdexcept>
@@ -24,7 +23,6 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr double kSignedStep = 0.15;
-constexpr float kLargestHalf = 65504.0F;
 constexpr std::uint64_t kMaxShardBytes = std::uint64_t{2} << 30;
 
 std::vector<std::byte> encoded(const std::vector<float>& values, DType dtype) {
@@ -117,12 +115,16 @@ class Shard {
   explicit Shard(DType dtype) : dtype_(dtype) { writer_.set_metadata("format", "pt"); }
 
   std::span<const std::byte> keep(const std::string& name, const std::vector<float>& values) {
-    const auto most = static_cast<double>(dtype_ == DType::kF16 ? kLargestHalf : std::numeric_limits<float>::max());
     for (const float value : values) {
-      if (!(std::abs(static_cast<double>(value)) <= most)) {
-        throw InputError(fmt::format(
-            "tensor \"{}\": holds {:g}, which is no finite {}; {}", name, static_cast<double>(value),
-            dtype_name(dtype_), std::isfinite(value) ? "choose --dtype bfloat16 or float32" : "fetch the model again"));
+      const float stored = dtype_ == DType::kF16    ? half_bits_to_float(float_to_half_bits(value))
+                           : dtype_ == DType::kBF16 ? bfloat16_bits_to_float(float_to_bfloat16_bits(value))
+                                                    : value;
+      if (!std::isfinite(stored)) {
+        throw InputError(fmt::format("tensor \"{}\": holds {:g}, which is no finite {}; {}", name,
+                                     static_cast<double>(value), dtype_name(dtype_),
+                                     !std::isfinite(value)   ? "fetch the model again"
+                                     : dtype_ == DType::kF16 ? "choose --dtype bfloat16 or float32"
+                                                             : "choose --dtype float32"));
       }
     }
     return alive_.emplace_back(encoded(values, dtype_));

@@ -22,6 +22,7 @@
 
 #include "hestia/core/error.hpp"
 #include "hestia/core/json_lines.hpp"
+#include "hestia/core/median.hpp"
 #include "hestia/core/random.hpp"
 #include "hestia/evaluation/build_info.hpp"
 #include "hestia/kernels/decode_experts.hpp"

@@ -33,6 +33,7 @@
 #include "hestia/core/error.hpp"
 #include "hestia/core/files.hpp"
 #include "hestia/core/json_lines.hpp"
+#include "hestia/core/median.hpp"
 #include "hestia/core/safetensors.hpp"
 #include "hestia/evaluation/build_info.hpp"
 #include "hestia/model/moe_model.hpp"

@@ -109,8 +109,8 @@ def main():
     results = ROOT / options.out / "results.jsonl"
     results.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    if any(row["seed"] != options.seed for row in rows):
-        sys.exit(f"{results}: has rows of seed {rows[0]['seed']}; give seed {options.seed} another --out")
+    if others := sorted({row["seed"] for row in rows} - {options.seed}):
+        sys.exit(f"{results}: has rows of seed {', '.join(map(str, others))}; give seed {options.seed} another --out")
     done = {row["name"] for row in rows}
     arms = [arm for arm in read_settings(options.settings) if arm[0] not in done]
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:

@@ -74,6 +74,8 @@ class Program:
             *options.overrides,
             "residency.in_loop=false",  # the recipe's own rule is no point of these
             "residency.lambda=0",
+            "residency.ramp_steps=0",
+            "residency.train_slots=[]",
         ]
         key = "\n".join([self.version, options.recipe, *overrides])
         run_dir = self.out / hashlib.sha256(key.encode()).hexdigest()[:16]

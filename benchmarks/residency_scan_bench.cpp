@@ -16,6 +16,7 @@
 #include <CLI/CLI.hpp>
 
 #include "hestia/core/json_lines.hpp"
+#include "hestia/core/median.hpp"
 #include "hestia/evaluation/build_info.hpp"
 #include "hestia/model/residency_selector.hpp"
 #include "timing.hpp"

@@ -17,6 +17,7 @@
 #include <CLI/CLI.hpp>
 
 #include "hestia/core/json_lines.hpp"
+#include "hestia/core/median.hpp"
 #include "hestia/evaluation/build_info.hpp"
 #include "hestia/routing_losses/routing_losses.hpp"
 #include "timing.hpp"

@@ -1,9 +1,7 @@
 #pragma once
 
-#include <algorithm>
 #include <chrono>
 #include <functional>
-#include <vector>
 
 #include <torch/cuda.h>
 #include <torch/types.h>
@@ -22,12 +20,6 @@ inline double milliseconds(const std::function<void()>& work, torch::Device devi
   work();
   wait();
   return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
-}
-
-/// The middle one of some times; not empty.
-inline double median(std::vector<double> times) {
-  std::sort(times.begin(), times.end());
-  return times[times.size() / 2];
 }
 
 }  // namespace hestia

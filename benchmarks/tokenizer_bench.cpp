@@ -11,6 +11,7 @@
 
 #include "hestia/core/files.hpp"
 #include "hestia/core/json_lines.hpp"
+#include "hestia/core/median.hpp"
 #include "hestia/data/tokenizer.hpp"
 
 int main(int argc, char** argv) {
@@ -37,7 +38,7 @@ int main(int argc, char** argv) {
                                  {"ids", num_ids},
                                  {"vocab_size", tokenizer->vocab_size()},
                                  {"repeats", repeats},
-                                 {"median_megabytes_per_second", rates[rates.size() / 2]},
+                                 {"median_megabytes_per_second", hestia::median(rates)},
                                  {"highest_megabytes_per_second", rates.back()},
                                  {"lowest_megabytes_per_second", rates.front()}};
     std::cout << result.dump(2) << "\n";

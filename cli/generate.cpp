@@ -870,7 +870,7 @@ void add_generate(CLI::App& app) {
                    "whose statistics: baseline or tuned (default: that of --router)")
       ->option_text("NAME");
   verb->add_option("--residency-prior", arguments->residency,
-                   "prefer experts that are there: LAMBDA,J or LAMBDA,J,logit|weight (or +mass behind it), then a "
+                   "prefer experts that are there: LAMBDA,J or LAMBDA,J,logit|weight|root (or +mass behind it), then a "
                    "factor of LAMBDA "
                    "per MoE layer or none, off, or bundle for the bundle's own rule")
       ->capture_default_str();

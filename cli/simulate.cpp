@@ -31,8 +31,9 @@ struct SimulateArguments {
   std::uint64_t seed = SimulationOptions{}.seed;
   bool include_prefill = false;
   std::string start = "cold";
-  std::string preload;  // preferences.h5
-  std::string preload_router = "tuned";
+  std::string preload;         // preferences.h5
+  std::string preload_router;  // empty: tuned
+  [[nodiscard]] std::string router() const { return preload_router.empty() ? "tuned" : preload_router; }
   std::string fold;  // LxE; empty: the trace as it is
   bool json = false;
 };
@@ -59,8 +60,8 @@ struct Setting {
 // The preload lists of a start with preload, empty for another; refuses a file without the start and the reverse.
 std::vector<std::vector<std::uint16_t>> preload_of(const SimulateArguments& arguments, const RoutingTrace& trace) {
   const bool wanted = start_from_name(arguments.start) == CacheStart::kPreload;
-  const PreferenceRouter router = router_from_name(arguments.preload_router, "--preload-router");
-  if (arguments.preload.empty() && arguments.preload_router != SimulateArguments().preload_router) {
+  const PreferenceRouter router = router_from_name(arguments.router(), "--preload-router");
+  if (arguments.preload.empty() && !arguments.preload_router.empty()) {
     throw UsageError(
         fmt::format("--preload-router: says whose counts of --preload FILE are meant, got {} without it; add --preload "
                     "or leave it out",
@@ -136,7 +137,7 @@ void print_json(const SimulateArguments& arguments, const std::optional<FoldedTr
                  {"hit_rate", setting.counts.hit_rate()}};
     if (setting.options.start == CacheStart::kPreload) {
       line["preload"] = arguments.preload.empty() ? arguments.trace : arguments.preload;
-      line["preload_router"] = arguments.preload.empty() ? Json() : Json(arguments.preload_router);
+      line["preload_router"] = arguments.preload.empty() ? Json() : Json(arguments.router());
     }
     if (folded) {
       line["fold"] = {{"from", shape_text(folded->from)}, {"onto", shape_text(shape_of(folded->trace))}};
@@ -162,7 +163,7 @@ std::string start_text(const SimulateArguments& arguments) {
       if (arguments.preload.empty()) {
         return "preload (as recorded)";
       }
-      return fmt::format("preload (most used of the {} router in {})", arguments.preload_router, arguments.preload);
+      return fmt::format("preload (most used of the {} router in {})", arguments.router(), arguments.preload);
     case CacheStart::kCold:
       break;
   }
@@ -262,7 +263,7 @@ void add_simulate(CLI::App& app) {
       ->option_text("FILE");
   command
       ->add_option("--preload-router", arguments->preload_router,
-                   fmt::format("whose counts in it: baseline or tuned (default {})", arguments->preload_router))
+                   fmt::format("whose counts in it: baseline or tuned (default {})", arguments->router()))
       ->option_text("NAME");
   command
       ->add_option(

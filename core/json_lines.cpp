@@ -1,13 +1,13 @@
 #include "hestia/core/json_lines.hpp"
 
 #include <cerrno>
-#include <string_view>
 #include <system_error>
 
 #include <fmt/format.h>
 
 #include "hestia/core/error.hpp"
 #include "hestia/core/files.hpp"
+#include "hestia/core/json_depth.hpp"
 
 namespace hestia {
 
@@ -64,6 +64,10 @@ void read_json_lines(const std::filesystem::path& path,
     if (line.find_first_not_of(" \t\r") == std::string_view::npos) {
       continue;
     }
+    if (too_deep_json(line)) {
+      throw InputError(fmt::format("{}:{}: nested more than {} deep, got \"{}\"", path.string(), line_number,
+                                   kDeepestJson, line.substr(0, 60)));
+    }
     Json object;
     try {
       object = Json::parse(line);
@@ -79,37 +83,11 @@ void read_json_lines(const std::filesystem::path& path,
   }
 }
 
-namespace {
-
-// Whether brackets of `text` open deeper than what may be printed without running out of stack.
-bool too_deep(std::string_view text) {
-  constexpr int kDeepest = 500;
-  int depth = 0;
-  bool quoted = false;
-  for (std::size_t i = 0; i < text.size(); ++i) {
-    const char c = text[i];
-    if (quoted) {
-      i += c == '\\' ? 1 : 0;
-      quoted = c != '"';
-    } else if (c == '"') {
-      quoted = true;
-    } else if (c == '[' || c == '{') {
-      if (++depth > kDeepest) {
-        return true;
-      }
-    } else if (c == ']' || c == '}') {
-      --depth;
-    }
-  }
-  return false;
-}
-
-}  // namespace
-
 Json read_json_file(const std::filesystem::path& path) {
   const std::string text = read_text_file(path);
-  if (too_deep(text)) {
-    throw InputError(fmt::format("{}: nested more than 500 deep; mend the file or fetch it again", path.string()));
+  if (too_deep_json(text)) {
+    throw InputError(
+        fmt::format("{}: nested more than {} deep; mend the file or fetch it again", path.string(), kDeepestJson));
   }
   try {
     return Json::parse(text);

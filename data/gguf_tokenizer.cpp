@@ -69,7 +69,7 @@ Json pre_tokenizer_json(const PreTokenizer& kind) {
   return {{"type", "Sequence"}, {"pretokenizers", steps}};
 }
 
-// The token called by a metadata key, when there is one.
+// The token called by a metadata key, when there is one that the vocabulary has.
 std::optional<std::string> special_token(const GgufFile& file, const std::vector<std::string>& tokens,
                                          const std::string& name) {
   const std::string key = fmt::format("tokenizer.ggml.{}_token_id", name);
@@ -78,7 +78,7 @@ std::optional<std::string> special_token(const GgufFile& file, const std::vector
   }
   const std::int64_t id = file.integer(key);
   if (id < 0 || id >= static_cast<std::int64_t>(tokens.size())) {
-    throw refuse(file, fmt::format("metadata \"{}\" must be below the {} tokens, got {}", key, tokens.size(), id));
+    return std::nullopt;  // as llama.cpp takes it; reading the model has warned of it
   }
   return tokens[static_cast<std::size_t>(id)];
 }
@@ -141,10 +141,12 @@ Json gguf_tokenizer(const GgufFile& file) {
   }
   Json post_processor;  // null: none
   const bool says = file.has("tokenizer.ggml.add_bos_token");
-  if (says ? file.boolean("tokenizer.ggml.add_bos_token") : kind.leads && file.has("tokenizer.ggml.bos_token_id")) {
+  if (says ? file.boolean("tokenizer.ggml.add_bos_token") : kind.leads && special_token(file, tokens, "bos")) {
     const std::optional<std::string> bos = special_token(file, tokens, "bos");
     if (!bos) {
-      throw refuse(file, "tokenizer.ggml.add_bos_token is set, but tokenizer.ggml.bos_token_id is missing");
+      throw refuse(
+          file,
+          "tokenizer.ggml.add_bos_token is set, but tokenizer.ggml.bos_token_id is missing or beyond the vocabulary");
     }
     post_processor = leading_token(*bos, file.integer("tokenizer.ggml.bos_token_id"));
   }

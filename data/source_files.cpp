@@ -12,6 +12,7 @@
 
 #include "hestia/core/error.hpp"
 #include "hestia/core/files.hpp"
+#include "hestia/core/json_depth.hpp"
 
 namespace hestia {
 
@@ -205,6 +206,10 @@ std::string quoted_json(const Json& value) {
 }
 
 Json json_object(std::string_view content, const std::string& place) {
+  if (too_deep_json(content)) {
+    throw InputError(
+        fmt::format("{}: nested more than {} deep, got \"{}\"", place, kDeepestJson, content.substr(0, 60)));
+  }
   Json object = Json::parse(content, nullptr, /*allow_exceptions=*/false);
   if (!object.is_object()) {
     const bool array = content[content.find_first_not_of(" \t\r")] == '[';

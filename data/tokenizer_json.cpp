@@ -15,6 +15,7 @@
 
 #include "hestia/core/error.hpp"
 #include "hestia/core/files.hpp"
+#include "hestia/core/json_depth.hpp"
 #include "hestia/core/log.hpp"
 #include "json_node.hpp"
 #include "normalizers.hpp"
@@ -28,8 +29,13 @@ namespace hestia {
 namespace {
 
 nlohmann::json parse_json(const std::filesystem::path& path) {
+  const std::string text = read_text_file(path);
+  if (too_deep_json(text)) {
+    throw InputError(
+        fmt::format("{}: nested more than {} deep; mend the file or fetch it again", path.string(), kDeepestJson));
+  }
   try {
-    return nlohmann::json::parse(read_text_file(path));
+    return nlohmann::json::parse(text);
   } catch (const nlohmann::json::parse_error& error) {
     throw InputError(
         fmt::format("{}: not valid JSON at byte {}; mend the file or fetch it again", path.string(), error.byte));

@@ -9,7 +9,7 @@
 namespace hestia {
 namespace {
 
-// Masks are arrays of W words of 32 bits: one bit per expert by rank in the order of scores, z or u (rank 0 the
+// Masks are arrays of W words of 32 bits: one bit per expert by rank in the order of scores (rank 0 the
 // highest), by expert index, or by place in the LRU stack (place 0 the most recent). Lane `lane` of a warp owns the
 // columns lane + 32 w.
 

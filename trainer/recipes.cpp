@@ -145,7 +145,8 @@ FieldList ExportOptions::fields() {
 
 FieldList ResidencyOptions::fields() {
   FieldList list;
-  list.add("score", score, "what experts are compared by: logits, or weights relative to the token's largest",
+  list.add("score", score,
+           "what experts are compared by: logits, weights relative to the token's largest, or their roots",
            residency_score_names());
   list.add("lambda", lambda,
            "bonus of a resident expert: in mean logit ranges, or on the weight or its root; 0: plain Top-K",

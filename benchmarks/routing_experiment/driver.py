@@ -22,6 +22,7 @@ import pathlib
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -37,6 +38,7 @@ QUESTIONS = "gsm8k_test"  # a corpus of prompts and answers that is only ever an
 FUNCTIONS = ("functions", "humaneval")  # measured where the first is among the tuned domains
 SAVING_SECONDS = 45  # what an interrupted pretraining needs to write its checkpoint
 NLL_PREFIX = "nll"
+NO_RULE = ["residency.in_loop=false", "residency.lambda=0", "residency.ramp_steps=0", "residency.train_slots=[]"]
 BASE_NAME = "base"
 
 
@@ -260,9 +262,9 @@ def points_of(results):
 def training_figures(run_dir):
     steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [step for step in steps if step["event"] == "step"]
-    seconds = sorted(step["seconds"] for step in steps)
+    seconds = [step["seconds"] for step in steps]
     last = {key: value for key, value in steps[-1].items() if key not in ("event", "seconds", "tokens")}
-    return {"last_step": last, "median_step_seconds": seconds[len(seconds) // 2]}
+    return {"last_step": last, "median_step_seconds": statistics.median(seconds)}
 
 
 def run_arm(arm, options, programs, gpu, threads, facts):

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Factors of lambda for the layers of the routing experiment's base model, in a minute of one GPU.
 
-    layers.py --gpus 0 --jobs 2          after driver.py pretrain; OUT/layers.json, and the factors as an arm's override
+    layers.py --gpus 0 --jobs 2          after driver.py pretrain; OUT/layers.json (of other scores OUT/layers_SCORE.json), and the factors as an
+arm's override
 
 One measurement per layer, on text of the training split: the others are routed plainly and this one under the rule, at
 a few lambdas. Its cost is the NLL added, half of it the tuned domain's and half the other training domains' mean, taken
@@ -47,7 +48,7 @@ def measure(layer, layers, options, domains):
         [f"evaluate.residency_prior.{KEYS[options.score]}={json.dumps(options.lambdas)}"],
         [f"evaluate.residency_prior.layer_factors={json.dumps(factors)}"],
         options.overrides,
-        ["residency.in_loop=false", "residency.lambda=0"],  # the recipe's own rule is no point of these
+        driver.NO_RULE,  # the recipe's own is no point of these
     )
     arguments = [options.program, "evaluate", options.recipe, *words, "--only", "baseline", "--quiet"]
     environment = {**os.environ, **({} if options.gpus == "cpu" else {"CUDA_VISIBLE_DEVICES": options.gpus})}

@@ -8,8 +8,9 @@ namespace hestia {
 /// `commit` puts it there. What others left under any other name stays.
 class AtomicFolder {
  public:
-  /// Creates the temporary folder, and the folders above it. "runs/hf/" is runs/hf. Throws RunError naming the path
-  /// when the disk refuses.
+  /// Creates the temporary folder, `.NAME.PROCESS.NUMBER.tmp` (what a killed process leaves), and the folders above it.
+  /// "runs/hf/" is runs/hf, and a link to a folder is that folder. Throws RunError naming the path when the disk
+  /// refuses, or for one without a name of its own.
   explicit AtomicFolder(const std::filesystem::path& path);
   AtomicFolder(const AtomicFolder&) = delete;
   AtomicFolder& operator=(const AtomicFolder&) = delete;

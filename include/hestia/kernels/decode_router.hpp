@@ -98,10 +98,10 @@ struct DecodeGuess {
 /// RMSNorm, router product, softmax and Top-K: normal = rmsnorm(hidden), logits = router normal + bias,
 /// weights = probabilities of the selected, normalised and scaled as the shape says; with `preserve_mass` under a prior
 /// first times (sum of the probabilities of the K highest by score) / (sum of those of the selected). The first min(J,
-/// K) experts are the highest by score, which is the logit unless a prior is by weight; the others the best of the rest
-/// by chosen_before of hestia/routing/residency.hpp. CPU, synchronous, one thread. Throws std::invalid_argument when a
-/// size is none of the above, and for a `guess` in a step of several tokens, without slots or a place, or with a trace
-/// for one of the layers only.
+/// K) experts are the highest by score, which is the logit unless a prior is by weight or root; the others the best of
+/// the rest by chosen_before of hestia/routing/residency.hpp. CPU, synchronous, one thread. Throws
+/// std::invalid_argument when a size is none of the above, and for a `guess` in a step of several tokens, without slots
+/// or a place, or with a trace for one of the layers only.
 void decode_router_cpu(const DecodeRouterShape& shape, const DecodeRouterInputs& in, const DecodeRouterOutputs& out);
 
 /// Bytes of device memory that decode_router_cuda counts in: zero before the first call, and zero again after each.

@@ -131,8 +131,8 @@ struct ExportOptions {
 /// Section `residency`: residency-aware routing (docs/routing.md), the rule that the bundle is to be served with and,
 /// in the loop, trained under.
 struct ResidencyOptions {
-  std::string score = "logit";        ///< logit (z) or weight (u = exp(z - max z)).
-  double lambda = 0.0;                ///< Of z' = z + lambda * D_avg or u' = u + lambda for residents; 0: plain Top-K.
+  std::string score = "logit";  ///< logit (z), weight (u = exp(z - max z)) or root (sqrt(u)).
+  double lambda = 0.0;  ///< Of z + lambda * D_avg, u + lambda or sqrt(u) + lambda for residents; 0: plain Top-K.
   std::vector<double> layer_factors;  ///< Of lambda, one per MoE layer; empty: 1 everywhere.
   std::int64_t always_keep = 2;       ///< J, experts chosen by the score alone.
   bool preserve_mass = false;         ///< Scale mixing weights to the sum of plain Top-K's.

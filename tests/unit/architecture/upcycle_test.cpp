@@ -13,6 +13,7 @@
 #include "gguf_writer.hpp"
 #include "hestia/core/error.hpp"
 #include "hestia/core/float_bits.hpp"
+#include "hestia/core/log.hpp"
 #include "hestia/core/random.hpp"
 #include "temporary_folder.hpp"
 
@@ -436,8 +437,23 @@ TEST_CASE("What is no dense Llama model is refused") {
   CHECK_THAT(gguf(model.gguf_writer().float32("llama.rope.scaling.factor", std::numeric_limits<float>::quiet_NaN())),
              Catch::Contains("\"llama.rope.scaling.factor\" must be a number of at least 0, got nan"));
   CHECK_THAT(gguf(model.gguf_writer().float32("llama.rope.scaling.factor", -2.0F)), Catch::Contains("got -2"));
-  CHECK_THAT(gguf(model.gguf_writer().uint32("tokenizer.ggml.padding_token_id", 4000000000U)),
-             Catch::Contains("\"tokenizer.ggml.padding_token_id\" must be below the"));
+  // Special tokens that the vocabulary of 11 does not have: a warning, and none.
+  clear_degradations();
+  model.write_gguf(model.gguf_writer().uint32("tokenizer.ggml.padding_token_id", 11));
+  CHECK(DenseCheckpoint(model.gguf).architecture().pad_token_id.is_null());
+  CHECK(DenseCheckpoint(model.gguf).architecture().bos_token_id == 1);
+  REQUIRE_FALSE(degradations().empty());
+  CHECK_THAT(degradations().front(), Catch::Contains("pad_token_id is not below the 11 tokens, got 11"));
+  clear_degradations();
+  Json config = llama_config();
+  config["eos_token_id"] = {2, 11};
+  config["bos_token_id"] = -1;
+  config["pad_token_id"] = 10;
+  model.write_directory(config);
+  const DenseArchitecture read = DenseCheckpoint(model.directory).architecture();
+  CHECK(Json{read.eos_token_id, read.bos_token_id, read.pad_token_id} == Json{nullptr, nullptr, 10});
+  CHECK(degradations().size() == 2);
+  clear_degradations();
   CHECK_THAT(gguf(model.gguf_writer().tensor("rope_freqs.weight", {2}, 0, std::string(8, 'x'))),
              Catch::Contains("\"rope_freqs.weight\" is not part of"));
   GgufWriter other;

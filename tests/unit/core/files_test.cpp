@@ -241,6 +241,29 @@ TEST_CASE("a folder appears whole or not at all, and takes nobody's place") {
   AtomicFolder over(folder.path() / "empty");
   over.commit();
   CHECK(std::filesystem::is_empty(folder.path() / "empty"));
+  // Through a link, and under names that are written otherwise; a link to nothing is told before the work.
+  std::filesystem::create_directory(folder.path() / "target");
+  std::filesystem::create_directory_symlink(folder.path() / "target", folder.path() / "link");
+  AtomicFolder linked(folder.path() / "link");
+  write_text_atomically(linked.temporary() / "a.txt", "a");
+  linked.commit();
+  CHECK(std::filesystem::is_symlink(folder.path() / "link"));
+  CHECK(read_text_file(folder.path() / "target" / "a.txt") == "a");
+  AtomicFolder dotted(folder.path() / "dotted" / ".");
+  CHECK(dotted.path() == folder.path() / "dotted");
+  dotted.commit();
+  CHECK(std::filesystem::is_directory(folder.path() / "dotted"));
+  std::filesystem::create_directory_symlink(folder.path() / "nowhere", folder.path() / "dangling");
+  CHECK_THROWS_WITH(AtomicFolder(folder.path() / "dangling"), Catch::Contains("dangling: cannot be written"));
+  CHECK_THROWS_WITH(AtomicFolder(".."), Catch::Contains("..: cannot be written"));
+  // What a killed process of the same number left is passed over.
+  const std::filesystem::path first = AtomicFolder(folder.path() / "again").temporary();
+  const std::string name = first.filename().string();
+  const std::size_t dot = name.rfind('.', name.size() - 5);
+  const int number = std::stoi(name.substr(dot + 1));
+  std::filesystem::create_directory(folder.path() / (name.substr(0, dot + 1) + std::to_string(number + 1) + ".tmp"));
+  CHECK(AtomicFolder(folder.path() / "again").temporary().filename() ==
+        name.substr(0, dot + 1) + std::to_string(number + 2) + ".tmp");
   write_text_atomically(folder.path() / "file", "x");
   CHECK_THROWS_WITH(AtomicFolder(folder.path() / "file" / "model"), Catch::Contains("cannot be written"));
 }

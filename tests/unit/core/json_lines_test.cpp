@@ -100,6 +100,8 @@ TEST_CASE("A damaged JSON file is named with line and column") {
   CHECK(read_json_file(path).dump() == nested(500));
   put_file(path, nested(100000));
   CHECK(contains(error_text<InputError>([&] { (void)read_json_file(path); }), "nested more than 500 deep"));
+  CHECK(contains(error_text<InputError>([&] { read_json_lines(path, [](std::int64_t, const Json&) {}); }),
+                 "config.json:1: nested more than 500 deep, got \"[[["));
   put_file(path, R"({"text": ")" + std::string(600, '[') + R"(\"{[", "after": 1})");
   CHECK(read_json_file(path).at("after") == 1);
 }

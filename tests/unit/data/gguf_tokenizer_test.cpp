@@ -85,6 +85,9 @@ TEST_CASE("Pre-tokenisers with a pattern of their own, and a leading token") {
   CHECK_FALSE(leads(
       vocabulary("llama-bpe").uint32("tokenizer.ggml.bos_token_id", 0).boolean("tokenizer.ggml.add_bos_token", false)));
   CHECK_FALSE(leads(vocabulary("smollm").uint32("tokenizer.ggml.bos_token_id", 0)));
+  // One that the vocabulary does not have is none.
+  CHECK_FALSE(leads(vocabulary("llama-bpe").uint32("tokenizer.ggml.bos_token_id", 7)));
+  CHECK_FALSE(gguf_tokenizer_config(GgufFile(path)).contains("bos_token"));
 }
 
 TEST_CASE("A vocabulary that cannot be converted is refused") {
@@ -104,8 +107,7 @@ TEST_CASE("A vocabulary that cannot be converted is refused") {
              Catch::Contains("f.gguf: tokenizer.ggml.pre must be one of gpt-2, olmo, smollm") &&
                  Catch::Contains("got \"tekken\"; take the tokenizer files"));
   // The second document fails: the first is not written either.
-  CHECK_THAT(refusal(vocabulary("gpt-2").uint32("tokenizer.ggml.eos_token_id", 7)),
-             Catch::Contains("\"tokenizer.ggml.eos_token_id\" must be below the 7 tokens, got 7"));
+  CHECK_THAT(refusal(vocabulary("gpt-2").text("tokenizer.chat_template", "\xff")), Catch::Contains("is not UTF-8"));
   GgufWriter pieces;
   pieces.text("general.architecture", "llama").text("tokenizer.ggml.model", "llama");
   CHECK_THAT(refusal(pieces), Catch::Contains("must be \"gpt2\" (byte-level BPE), got \"llama\""));

@@ -269,8 +269,10 @@ TEST_CASE("a start that does not fit is refused with the value") {
   CHECK_THROWS_WITH(simulate_output({path, "--start", "prefil"}), Catch::Contains("did you mean \"prefill\"?"));
   CHECK_THROWS_WITH(simulate_output({path, "--start", "preload"}), Catch::Contains("add --preload FILE"));
   CHECK_THROWS_WITH(simulate_output({path, "--preload", preferences}), Catch::Contains("got --start cold"));
-  CHECK_THROWS_WITH(simulate_output({path, "--preload-router", "baseline"}),
-                    Catch::Contains("--preload-router: says whose counts") && Catch::Contains("got baseline"));
+  for (const std::string router : {"baseline", "tuned"}) {
+    CHECK_THROWS_WITH(simulate_output({path, "--preload-router", router}),
+                      Catch::Contains("--preload-router: says whose counts") && Catch::Contains("got " + router));
+  }
   CHECK_THROWS_WITH(simulate_output({path, "--start", "prefill", "--include-prefill"}),
                     Catch::Contains("include_prefill"));
   const auto preload = [&](const std::string& file, const std::string& router = "tuned") {
