@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <set>
 #include <stdexcept>
 #include <utility>
@@ -32,10 +33,16 @@ void drop_unknown_tokens(const std::string& subject, DenseArchitecture& a) {
   for (const auto& [name, token] :
        {std::pair("bos_token_id", &a.bos_token_id), std::pair("eos_token_id", &a.eos_token_id),
         std::pair("pad_token_id", &a.pad_token_id)}) {
-    if (token->is_array() ? !std::all_of(token->begin(), token->end(), known) : !known(*token)) {
-      log_warning(fmt::format("{}: {} is not below the {} tokens, got {}; it is left out", subject, name, a.vocab_size,
-                              shown(*token)));
-      *token = Json();
+    Json kept;  // of several ends of a sequence, those that are there
+    if (token->is_array()) {
+      std::copy_if(token->begin(), token->end(), std::back_inserter(kept), known);
+    } else if (known(*token)) {
+      kept = *token;
+    }
+    if (kept != *token && !(token->is_array() && token->empty())) {
+      log_warning(fmt::format("{}: {} must be below the {} tokens, got {}; what is not is left out", subject, name,
+                              a.vocab_size, shown(*token)));
+      *token = kept;
     }
   }
 }

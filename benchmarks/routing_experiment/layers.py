@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Factors of lambda for the layers of the routing experiment's base model, in a minute of one GPU.
 
-    layers.py --gpus 0 --jobs 2          after driver.py pretrain; OUT/layers.json (of other scores OUT/layers_SCORE.json), and the factors as an
-arm's override
+    layers.py --gpus 0 --jobs 2          after driver.py pretrain; OUT/layers.json, and the factors as an arm's override
+
+By another score than the logit (--score) it is OUT/layers_SCORE.json.
 
 One measurement per layer, on text of the training split: the others are routed plainly and this one under the rule, at
 a few lambdas. Its cost is the NLL added, half of it the tuned domain's and half the other training domains' mean, taken

@@ -172,8 +172,9 @@ class Experiment(unittest.TestCase):
         arguments = [FOLDER / "layers.py", "--out", self.out, "--corpus", self.out / "corpus", "--program", PROGRAM]
         arguments += ["--gpus", "cpu", "--others", "kernel,go", "--tokens", 600]
         by_logit = ["--lambdas", "0.3,0.9"]
+        in_loop = ["residency.lambda=0.7", "residency.always_keep=0", "residency.in_loop=true", "residency.ramp_steps=5"]
         by_root = ["--score", "root", "--budget", "0.5"]
-        self.measure_layers([*arguments, *by_logit, *TOY, "residency.lambda=0.7", "residency.always_keep=0", "residency.in_loop=true", "residency.ramp_steps=5"], "logit", [0.3, 0.9])
+        self.measure_layers([*arguments, *by_logit, *TOY, *in_loop], "logit", [0.3, 0.9])
         self.measure_layers([*arguments, *by_root, *TOY], "root", [0.4, 0.6, 1.0])
         arguments = [sys.executable, FOLDER / "layers.py", "--out", self.out / "none", "--program", PROGRAM]
         missing = subprocess.run(arguments, capture_output=True, text=True, check=False)

@@ -443,7 +443,7 @@ TEST_CASE("What is no dense Llama model is refused") {
   CHECK(DenseCheckpoint(model.gguf).architecture().pad_token_id.is_null());
   CHECK(DenseCheckpoint(model.gguf).architecture().bos_token_id == 1);
   REQUIRE_FALSE(degradations().empty());
-  CHECK_THAT(degradations().front(), Catch::Contains("pad_token_id is not below the 11 tokens, got 11"));
+  CHECK_THAT(degradations().front(), Catch::Contains("pad_token_id must be below the 11 tokens, got 11"));
   clear_degradations();
   Json config = llama_config();
   config["eos_token_id"] = {2, 11};
@@ -451,7 +451,7 @@ TEST_CASE("What is no dense Llama model is refused") {
   config["pad_token_id"] = 10;
   model.write_directory(config);
   const DenseArchitecture read = DenseCheckpoint(model.directory).architecture();
-  CHECK(Json{read.eos_token_id, read.bos_token_id, read.pad_token_id} == Json{nullptr, nullptr, 10});
+  CHECK(Json{read.eos_token_id, read.bos_token_id, read.pad_token_id} == Json{Json::array({2}), nullptr, 10});
   CHECK(degradations().size() == 2);
   clear_degradations();
   CHECK_THAT(gguf(model.gguf_writer().tensor("rope_freqs.weight", {2}, 0, std::string(8, 'x'))),

@@ -44,7 +44,7 @@ TEST_CASE("the residency scan chooses what the reference chooses, token by token
     moved_by_prior[static_cast<int>(c.shape.score)] += selected != scanned(c, nullptr) ? 1 : 0;
   }
   CHECK(moved_by_prior[0] > 100);
-  CHECK(moved_by_prior[1] > 50);
+  CHECK(moved_by_prior[1] > 50);  // a quarter of the cases each
   CHECK(moved_by_prior[2] > 50);
 }
 
