@@ -163,15 +163,33 @@ FieldList RoutingLossOptions::fields() {
   return list;
 }
 
-void RoutingLossOptions::set_all_weights(double weight) {
-  const FieldList sections = fields();
+namespace {
+
+// Where each objective's weight is.
+std::vector<double*> weights_of(RoutingLossOptions& options) {
+  std::vector<double*> weights;
+  const FieldList sections = options.fields();
   for (const Field& section : sections.fields()) {
     for (const Field& field : std::get<std::shared_ptr<FieldList>>(section.target)->fields()) {
       if (field.name == "weight") {
-        *std::get<double*>(field.target) = weight;
+        weights.push_back(std::get<double*>(field.target));
       }
     }
   }
+  return weights;
+}
+
+}  // namespace
+
+void RoutingLossOptions::set_all_weights(double weight) {
+  for (double* own : weights_of(*this)) {
+    *own = weight;
+  }
+}
+
+bool RoutingLossOptions::any_weight() {
+  const std::vector<double*> weights = weights_of(*this);
+  return std::any_of(weights.begin(), weights.end(), [](const double* weight) { return *weight > 0.0; });
 }
 
 double WeightedLoss::weight_at(std::int64_t step) const {

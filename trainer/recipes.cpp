@@ -220,6 +220,12 @@ FieldList EvaluateOptions::fields() {
   return list;
 }
 
+FieldList NllOptions::fields() {
+  FieldList list;
+  list.add("domains", domains, "training domains whose labels it counts; empty: all");
+  return list;
+}
+
 FieldList FinetuneRecipe::fields() {
   FieldList list;
   list.add("task", task, "what the recipe does", {"finetune"});
@@ -229,8 +235,9 @@ FieldList FinetuneRecipe::fields() {
   list.add_section("data", data.fields(), "corpora, training and evaluation domains");
   FieldList terms = losses.fields();
   terms.add("domains", loss_domains, "training domains whose tokens the routing objectives count; empty: all");
+  terms.add_section("nll", nll.fields(), "the language-model loss itself");
   terms.add_section("logit_distillation", distillation.fields(), "stay near the base model's language-model logits");
-  list.add_section("losses", terms, "objectives beside the language-model loss");
+  list.add_section("losses", terms, "what is trained on: the language-model loss, and objectives beside it");
   list.add_section("train", train.fields(), "optimiser and loop");
   list.add_section("residency", residency.fields(), "residency-aware routing: in training, and to serve with");
   list.add_section("control", control.fields(), "plain NLL tuning to compare with");
@@ -614,6 +621,30 @@ std::vector<WeightedLoss> recipe_losses(const RoutingLossOptions& losses, const 
   }
 }
 
+namespace {
+
+bool names_domain(const std::vector<std::string>& domains, const std::string& domain) {
+  return domains.empty() || std::find(domains.begin(), domains.end(), domain) != domains.end();
+}
+
+// A domain that is trained on although the language-model loss leaves it out has to be there for some other term.
+void check_counted(LoadedRecipe<FinetuneRecipe>& loaded, Problems& problems) {
+  FinetuneRecipe& recipe = loaded.recipe;
+  for (const std::string& domain : recipe.data.train) {
+    const bool counted = names_domain(recipe.nll.domains, domain) ||
+                         (recipe.distillation.weight > 0.0 && names_domain(recipe.distillation.domains, domain)) ||
+                         (recipe.losses.any_weight() && names_domain(recipe.loss_domains, domain));
+    if (!counted) {
+      problems.add(fmt::format(
+          "{}: data.train names the domain \"{}\", which nothing counts: losses.nll.domains leaves it out, and so does "
+          "every term with a weight; name it there, or train on the others alone",
+          loaded.source.location("losses.nll.domains"), domain));
+    }
+  }
+}
+
+}  // namespace
+
 LoadedRecipe<FinetuneRecipe> load_finetune_recipe(const std::filesystem::path& path,
                                                   const std::vector<std::string>& overrides) {
   LoadedRecipe<FinetuneRecipe> loaded;
@@ -623,8 +654,10 @@ LoadedRecipe<FinetuneRecipe> load_finetune_recipe(const std::filesystem::path& p
   check_data(recipe.data, loaded.source, problems);
   check_losses(recipe.losses, loaded.source, problems);
   check_domains(recipe.loss_domains, "losses.domains", recipe.data.train, "data.train", loaded.source, problems);
+  check_domains(recipe.nll.domains, "losses.nll.domains", recipe.data.train, "data.train", loaded.source, problems);
   check_domains(recipe.distillation.domains, "losses.logit_distillation.domains", recipe.data.train, "data.train",
                 loaded.source, problems);
+  check_counted(loaded, problems);
   settle_train(loaded.recipe.train, loaded.source, problems);
   check_train(recipe.train, loaded.source, problems);
   if (recipe.model.path.empty()) {

@@ -194,6 +194,7 @@ void finetune_once(const LoadedRecipe<FinetuneRecipe>& loaded, const std::string
   job.losses =
       recipe_losses(recipe.losses, loaded.source, model->architecture().num_experts, model->architecture().top_k);
   job.loss_domains = recipe.loss_domains;
+  job.nll_domains = recipe.nll.domains;
   job.distillation_weight = recipe.distillation.weight;
   job.distillation_domains = recipe.distillation.domains;
   const bool base_forward = job.distillation_weight > 0.0 ||

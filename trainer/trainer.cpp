@@ -334,6 +334,7 @@ class Loop {
         sampler_(*job.train_data, job.options.rows_per_batch, job.sequence_length, data_order_seed(job.seed),
                  job.train_mix),
         loss_domains_(domains_named(job.loss_domains, *job.train_data)),
+        nll_domains_(domains_named(job.nll_domains, *job.train_data)),
         distillation_domains_(domains_named(job.distillation_domains, *job.train_data)) {
     if (job.held_out != nullptr) {
       for (std::size_t domain = 0; domain < job.held_out->domains.size(); ++domain) {
@@ -460,7 +461,13 @@ class Loop {
     struct MicroBatch {
       PackedBatch batch;
       std::unique_ptr<LayoutTensors> layout;
-      std::vector<std::int64_t> distilled;  // its labels that distillation counts
+      std::vector<std::int64_t> learned;    // its labels that the language-model loss counts
+      std::vector<std::int64_t> distilled;  // and distillation
+    };
+    constexpr std::int64_t kNoLabel = -100;
+    const auto number_of = [](const std::vector<std::int64_t>& token_labels) {
+      return static_cast<double>(
+          std::count_if(token_labels.begin(), token_labels.end(), [](std::int64_t label) { return label >= 0; }));
     };
     // Divisors first: they depend on the layout alone, so micro-batches can be scaled before any forward.
     std::vector<MicroBatch> micro_batches;
@@ -468,16 +475,15 @@ class Loop {
     double distilled = 0.0;
     std::vector<double> counts(job_.losses.size(), 0.0);
     for (std::int64_t i = 0; i < job_.options.accumulate; ++i) {
-      MicroBatch micro{sampler_.next(), nullptr, {}};
+      MicroBatch micro{sampler_.next(), nullptr, {}, {}};
       SequenceLayout layout = layout_of(micro.batch);
       layout.counted = of_domains<std::uint8_t>(std::move(layout.counted), micro.batch, loss_domains_, 0);
       micro.layout = std::make_unique<LayoutTensors>(layout, model_->device());
-      labels += static_cast<double>(micro.batch.num_labels());
+      micro.learned = of_domains(micro.batch.labels, micro.batch, nll_domains_, kNoLabel);
+      labels += number_of(micro.learned);
       if (job_.distillation_weight > 0.0) {
-        constexpr std::int64_t kNoLabel = -100;
         micro.distilled = of_domains(micro.batch.labels, micro.batch, distillation_domains_, kNoLabel);
-        distilled += static_cast<double>(std::count_if(micro.distilled.begin(), micro.distilled.end(),
-                                                       [](std::int64_t label) { return label >= 0; }));
+        distilled += number_of(micro.distilled);
       }
       for (std::size_t term = 0; term < counts.size(); ++term) {
         counts[term] += job_.losses[term].loss->count(*micro.layout);
@@ -500,7 +506,7 @@ class Loop {
             .reshape({micro.batch.num_rows, micro.batch.row_length})
             .to(model_->device());
       };
-      torch::Tensor loss = nll_sum(model_, output.hidden_BSD, on_device(micro.batch.labels)) / std::max(labels, 1.0);
+      torch::Tensor loss = nll_sum(model_, output.hidden_BSD, on_device(micro.learned)) / std::max(labels, 1.0);
       accumulate(nll_value, loss);
       RoutingTensors routing = stack(output.routing);
       if (base_forward) {
@@ -679,6 +685,7 @@ class Loop {
   Optimizer optimizer_;
   PackedSampler sampler_;
   std::vector<bool> loss_domains_;                          // per training domain: the routing terms count its tokens
+  std::vector<bool> nll_domains_;                           // the language-model loss its labels
   std::vector<bool> distillation_domains_;                  // and the distillation its labels
   std::vector<std::vector<PackedBatch>> held_out_batches_;  // per domain
 };

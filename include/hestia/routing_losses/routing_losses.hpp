@@ -248,6 +248,8 @@ struct RoutingLossOptions {
   FieldList fields();
   /// The weight of every objective becomes `weight`; other options stay.
   void set_all_weights(double weight);
+  /// Whether any objective has a weight above 0.
+  [[nodiscard]] bool any_weight();
 };
 
 /// A loss with its weight over time. Weight 0: the value is reported, nothing is trained on it.

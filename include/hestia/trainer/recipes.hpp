@@ -92,7 +92,14 @@ struct LogitDistillationOptions {
   FieldList fields();
 };
 
-/// Section `control`: plain NLL tuning with the same trainable set, data and steps, at its own learning rate.
+/// Section `losses.nll`: the language-model loss itself, which has no weight.
+struct NllOptions {
+  std::vector<std::string> domains;  ///< Training domains whose labels count; empty: all.
+  FieldList fields();
+};
+
+/// Section `control`: plain NLL tuning with the same trainable set, labels (`losses.nll.domains`) and steps, at its own
+/// learning rate.
 struct ControlOptions {
   bool enabled = false;
   double learning_rate = 1e-3;
@@ -201,6 +208,7 @@ struct FinetuneRecipe {
   DataOptions data;
   RoutingLossOptions losses;
   std::vector<std::string> loss_domains;  ///< `losses.domains`: whose tokens the routing terms count; empty: all.
+  NllOptions nll;                         ///< In the section `losses`.
   LogitDistillationOptions distillation;  ///< In the section `losses`.
   TrainOptions train;
   ResidencyOptions residency;

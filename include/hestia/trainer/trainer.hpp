@@ -42,6 +42,7 @@ struct TrainingJob {
   TrainOptions options;
   std::vector<WeightedLoss> losses;
   std::vector<std::string> loss_domains;          ///< Training domains whose tokens `losses` count; empty: all.
+  std::vector<std::string> nll_domains;           ///< Training domains whose labels the NLL counts; empty: all.
   double distillation_weight = 0.0;               ///< Of distillation_sum per label; 0: not computed.
   std::vector<std::string> distillation_domains;  ///< Training domains whose labels it counts; empty: all.
   /// The untouched model, for terms that need its forward. Empty: `model` with its kept reference routers and without

@@ -82,6 +82,32 @@ TEST_CASE("every problem of a recipe is reported at its line") {
           Catch::Contains("did you mean \"beta\"?"));
 }
 
+TEST_CASE("a domain that the language-model loss leaves out is there for another term") {
+  const TemporaryFolder folder;
+  const auto path = write_recipe(folder, kGood);
+  const std::vector<std::string> two = {"data.train=[alpha, beta]", "losses.nll.domains=[alpha]"};
+  const auto with = [&](const std::vector<std::string>& more) {
+    std::vector<std::string> words = two;
+    words.insert(words.end(), more.begin(), more.end());
+    return load_finetune_recipe(path, words).recipe.nll.domains;
+  };
+  const std::vector<std::string> alpha = {"alpha"};
+  CHECK(with({"losses.logit_distillation.weight=1"}) == alpha);
+  CHECK(with({"losses.logit_distillation.weight=1", "losses.logit_distillation.domains=[beta]"}) == alpha);
+  CHECK(with({"losses.reuse.weight=0.3", "losses.domains=[beta]"}) == alpha);
+  const auto refuses = [&](const std::vector<std::string>& more) {
+    CHECK_THROWS_WITH(with(more), Catch::Contains("data.train names the domain \"beta\", which nothing counts") &&
+                                      Catch::Contains("losses.nll.domains leaves it out"));
+  };
+  refuses({"losses.reuse.weight=0.3", "losses.domains=[alpha]"});
+  refuses(
+      {"losses.logit_distillation.weight=1", "losses.logit_distillation.domains=[alpha]", "losses.domains=[alpha]"});
+  refuses({"losses.cache_simulation.weight=0"});
+  CHECK_THROWS_WITH(load_finetune_recipe(path, {"losses.nll.domains=[alhpa]"}),
+                    Catch::Contains("losses.nll.domains names the domain \"alhpa\", which data.train does not name") &&
+                        Catch::Contains("did you mean \"alpha\"?"));
+}
+
 TEST_CASE("routing terms and distillation name domains that are trained on") {
   const TemporaryFolder folder;
   const auto path = write_recipe(folder, kGood);

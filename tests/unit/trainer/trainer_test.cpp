@@ -4,6 +4,7 @@
 #include <cmath>
 #include <fstream>
 #include <limits>
+#include <string_view>
 
 #include <fmt/format.h>
 #include <torch/cuda.h>
@@ -746,7 +747,7 @@ TEST_CASE("while routers and adapters train, the kept routers give the base mode
   CHECK_FALSE(events[0].contains("logit_distillation"));
 }
 
-TEST_CASE("routing terms and distillation count the tokens of the domains that they are told") {
+TEST_CASE("the language-model loss, routing terms and distillation count the domains that they are told") {
   const TemporaryFolder folder;
   PackedData data = tiny_data(5, 40, 24);
   data.domains = {"a", "b"};
@@ -760,11 +761,13 @@ TEST_CASE("routing terms and distillation count the tokens of the domains that t
   options.rows_per_batch = 4;
   int run = 0;
   // The first step, before anything has moved.
-  const auto first_step = [&](const std::vector<std::string>& loss, const std::vector<std::string>& distillation) {
+  const auto first_step = [&](const std::vector<std::string>& loss, const std::vector<std::string>& distillation,
+                              const std::vector<std::string>& nll = {}) {
     MoeModel model = tiny_model();
     TrainingJob job = make_job(model, data, options, folder.path() / std::to_string(run++));
     job.losses = make_routing_losses(terms, 8, 2);
     job.loss_domains = loss;
+    job.nll_domains = nll;
     job.distillation_weight = 0.5;
     job.distillation_domains = distillation;
     job.base_model = tiny_model(77);
@@ -793,21 +796,30 @@ TEST_CASE("routing terms and distillation count the tokens of the domains that t
   const Json a = first_step({"a"}, {"a"});
   const Json b = first_step({"b"}, {"b"});
   CHECK(both == all);
+  const Json nll_of_a = first_step({}, {}, {"a"});
+  const Json nll_of_b = first_step({}, {}, {"b"});
   const auto is_mean = [&](const char* term, const double(&of)[2]) {
     INFO(term);
-    const double in_a = a.at(term).get<double>();
-    const double in_b = b.at(term).get<double>();
+    const bool nll = std::string_view(term) == "nll";
+    const double in_a = (nll ? nll_of_a : a).at(term).get<double>();
+    const double in_b = (nll ? nll_of_b : b).at(term).get<double>();
     CHECK(in_a != Approx(in_b).epsilon(1e-4));
     CHECK(all.at(term).get<double>() == Approx((of[0] * in_a + of[1] * in_b) / (of[0] + of[1])).epsilon(1e-4));
   };
   is_mean("logit_distillation", labels);
   is_mean("reuse", counts);
+  is_mean("nll", labels);
   CHECK(a.at("nll") == all.at("nll"));
+  for (const char* other : {"logit_distillation", "reuse", "trust"}) {
+    CHECK(nll_of_a.at(other) == all.at(other));
+  }
+  CHECK(nll_of_a.at("gradient_norm") != all.at("gradient_norm"));
 
   // A batch without any of them is a step like another.
   data.sequences.resize(1);
   data.sequences[0].domain = 0;
-  const Json none = first_step({"b"}, {"b"});
+  const Json none = first_step({"b"}, {"b"}, {"b"});
+  CHECK(none.at("nll").get<double>() == 0.0);
   CHECK(none.at("logit_distillation").get<double>() == 0.0);
   CHECK(none.at("reuse").get<double>() == 0.0);
 }
