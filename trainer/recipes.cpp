@@ -627,18 +627,25 @@ bool names_domain(const std::vector<std::string>& domains, const std::string& do
   return domains.empty() || std::find(domains.begin(), domains.end(), domain) != domains.end();
 }
 
-// A domain that is trained on although the language-model loss leaves it out has to be there for some other term.
+// Beside other terms, a domain that the language-model loss leaves out has to be there for one of them. Without any the
+// recipe is plain tuning, a control's for example, and the rows of such a domain are only what they displace.
 void check_counted(LoadedRecipe<FinetuneRecipe>& loaded, Problems& problems) {
   FinetuneRecipe& recipe = loaded.recipe;
+  const bool terms = recipe.losses.any_weight();
+  const bool distilled = recipe.distillation.weight > 0.0;
+  if (recipe.nll.domains.empty() || (!terms && !distilled)) {
+    return;
+  }
   for (const std::string& domain : recipe.data.train) {
     const bool counted = names_domain(recipe.nll.domains, domain) ||
-                         (recipe.distillation.weight > 0.0 && names_domain(recipe.distillation.domains, domain)) ||
-                         (recipe.losses.any_weight() && names_domain(recipe.loss_domains, domain));
+                         (distilled && names_domain(recipe.distillation.domains, domain)) ||
+                         (terms && names_domain(recipe.loss_domains, domain));
     if (!counted) {
-      problems.add(fmt::format(
-          "{}: data.train names the domain \"{}\", which nothing counts: losses.nll.domains leaves it out, and so does "
-          "every term with a weight; name it there, or train on the others alone",
-          loaded.source.location("losses.nll.domains"), domain));
+      problems.add(
+          fmt::format("{}: losses.nll.domains leaves out the domain \"{}\" of data.train, and so does every term with "
+                      "a weight; name "
+                      "it in losses.nll.domains, or train on the others alone",
+                      loaded.source.location("losses.nll.domains"), domain));
     }
   }
 }
@@ -657,7 +664,10 @@ LoadedRecipe<FinetuneRecipe> load_finetune_recipe(const std::filesystem::path& p
   check_domains(recipe.nll.domains, "losses.nll.domains", recipe.data.train, "data.train", loaded.source, problems);
   check_domains(recipe.distillation.domains, "losses.logit_distillation.domains", recipe.data.train, "data.train",
                 loaded.source, problems);
-  check_counted(loaded, problems);
+  if (std::all_of(recipe.nll.domains.begin(), recipe.nll.domains.end(),
+                  [&](const std::string& domain) { return names_domain(recipe.data.train, domain); })) {
+    check_counted(loaded, problems);
+  }
   settle_train(loaded.recipe.train, loaded.source, problems);
   check_train(recipe.train, loaded.source, problems);
   if (recipe.model.path.empty()) {

@@ -54,6 +54,40 @@ TEST_CASE("pretrain leaves a model, its tokenizer and a report") {
   CHECK(project.read("runs/base/model/model.safetensors") == weights);  // the same seed
 }
 
+TEST_CASE("labels of one domain alone are learned, in the tuned run and in its control") {
+  const SmallProject project;
+  project.pretrain();
+  // Loss and counted NLL of the first step: before anything has moved, both runs are the base model's.
+  const auto first_step = [&](const std::string& folder) {
+    Json first;
+    read_json_lines(project.path() / folder / "metrics.jsonl", [&](std::int64_t, const Json& event) {
+      if (event.at("event") == "step" && first.is_null()) {
+        first = event;
+      }
+    });
+    return first;
+  };
+  std::vector<std::string> words = {"finetune",
+                                    "finetune.yaml",
+                                    "data.train=[letters,colours]",
+                                    "train.rows_per_batch=6",
+                                    "train.steps=1",
+                                    "losses.logit_distillation.weight=1",
+                                    "--overwrite",
+                                    "--quiet"};
+  done(project.run(words));
+  const Json all = first_step("runs/tuned");
+  CHECK(first_step("runs/tuned/control").at("nll") == all.at("nll"));
+  words.insert(words.begin() + 2, "losses.nll.domains=[colours]");
+  done(project.run(words));
+  const Json colours = first_step("runs/tuned");
+  CHECK(colours.at("nll") != all.at("nll"));
+  CHECK(colours.at("reuse") == all.at("reuse"));
+  CHECK(first_step("runs/tuned/control").at("nll") == colours.at("nll"));
+  CHECK(done(project.run({"validate", "--no-files", "runs/tuned/control/recipe.yaml"})) ==
+        "runs/tuned/control/recipe.yaml: OK\n");
+}
+
 TEST_CASE("finetune, export and evaluate, one after the other") {
   const SmallProject project;
   project.pretrain();
