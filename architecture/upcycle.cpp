@@ -10,6 +10,7 @@
 
 #include <fmt/format.h>
 
+#include "hestia/architecture/architecture.hpp"
 #include "hestia/core/atomic_folder.hpp"
 #include "hestia/core/error.hpp"
 #include "hestia/core/files.hpp"
@@ -312,6 +313,8 @@ void upcycle(const DenseCheckpoint& dense, const UpcycleOptions& options, const 
              const std::function<void(const fs::path& folder)>& extra) {
   const DenseArchitecture& a = dense.architecture();
   check_upcycle(a, options);
+  // What this program could not read again is not written.
+  static_cast<void>(parse_architecture(upcycled_config(a, options), dense.path().string() + ", upcycled"));
   if (!options.router_inputs.empty() && options.router_inputs.size() != static_cast<std::size_t>(a.num_layers)) {
     throw std::invalid_argument("upcycle: router_inputs must have one entry per layer");
   }

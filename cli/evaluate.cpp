@@ -39,6 +39,11 @@ void add_evaluate(CLI::App& app) {
   verb->add_flag("--quiet", arguments->quiet, "no progress bar");
   verb->footer("Example: hestia evaluate recipes/quickstart.yaml evaluate.slots=[4,8]");
   verb->callback([arguments] {
+    const EvaluateTarget& target = arguments->target;
+    if (target.only == kBaselineArm && (target.checkpoint || !target.bundle.empty())) {
+      throw UsageError(fmt::format("--only baseline measures the model itself, got {} with it; leave one out",
+                                   target.checkpoint ? "--checkpoint" : "--bundle"));
+    }
     const auto loaded = load_recipe_or_run(arguments->recipe);
     const Comparison comparison = run_evaluate(loaded, arguments->target, arguments->quiet);
     if (arguments->json) {
@@ -53,7 +58,9 @@ void add_evaluate(CLI::App& app) {
     if (!loaded.recipe.evaluate.tasks.empty()) {
       files.emplace_back("answers", run_dir + "/answers.jsonl");
     }
-    files.emplace_back(arguments->target.checkpoint ? "checkpoint" : "router bundle", comparison.bundle);
+    if (target.only != kBaselineArm) {
+      files.emplace_back(target.checkpoint ? "checkpoint" : "router bundle", comparison.bundle);
+    }
     files.emplace_back("training log", run_dir + "/metrics.jsonl");
     files.emplace_back("checkpoints", run_dir + "/checkpoints");
     log_block("Files", files);

@@ -94,7 +94,8 @@ CacheStart start_from_name(const std::string& name) {
 
 // "off", "bundle" or "LAMBDA,J[,SCORE[,one factor per MoE layer]]" on top of the bundle's logit ranges and factors.
 std::optional<ResidencyRule> residency_from(const std::string& text, const std::optional<BundleManifest>& manifest,
-                                            std::size_t num_layers) {
+                                            const Architecture& architecture) {
+  const std::size_t num_layers = architecture.moe_layers().size();
   if (text == "off" || (text == "bundle" && !manifest)) {
     return std::nullopt;
   }
@@ -139,6 +140,12 @@ std::optional<ResidencyRule> residency_from(const std::string& text, const std::
         "(0.05,2,weight) or one of them with +mass (0.3,2,logit+mass), then if wanted a factor of lambda "
         "per MoE layer (0.05,2,weight,1,0.5,2), off, or bundle for the bundle's own rule, got \"{}\"",
         text));
+  }
+  if (rule.lambda > 0.0 && rule.always_keep >= architecture.top_k) {
+    throw UsageError(fmt::format(
+        "--residency-prior: J must be below the model's experts per token ({}), got {} in \"{}\": the rule would have "
+        "nothing to choose; give less, or off",
+        architecture.top_k, rule.always_keep, text));
   }
   if (!rule.layer_factors.empty() && rule.layer_factors.size() != num_layers) {
     throw UsageError(
@@ -635,7 +642,7 @@ void run_generate(const GenerateArguments& arguments) {
   }
   const Json expert_error = expert_error_json(offloaded.store);
   const Json expert_store = expert_store_json(offloaded.store);
-  options.residency = residency_from(arguments.residency, manifest, stored.moe_layers().size());
+  options.residency = residency_from(arguments.residency, manifest, stored);
   std::vector<std::int64_t> prompt;  // the one that runs
   if (preload) {
     set_preload(*preload, offloaded.model, prompt, options);

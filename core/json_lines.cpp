@@ -68,6 +68,10 @@ void read_json_lines(const std::filesystem::path& path,
       throw InputError(fmt::format("{}:{}: nested more than {} deep, got \"{}\"", path.string(), line_number,
                                    kDeepestJson, line.substr(0, 60)));
     }
+    if (line.find('\0') != std::string_view::npos) {  // which would end it for the parser
+      throw InputError(fmt::format("{}:{}: holds a zero byte; the file is damaged, write or fetch it again",
+                                   path.string(), line_number));
+    }
     Json object;
     try {
       object = Json::parse(line);
@@ -88,6 +92,9 @@ Json read_json_file(const std::filesystem::path& path) {
   if (too_deep_json(text)) {
     throw InputError(
         fmt::format("{}: nested more than {} deep; mend the file or fetch it again", path.string(), kDeepestJson));
+  }
+  if (text.find('\0') != std::string::npos) {
+    throw InputError(fmt::format("{}: holds a zero byte; mend the file or fetch it again", path.string()));
   }
   try {
     return Json::parse(text);

@@ -36,14 +36,14 @@ std::vector<std::string> cut(const std::string& text, std::size_t limit) {
   std::vector<std::string> parts;
   std::size_t begin = 0;
   while (text.size() - begin > limit) {
-    std::size_t end = text.rfind('\n', begin + limit - 1);
-    if (end == std::string::npos || end < begin) {
-      end = begin + limit;
+    const std::size_t line_break = std::string_view(text).substr(begin, limit).rfind('\n');
+    std::size_t end = begin + limit;
+    if (line_break == std::string_view::npos) {
       while (end > begin + 1 && (static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) {
         --end;
       }
     } else {
-      ++end;
+      end = begin + line_break + 1;
     }
     parts.push_back(text.substr(begin, end - begin));
     begin = end;

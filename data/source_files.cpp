@@ -149,12 +149,19 @@ std::vector<SourceFile> find_files(const SourcePaths& options, const std::string
   std::vector<SourceFile> files;
   std::set<std::filesystem::path> seen;
   for (const std::string& pattern : options.paths) {
-    const std::vector<SourceFile> found = match_files(pattern, options.suffixes);
-    for (const SourceFile& file : found) {
-      // Under a second id the same text could fall into the other split.
-      if (seen.insert(std::filesystem::canonical(file.path)).second) {
-        files.push_back(file);
+    std::vector<SourceFile> found;
+    try {
+      found = match_files(pattern, options.suffixes);
+      for (const SourceFile& file : found) {
+        // Under a second id the same text could fall into the other split.
+        if (seen.insert(std::filesystem::canonical(file.path)).second) {
+          files.push_back(file);
+        }
       }
+    } catch (const std::filesystem::filesystem_error& error) {
+      throw InputError(fmt::format("{}.paths: \"{}\" cannot be looked up: {}{}; mend the path or its permissions",
+                                   recipe_key, pattern, error.code().message(),
+                                   error.path1().empty() ? "" : fmt::format(" ({})", error.path1().string())));
     }
     if (found.empty()) {
       const std::string ending =
@@ -209,6 +216,10 @@ Json json_object(std::string_view content, const std::string& place) {
   if (too_deep_json(content)) {
     throw InputError(
         fmt::format("{}: nested more than {} deep, got \"{}\"", place, kDeepestJson, content.substr(0, 60)));
+  }
+  if (content.find('\0') != std::string_view::npos) {  // which would end it for the parser
+    throw InputError(fmt::format("{}: holds a zero byte, got \"{}\"; the file is damaged, fetch it again", place,
+                                 content.substr(0, std::min<std::size_t>(60, content.find('\0')))));
   }
   Json object = Json::parse(content, nullptr, /*allow_exceptions=*/false);
   if (!object.is_object()) {

@@ -1,10 +1,8 @@
 #include "hestia/evaluation/comparison.hpp"
 
 #include <algorithm>
-#include <cctype>
 #include <chrono>
 #include <cmath>
-#include <cstring>
 #include <functional>
 #include <memory>
 #include <numeric>
@@ -17,6 +15,7 @@
 #include "hestia/core/files.hpp"
 #include "hestia/core/log.hpp"
 #include "hestia/core/progress.hpp"
+#include "hestia/core/shell_word.hpp"
 #include "hestia/evaluation/build_info.hpp"
 #include "hestia/model/residency_selector.hpp"
 #include "hestia/model/static_set.hpp"
@@ -192,25 +191,15 @@ std::int64_t expert_bytes_of(MoeModel& model) {
   return model->architecture().expert_parameters() * static_cast<std::int64_t>(torch::elementSize(model->dtype()));
 }
 
-double relative(double value, double reference) {
-  return value / reference - 1.0;
+// The recipe and its overrides, as a command takes them.
+std::string recipe_words(const RecipeSource& source) {
+  std::vector<std::string> words = {source.path().string()};
+  words.insert(words.end(), source.overrides().begin(), source.overrides().end());
+  return shell_words(words);
 }
 
-// `word` as a POSIX shell would have to be given it.
-std::string shell_word(const std::string& word) {
-  const auto plain = [](unsigned char c) { return std::isalnum(c) != 0 || std::strchr("_-./=:,+@%", c) != nullptr; };
-  if (!word.empty() && std::all_of(word.begin(), word.end(), plain)) {
-    return word;
-  }
-  std::string quoted(1, '\'');
-  for (const char c : word) {
-    if (c == '\'') {
-      quoted += "'\\'";
-    }
-    quoted += c;
-  }
-  quoted += '\'';
-  return quoted;
+double relative(double value, double reference) {
+  return value / reference - 1.0;
 }
 
 Json cache_json(const CacheFigures& cache) {
@@ -514,7 +503,9 @@ void check_evaluate_fits(const LoadedRecipe<FinetuneRecipe>& loaded, const Archi
 Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const EvaluateTarget& target, bool quiet) {
   const auto start = std::chrono::steady_clock::now();
   FinetuneRecipe recipe = loaded.recipe;
-  resolve_steps_from_run(recipe.train, recipe.run_dir, loaded.source);
+  if (target.only != kBaselineArm) {
+    resolve_steps_from_run(recipe.train, recipe.run_dir, loaded.source);
+  }
   at::set_num_threads(static_cast<int>(
       recipe.model.threads > 0
           ? recipe.model.threads
@@ -529,7 +520,7 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const Evalua
     origin = target.bundle.empty() ? run_dir / "bundle" : target.bundle;
     if (!std::filesystem::exists(origin / "manifest.json")) {
       throw InputError(fmt::format("{}: there is no router bundle; make one with `hestia export {}`", origin.string(),
-                                   loaded.source.path().string()));
+                                   recipe_words(loaded.source)));
     }
   } else if (with_tuned) {
     const auto latest = latest_checkpoint(run_dir);
@@ -537,7 +528,7 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const Evalua
       throw UsageError(
           fmt::format("{}: --checkpoint needs the finished run, got step {} of {}; finish it with `hestia "
                       "finetune {}{}`",
-                      run_dir.string(), latest ? latest->first : 0, recipe.train.steps, loaded.source.path().string(),
+                      run_dir.string(), latest ? latest->first : 0, recipe.train.steps, recipe_words(loaded.source),
                       latest ? " --resume" : ""));
     }
     origin = latest->second;
@@ -650,10 +641,7 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const Evalua
   }
   comparison.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   std::filesystem::create_directories(run_dir);
-  comparison.command = fmt::format("hestia evaluate {}", shell_word(loaded.source.path().string()));
-  for (const std::string& override_text : loaded.source.overrides()) {
-    comparison.command += fmt::format(" {}", shell_word(override_text));
-  }
+  comparison.command = "hestia evaluate " + recipe_words(loaded.source);
   if (!target.bundle.empty()) {
     comparison.command += fmt::format(" --bundle {}", shell_word(target.bundle.string()));
   }

@@ -20,7 +20,7 @@ DenseModel::DenseModel(const DenseCheckpoint& checkpoint) : architecture_(checkp
     } else if (type != "default") {
       throw UsageError(
           fmt::format("{}: this program runs a dense model with plain or linear rotary positions only, got "
-                      "\"{}\"; use --start grouped, which does not run it",
+                      "\"{}\"; upcycle a model of those",
                       checkpoint.path().string(), type));
     }
   }

@@ -497,15 +497,21 @@ void check_tasks(const std::vector<TaskOptions>& tasks, const DataOptions& data,
 template <class First, class Second>
 void settle(First& first, const std::string& first_key, Second& second, const std::string& second_key,
             const RecipeSource& source, Problems& problems) {
+  if (source.is_overridden(first_key) != source.is_overridden(second_key)) {  // by 0, too
+    if (source.is_overridden(first_key)) {
+      second = Second{};
+    } else {
+      first = First{};
+    }
+    return;
+  }
   if (first == First{} || second == Second{}) {
     return;
   }
   const bool given = source.is_set(first_key);  // and not its default
-  if (given && source.is_overridden(first_key) == source.is_overridden(second_key)) {
+  if (given) {
     problems.add(fmt::format("{}: {} and {} say the same in two ways, got {} and {}; remove one",
                              source.location(second_key), first_key, second_key, first, second));
-  } else if (given && source.is_overridden(first_key)) {
-    second = Second{};
   } else {
     first = First{};
   }
@@ -798,6 +804,11 @@ void resolve_steps_from_run(TrainOptions& options, const std::filesystem::path& 
         "{}: the run in {} trained with train.trainable \"{}\", got \"{}\"; give the recipe as it was run, or {} in "
         "its place",
         source.location("train.trainable"), run_dir.string(), run.trainable, options.trainable, run_dir.string()));
+  }
+  if (options.steps > 0 && options.steps != run.steps) {
+    throw UsageError(
+        fmt::format("{}: the run in {} is one of {} steps, got {}; give the recipe as it was run, or {} in its place",
+                    source.location("train.steps"), run_dir.string(), run.steps, options.steps, run_dir.string()));
   }
   if (options.steps > 0) {
     return;

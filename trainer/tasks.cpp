@@ -17,6 +17,7 @@
 #include "hestia/core/log.hpp"
 #include "hestia/core/progress.hpp"
 #include "hestia/core/random.hpp"
+#include "hestia/core/shell_word.hpp"
 #include "hestia/data/tokenizer.hpp"
 #include "hestia/model/adapters.hpp"
 #include "hestia/model/residency_selector.hpp"
@@ -594,6 +595,10 @@ void run_pretrain(const LoadedRecipe<PretrainRecipe>& loaded, const RunFlags& fl
     }
   }
   const std::unique_ptr<Tokenizer> tokenizer = open_tokenizer(tokenizer_path);
+  const Architecture architecture = architecture_from(recipe.architecture, *tokenizer);
+  Problems problems;
+  check_train_fits(recipe.train, loaded.source, architecture, problems);
+  problems.throw_usage_if_any();
   const PackedData train_data = load_training_data(recipe.data, *tokenizer, threads);
   const PackedData held_out =
       load_held_out_data(recipe.data, recipe.data.evaluate, *tokenizer, recipe.train.evaluate_tokens, threads);
@@ -601,9 +606,8 @@ void run_pretrain(const LoadedRecipe<PretrainRecipe>& loaded, const RunFlags& fl
   resolve_steps(recipe.train, train_data, recipe.data.train_mix, recipe.data.sequence_length,
                 static_cast<std::uint64_t>(recipe.seed), loaded.source);
   const torch::Device device = device_from_recipe(recipe.model.device);
-  MoeModel model =
-      create_model(architecture_from(recipe.architecture, *tokenizer), dtype_from_recipe(recipe.model.dtype), device,
-                   derive_seed(static_cast<std::uint64_t>(recipe.seed), "weights"));
+  MoeModel model = create_model(architecture, dtype_from_recipe(recipe.model.dtype), device,
+                                derive_seed(static_cast<std::uint64_t>(recipe.seed), "weights"));
   model->set_activation_checkpointing(recipe.model.activation_checkpointing);
   model->set_router_gradient_of_all(recipe.train.router_gradient == "all");
   TrainingJob job;
@@ -675,10 +679,9 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, con
   resolve_steps_from_run(recipe.train, recipe.run_dir, loaded.source);
   const auto latest = latest_checkpoint(recipe.run_dir);
   if (!latest || latest->first < recipe.train.steps) {
-    std::string command = "hestia finetune " + loaded.source.path().string();
-    for (const std::string& override_text : loaded.source.overrides()) {
-      command += " " + override_text;
-    }
+    std::vector<std::string> words = {"hestia", "finetune", loaded.source.path().string()};
+    words.insert(words.end(), loaded.source.overrides().begin(), loaded.source.overrides().end());
+    const std::string command = shell_words(words);
     const std::string whole = recipe.train.steps > 0 ? fmt::format("{} steps", recipe.train.steps)
                                                      : fmt::format("{} epochs", recipe.train.epochs);
     throw UsageError(fmt::format("{}: the run is not finished ({} of {}); finish it with `{}{}`", recipe.run_dir,

@@ -347,9 +347,13 @@ class Loop {
   TrainingResult run() {
     const std::int64_t first = open_run();
     model_->set_top_k(top_k_at(job_.options, first, base_top_k_));
+    const bool evaluation_due = first > 0 && first < job_.options.steps && evaluates_at(first) && !evaluated_at(first);
     JsonLinesWriter metrics(job_.run_dir / "metrics.jsonl");
     if (first == 0) {
       metrics.write(start_event());
+    }
+    if (evaluation_due) {  // the interruption had not waited for it
+      metrics.write({{"event", "evaluate"}, {"step", first}, {"held_out", evaluate()}});
     }
     TrainingResult result;
     Progress progress(job_.label, job_.options.steps - first, "step", job_.quiet);
@@ -397,8 +401,7 @@ class Loop {
       progress.advance(1, fmt::format("loss {:.4f}", values.loss));
       const bool last = step == job_.options.steps;
       const bool stopping = job_.stop != nullptr && job_.stop->load();
-      if (!held_out_batches_.empty() &&
-          (last || (!stopping && job_.options.evaluate_every > 0 && step % job_.options.evaluate_every == 0))) {
+      if (evaluates_at(step) && (last || !stopping)) {
         const Json held_out = evaluate();
         metrics.write({{"event", "evaluate"}, {"step", step}, {"held_out", held_out}});
         progress.print_line(evaluate_line(step, held_out));
@@ -417,13 +420,27 @@ class Loop {
   }
 
  private:
+  [[nodiscard]] bool evaluates_at(std::int64_t step) const {
+    const std::int64_t every = job_.options.evaluate_every;
+    return !held_out_batches_.empty() && (step == job_.options.steps || (every > 0 && step % every == 0));
+  }
+
+  // Whether metrics.jsonl has the evaluation of that step.
+  [[nodiscard]] bool evaluated_at(std::int64_t step) const {
+    bool found = false;
+    read_json_lines(job_.run_dir / "metrics.jsonl", [&](std::int64_t, const Json& event) {
+      found = found || (event.value("event", "") == "evaluate" && event.value("step", std::int64_t{0}) == step);
+    });
+    return found;
+  }
+
   // Prepares the run directory; returns the step to go on from.
   std::int64_t open_run() {
     const std::filesystem::path recipe_path = job_.run_dir / "recipe.yaml";
     if (job_.overwrite) {
       // With what was made from the earlier run: evaluate would take it for this one's.
       for (const char* name : {"checkpoints", "metrics.jsonl", "recipe.yaml", "residency.json", "control", "bundle",
-                               "hf", "gguf", "results.json", "answers.jsonl"}) {
+                               "hf", "gguf", "model", "report.json", "results.json", "answers.jsonl"}) {
         std::filesystem::remove_all(job_.run_dir / name);
       }
     }
@@ -697,8 +714,11 @@ double learning_rate_at(const TrainOptions& options, std::int64_t step) {
     return static_cast<double>(step) / static_cast<double>(options.warmup_steps);
   }
   const std::int64_t end = options.decay_steps > 0 ? options.decay_steps : options.steps;
-  if (options.schedule == "constant" || end == options.warmup_steps) {
+  if (options.schedule == "constant") {
     return 1.0;
+  }
+  if (end == options.warmup_steps) {
+    return options.final_learning_rate;  // nothing lies between
   }
   // The last step of the decay runs at the final rate's neighbour, never at exactly 0: progress counts steps begun.
   const double progress = std::min(

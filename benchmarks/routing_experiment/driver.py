@@ -202,8 +202,15 @@ def pretrain(options):
     timer.daemon = True
     timer.start()
     environment = {} if options.gpus == "cpu" else {"CUDA_VISIBLE_DEVICES": options.gpus.split(",")[0]}
+    stopper = threading.Thread(target=programs.stop, args=(signal.SIGINT,), daemon=True)
+    signal.signal(signal.SIGTERM, lambda *_: stopper.ident or stopper.start())
     try:
         code, errors = programs.run(arguments, environment)
+    except KeyboardInterrupt:  # the terminal told the program, too
+        for process in list(programs.running):
+            process.communicate()
+        print("interrupted; call again to go on")
+        sys.exit(130)
     except Stopped:
         print("interrupted, saved; call again to go on")
         sys.exit(130)
@@ -322,8 +329,24 @@ def run_arm(arm, options, programs, gpu, threads, facts):
     return row
 
 
-def read_rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def read_rows(path, mend=False):
+    """Rows of a file of JSON lines. A last line that was cut off is left out, with a warning, and with `mend` cut from
+    the file, so that rows can be appended."""
+    if not path.exists():
+        return []
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        print(f"{path}: the last line was cut off and is left out", file=sys.stderr)
+        if mend:
+            os.truncate(path, len(whole.encode()))
+    rows = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            sys.exit(f"{path}:{number}: not JSON, got '{line[:60]}'; remove the line, its arm runs again")
+    return rows
 
 
 def work_of(overrides, recipe):
@@ -378,7 +401,7 @@ def run(options):
     if not (model / "config.json").exists():
         sys.exit(f"{model}: not there; make it with driver.py pretrain")
     results = ROOT / options.out / "results.jsonl"
-    rows = read_rows(results)
+    rows = read_rows(results, mend=True)
     manifest = ROOT / options.corpus / "manifest.json"
     facts = {
         "base": sha256_of(model),
@@ -559,10 +582,10 @@ def mean_perplexity(seeds, domain):
 def check_same_text(figures, base, arm):
     """Likelihoods of other held-out text cannot be compared with the base's."""
     for domain, of_base in base.items():
-        tokens = figures.get(domain, of_base).get("tokens")
-        if tokens != of_base.get("tokens"):
+        tokens = figures.get(domain, {}).get("tokens")
+        if domain not in figures or tokens != of_base.get("tokens"):
             sys.exit(
-                f"{arm}: measured on {tokens} tokens of {domain}, the base on {of_base.get('tokens')}; run both with the "
+                f"{arm}: measured on {tokens or 0} tokens of {domain}, the base on {of_base.get('tokens')}; run both with the "
                 "same --tuned and the same evaluate.* keys"
             )
 
@@ -868,8 +891,10 @@ def main():
         else:
             verb.add_argument("--svg", type=pathlib.Path, required=True)
     options = parser.parse_args()
-    if "program" in options and not options.program.exists():
-        sys.exit(f"{options.program}: not there; build it (README.md)")
+    if "program" in options:
+        options.program, options.recipe = options.program.resolve(), options.recipe.resolve()
+        if not options.program.exists():
+            sys.exit(f"{options.program}: not there; build it (README.md)")
     options.act(options)
 
 

@@ -183,6 +183,7 @@ def main():
     parser.add_argument("--budget", type=float, default=0.25, help="the lambda whose savings are aimed at")
     options = parser.parse_args()
     options.lambdas = options.lambdas or [round(times * options.budget, 6) for times in (0.8, 1.2, 2.0)]
+    options.program, options.recipe = options.program.resolve(), options.recipe.resolve()
     if not options.program.exists():
         sys.exit(f"{options.program}: not there; build it (README.md)")
     run(options)

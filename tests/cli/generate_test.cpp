@@ -520,6 +520,8 @@ TEST_CASE("generate names what is wrong before it loads a model") {
   complains({"--expert-slots", "4", "--residency-prior", "0.3,2,weight+mas"},
             {"--residency-prior", "+mass", "\"0.3,2,weight+mas\""});
   complains({"--expert-slots", "4", "--residency-prior", "0.3,,weight"}, {"--residency-prior", "\"0.3,,weight\""});
+  complains({"--expert-slots", "4", "--residency-prior", "0.3,4,weight"},
+            {"--residency-prior", "J must be below the model's experts per token (4), got 4"});
   complains({"--expert-slots", "4", "--residency-prior", "0.3,2,weight,1"},
             {"--residency-prior", "per MoE layer (6)", "got 1 in", "\"0.3,2,weight,1\""});
   complains({"--expert-slots", "4", "--residency-prior", "0.3,2,weight,1,1,-1,1,1,1"},

@@ -52,6 +52,18 @@ TEST_CASE("pretrain leaves a model, its tokenizer and a report") {
   const std::string weights = project.read("runs/base/model/model.safetensors");
   done(project.run({"pretrain", "pretrain.yaml", "--overwrite", "--quiet"}));
   CHECK(project.read("runs/base/model/model.safetensors") == weights);  // the same seed
+  // A run that replaces it and fails leaves no model that could be taken for its own.
+  CHECK(project
+            .run({"pretrain", "pretrain.yaml", "train.learning_rate=10", "train.clip_norm=0",
+                  "losses.load_balance.weight=1e38", "train.steps=40", "--overwrite", "--quiet"})
+            .code == 1);
+  CHECK_FALSE(exists(project, "runs/base/model"));
+  CHECK_FALSE(exists(project, "runs/base/report.json"));
+  // What the family cannot do is said before any step.
+  check_complaint(project.run({"pretrain", "pretrain.yaml", "architecture.family=phimoe", "train.router_gradient=all",
+                               "run_dir=runs/phi", "--quiet"}),
+                  2, {"train.router_gradient=all", "train.router_gradient must be chosen for phimoe"});
+  CHECK_FALSE(exists(project, "runs/phi/checkpoints"));
 }
 
 TEST_CASE("labels of one domain alone are learned, in the tuned run and in its control") {
@@ -96,6 +108,10 @@ TEST_CASE("finetune, export and evaluate, one after the other") {
   // Too early: each says what comes first.
   check_complaint(project.run({"export", "finetune.yaml"}), 2,
                   {"runs/tuned", "0 of 6 steps", "`hestia finetune finetune.yaml`"});
+  check_complaint(project.run({"export", "finetune.yaml", "data.evaluate=[letters, colours]"}), 2,
+                  {"`hestia finetune finetune.yaml 'data.evaluate=[letters, colours]'`"});
+  check_complaint(project.run({"evaluate", "finetune.yaml", "--only", "baseline", "--bundle", "runs/none"}), 2,
+                  {"--only baseline measures the model itself, got --bundle"});
   check_complaint(project.run({"evaluate", "finetune.yaml"}), 3,
                   {"runs/tuned/bundle", "no router bundle", "`hestia export finetune.yaml`"});
 
@@ -138,7 +154,9 @@ TEST_CASE("finetune, export and evaluate, one after the other") {
   check_complaint(project.run({"export", "finetune.yaml", "--to", "onnx"}), 2,
                   {"--to must be one of bundle, hf", "onnx"});
   check_complaint(project.run({"export", "finetune.yaml", "train.steps=9", "--quiet"}), 2,
-                  {"6 of 9 steps", "`hestia finetune finetune.yaml train.steps=9 --resume`"});
+                  {"train.steps=9", "the run in runs/tuned is one of 6 steps, got 9", "or runs/tuned in its place"});
+  check_complaint(project.run({"evaluate", "finetune.yaml", "train.steps=9", "--checkpoint", "--quiet"}), 2,
+                  {"the run in runs/tuned is one of 6 steps, got 9"});
 
   const Outcome exported = project.run({"export", "finetune.yaml"});
   CHECK(done(exported) == "runs/tuned/bundle\n");

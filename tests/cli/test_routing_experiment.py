@@ -415,6 +415,21 @@ class Table(unittest.TestCase):
         with self.assertRaisesRegex(SystemExit, "nll_1: measured on 8192 tokens of prose, the base on 32768"):
             driver.points_by_domain(rows, "python")
         self.assertIn("no base row yet", driver.table_text(rows[1:], "python"))
+        del rows[1]["points"][0]["domains"]["prose"]
+        with self.assertRaisesRegex(SystemExit, "nll_1: measured on 0 tokens of prose, the base on 32768"):
+            driver.points_by_domain(rows, "python")
+
+    def test_rows_that_were_cut_off(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / "results.jsonl"
+            path.write_text('{"arm": "a"}\n{"arm": "b"}\n{"ar')
+            self.assertEqual(driver.read_rows(path), [{"arm": "a"}, {"arm": "b"}])
+            self.assertTrue(path.read_text().endswith('{"ar'))
+            self.assertEqual(len(driver.read_rows(path, mend=True)), 2)
+            self.assertEqual(path.read_text(), '{"arm": "a"}\n{"arm": "b"}\n')
+            path.write_text('{"arm": "a"}\n{"arm"\n')
+            with self.assertRaisesRegex(SystemExit, "results.jsonl:2: not JSON"):
+                driver.read_rows(path)
 
     def test_shipped_arms(self):
         for name, at_least in (("arms_a.txt", 100), ("arms_b.txt", 30)):

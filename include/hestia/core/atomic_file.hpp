@@ -5,7 +5,9 @@
 namespace hestia {
 
 /// A file that appears whole or not at all, for writers that fill it bit by bit: they write to `temporary()`, a name of
-/// its own in the same folder, and `commit` puts it in place. (`write_file_atomically` is the same in one call.)
+/// its own in the same folder, and `commit` puts it in place. (`write_file_atomically` is the same in one call.) Where
+/// there is a link, the file that it points to is meant; the constructor throws UsageError where there is a pipe or a
+/// device.
 class AtomicFile {
  public:
   /// Chooses the temporary name; nothing is created yet.

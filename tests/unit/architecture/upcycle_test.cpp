@@ -386,6 +386,27 @@ TEST_CASE("A GGUF file and a directory of one model have the same tensors") {
   }
 }
 
+TEST_CASE("Rotary positions that the upcycled model could not be read with are refused before anything is written") {
+  const TemporaryFolder folder;
+  const Dense model(folder);
+  Json config = llama_config();
+  config["rope_scaling"] = {{"rope_type", "llama3"},
+                            {"factor", 8.0},
+                            {"low_freq_factor", 1.0},
+                            {"high_freq_factor", 4.0},
+                            {"original_max_position_embeddings", 64}};
+  model.write_directory(config);
+  const DenseCheckpoint dense(model.directory);
+  UpcycleOptions options;
+  options.num_experts = 4;
+  options.top_k = 2;
+  options.quiet = true;
+  const std::filesystem::path output = folder.path() / "moe";
+  CHECK_THAT(error_of<InputError>([&] { upcycle(dense, options, output); }),
+             Catch::Contains("upcycled") && Catch::Contains("got \"llama3\""));
+  CHECK_FALSE(std::filesystem::exists(output));
+}
+
 TEST_CASE("What is no dense Llama model is refused") {
   const TemporaryFolder folder;
   const Dense model(folder);

@@ -1,4 +1,5 @@
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -137,6 +138,27 @@ TEST_CASE("write_text_atomically replaces the file and leaves nothing else") {
     CHECK(read_text_file(path) == text);
     CHECK(entries(folder.path()) == 1);
   }
+}
+
+TEST_CASE("A link is written through, what is no regular file is refused and stays") {
+  const TemporaryFolder folder;
+  const std::filesystem::path target = folder.path() / "target.txt";
+  const std::filesystem::path link = folder.path() / "link.txt";
+  write_text_atomically(target, "old");
+  std::filesystem::create_symlink("target.txt", link);
+  write_text_atomically(link, "new");
+  CHECK(std::filesystem::is_symlink(link));
+  CHECK(read_text_file(target) == "new");
+  std::filesystem::remove(target);
+  write_text_atomically(link, "again");  // a link to what is not there yet
+  CHECK(std::filesystem::is_symlink(link));
+  CHECK(read_text_file(target) == "again");
+  const std::filesystem::path pipe = folder.path() / "pipe";
+  REQUIRE(::mkfifo(pipe.c_str(), 0600) == 0);
+  CHECK(
+      contains(error_text<UsageError>([&] { write_text_atomically(pipe, "x"); }), "pipe: is there and not a regular"));
+  CHECK(std::filesystem::is_fifo(pipe));
+  CHECK(entries(folder.path()) == 3);
 }
 
 TEST_CASE("A relative path without a folder is written in the current one") {

@@ -81,6 +81,9 @@ TEST_CASE("A damaged JSON line is named by file and line") {
         path.string() + ":2: not a JSON object, got array; every line must be one JSON object");
   put_file(path, "{\"a\":1}{\"b\":2}\n");
   CHECK(contains(error_text<InputError>(read), ":1: not JSON"));
+  put_file(path, std::string("{\"a\":1}\0{\"b\":2}\n", 16));  // a zero byte ends what the parser reads
+  CHECK(contains(error_text<InputError>(read), ":1: holds a zero byte"));
+  CHECK(contains(error_text<InputError>([&] { (void)read_json_file(path); }), "m.jsonl: holds a zero byte"));
   std::filesystem::remove(path);
   CHECK(contains(error_text<InputError>(read), "No such file or directory"));
 }

@@ -396,6 +396,9 @@ TEST_CASE("A missing corpus names the path, the package and the recipe key") {
                                 "linux-doc-6.1) or point data.corpora.0.paths elsewhere");
   options = corpus_of({(folder.path() / "*.none").string()});
   CHECK(contains(message(options), "nothing matches \"" + options.paths[0] + "\""));
+  options = corpus_of({(folder.path() / std::string(300, 'n')).string()});
+  CHECK(
+      contains(message(options), "data.corpora.0.paths: \"" + options.paths[0] + "\" cannot be looked up: File name"));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -218,6 +218,8 @@ TEST_CASE("epochs and warmup_ratio stand for steps, the command line before the 
   CHECK((train.steps == 100 && train.warmup_steps == 7));  // 0.07 * 100 is a little more than 7
   train = load("  steps: 100\n  warmup_ratio: 0.001\n");
   CHECK(train.warmup_steps == 1);  // rounded up
+  train = load("  steps: 100\n  warmup_ratio: 0.5\n", {"train.warmup_steps=0"});
+  CHECK((train.steps == 100 && train.warmup_steps == 0 && train.warmup_ratio == 0.0));
   train = load("  epochs: 2\n", {"train={steps: 8}"});
   CHECK((train.steps == 8 && train.epochs == 0.0));
   CHECK(load("").steps == 100);  // the default

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <fstream>
 #include <limits>
+#include <map>
 #include <string_view>
 
 #include <fmt/format.h>
@@ -99,6 +100,9 @@ TEST_CASE("the learning rate warms up and falls as the schedule says") {
   CHECK(learning_rate_at(options, 5) == Approx(0.6));
   CHECK(learning_rate_at(options, 7) == Approx(0.2));
   CHECK(learning_rate_at(options, 10) == Approx(0.2));
+  options.decay_steps = options.warmup_steps;  // nothing lies between
+  CHECK(learning_rate_at(options, 2) == Approx(1.0));
+  CHECK(learning_rate_at(options, 3) == Approx(0.2));
   options.schedule = "constant";
   CHECK(learning_rate_at(options, 10) == Approx(1.0));
 }
@@ -268,6 +272,51 @@ TEST_CASE("a resumed run is bit-identical to one that never stopped") {
     CHECK(same_tensors(whole->adapters(), loaded->adapters()));
     CHECK(loaded->architecture().top_k == whole->architecture().top_k);
   }
+}
+
+TEST_CASE("an evaluation that was due when the run was stopped comes when it goes on, and once") {
+  const TemporaryFolder folder;
+  const PackedData data = tiny_data(4, 24, 24);
+  TrainOptions options = short_run(5);
+  options.evaluate_every = 1;
+  std::atomic<bool> stop{false};
+  MoeModel model = tiny_model();
+  TrainingJob job = make_job(model, data, options, folder.path() / "run");
+  job.held_out = &data;
+  job.stop = &stop;
+  job.on_step = [&](const Json& event) { stop = event.at("step").get<std::int64_t>() == 3; };
+  CHECK_THROWS_AS(train(job), InterruptedError);
+  const auto evaluations = [&] {
+    std::map<std::int64_t, Json> found;
+    std::size_t number = 0;
+    read_json_lines(folder.path() / "run" / "metrics.jsonl", [&](std::int64_t, const Json& event) {
+      if (event.at("event") == "evaluate") {
+        found[event.at("step").get<std::int64_t>()] = event.at("held_out");
+        ++number;
+      }
+    });
+    CHECK(number == found.size());
+    return found;
+  };
+  CHECK(evaluations().size() == 2);
+  stop = false;
+  MoeModel again = tiny_model();
+  TrainingJob rest = make_job(again, data, options, folder.path() / "run");
+  rest.held_out = &data;
+  rest.resume = true;
+  train(rest);
+  MoeModel whole = tiny_model();
+  TrainingJob never = make_job(whole, data, options, folder.path() / "whole");
+  never.held_out = &data;
+  train(never);
+  std::map<std::int64_t, Json> expected;
+  read_json_lines(folder.path() / "whole" / "metrics.jsonl", [&](std::int64_t, const Json& event) {
+    if (event.at("event") == "evaluate") {
+      expected[event.at("step").get<std::int64_t>()] = event.at("held_out");
+    }
+  });
+  CHECK(expected.size() == 5);
+  CHECK(evaluations() == expected);
 }
 
 TEST_CASE("a run that is stopped in its last step is a whole run") {
