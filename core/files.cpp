@@ -167,13 +167,13 @@ AtomicFile::AtomicFile(std::filesystem::path path) : path_(std::move(path)) {
   // no place for a file. (A folder refuses to be replaced by itself.)
   constexpr int kMostLinks = 40;
   std::error_code none;
-  for (int links = 0; links < kMostLinks && std::filesystem::is_symlink(path_, none); ++links) {
-    path_ = path_.parent_path() / std::filesystem::read_symlink(path_);
-  }
   if (const auto there = std::filesystem::status(path_, none); std::filesystem::exists(there) &&
                                                                !std::filesystem::is_regular_file(there) &&
                                                                !std::filesystem::is_directory(there)) {
     throw UsageError(fmt::format("{}: is there and not a regular file; choose another path", path_.string()));
+  }
+  for (int links = 0; links < kMostLinks && std::filesystem::is_symlink(path_, none); ++links) {
+    path_ = path_.parent_path() / std::filesystem::read_symlink(path_);
   }
   static std::atomic<std::uint64_t> counter{0};
   temporary_ =

@@ -493,12 +493,15 @@ void check_tasks(const std::vector<TaskOptions>& tasks, const DataOptions& data,
   }
 }
 
-// Of two keys that say the same, the one on the command line counts; the other becomes 0.
+// Of two keys that say the same, the one on the command line counts; the other becomes 0. Where `by_zero`, 0 on the
+// command line counts, too.
 template <class First, class Second>
-void settle(First& first, const std::string& first_key, Second& second, const std::string& second_key,
+void settle(First& first, const std::string& first_key, Second& second, const std::string& second_key, bool by_zero,
             const RecipeSource& source, Problems& problems) {
-  if (source.is_overridden(first_key) != source.is_overridden(second_key)) {  // by 0, too
-    if (source.is_overridden(first_key)) {
+  const bool first_counts = source.is_overridden(first_key) && (by_zero || first != First{});
+  const bool second_counts = source.is_overridden(second_key) && (by_zero || second != Second{});
+  if (first_counts != second_counts) {
+    if (first_counts) {
       second = Second{};
     } else {
       first = First{};
@@ -523,8 +526,9 @@ std::int64_t steps_of_share(double share, std::int64_t steps) {
 }
 
 void settle_train(TrainOptions& train, const RecipeSource& source, Problems& problems) {
-  settle(train.steps, "train.steps", train.epochs, "train.epochs", source, problems);
-  settle(train.warmup_steps, "train.warmup_steps", train.warmup_ratio, "train.warmup_ratio", source, problems);
+  settle(train.steps, "train.steps", train.epochs, "train.epochs", /*by_zero=*/false, source, problems);
+  settle(train.warmup_steps, "train.warmup_steps", train.warmup_ratio, "train.warmup_ratio", /*by_zero=*/true, source,
+         problems);
   if (train.steps == 0 && train.epochs == 0.0) {
     problems.add(fmt::format("{}: train.steps must be at least 1, got 0; set it or train.epochs",
                              source.location("train.steps")));

@@ -581,6 +581,15 @@ void run_pretrain(const LoadedRecipe<PretrainRecipe>& loaded, const RunFlags& fl
   log_recipe(loaded.source, recipe.run_dir, recipe.seed);
   const std::filesystem::path run_dir = recipe.run_dir;
   std::filesystem::path tokenizer_path = recipe.tokenizer.path;
+  if (flags.overwrite && !tokenizer_path.empty()) {
+    const std::filesystem::path inside = std::filesystem::weakly_canonical(tokenizer_path)
+                                             .lexically_relative(std::filesystem::weakly_canonical(run_dir / "model"));
+    if (!inside.empty() && *inside.begin() != "..") {
+      throw UsageError(
+          fmt::format("{}: tokenizer.path lies in the model that --overwrite removes, got {}; copy it first",
+                      loaded.source.location("tokenizer.path"), tokenizer_path.string()));
+    }
+  }
   if (tokenizer_path.empty()) {
     tokenizer_path = run_dir / "tokenizer.model";
     if (!flags.resume || !std::filesystem::exists(tokenizer_path)) {
@@ -627,6 +636,7 @@ void run_pretrain(const LoadedRecipe<PretrainRecipe>& loaded, const RunFlags& fl
   job.run_dir = run_dir;
   job.resolved_recipe = save_recipe(recipe.fields());
   job.label = "pretrain";
+  job.outputs = {"model", "report.json"};
   job.resume = flags.resume;
   job.overwrite = flags.overwrite;
   job.quiet = flags.quiet;

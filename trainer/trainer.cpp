@@ -428,6 +428,9 @@ class Loop {
   // Whether metrics.jsonl has the evaluation of that step.
   [[nodiscard]] bool evaluated_at(std::int64_t step) const {
     bool found = false;
+    if (!std::filesystem::exists(job_.run_dir / "metrics.jsonl")) {
+      return false;
+    }
     read_json_lines(job_.run_dir / "metrics.jsonl", [&](std::int64_t, const Json& event) {
       found = found || (event.value("event", "") == "evaluate" && event.value("step", std::int64_t{0}) == step);
     });
@@ -439,8 +442,11 @@ class Loop {
     const std::filesystem::path recipe_path = job_.run_dir / "recipe.yaml";
     if (job_.overwrite) {
       // With what was made from the earlier run: evaluate would take it for this one's.
-      for (const char* name : {"checkpoints", "metrics.jsonl", "recipe.yaml", "residency.json", "control", "bundle",
-                               "hf", "gguf", "model", "report.json", "results.json", "answers.jsonl"}) {
+      std::vector<std::string> names = {"checkpoints",  "metrics.jsonl", "recipe.yaml", "residency.json",
+                                        "control",      "bundle",        "hf",          "gguf",
+                                        "results.json", "answers.jsonl"};
+      names.insert(names.end(), job_.outputs.begin(), job_.outputs.end());
+      for (const std::string& name : names) {
         std::filesystem::remove_all(job_.run_dir / name);
       }
     }

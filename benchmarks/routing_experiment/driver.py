@@ -180,6 +180,8 @@ class Programs:
 
     def stop(self, how=signal.SIGKILL):
         with self.lock:
+            if self.stopping and how == signal.SIGINT:
+                return  # told already; a second one would end the program before it has saved
             self.stopping = True
             for process in self.running:
                 process.send_signal(how)
@@ -329,6 +331,14 @@ def run_arm(arm, options, programs, gpu, threads, facts):
     return row
 
 
+def is_json(text):
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
 def read_rows(path, mend=False):
     """Rows of a file of JSON lines. A last line that was cut off is left out, with a warning, and with `mend` cut from
     the file, so that rows can be appended."""
@@ -336,7 +346,11 @@ def read_rows(path, mend=False):
         return []
     text = path.read_text()
     whole = text[: text.rfind("\n") + 1]
-    if whole != text:
+    if whole != text and is_json(text[len(whole) :]):  # whole but for its line break
+        whole = text = text + "\n"
+        if mend:
+            path.write_text(text)
+    elif whole != text:
         print(f"{path}: the last line was cut off and is left out", file=sys.stderr)
         if mend:
             os.truncate(path, len(whole.encode()))

@@ -52,6 +52,14 @@ TEST_CASE("pretrain leaves a model, its tokenizer and a report") {
   const std::string weights = project.read("runs/base/model/model.safetensors");
   done(project.run({"pretrain", "pretrain.yaml", "--overwrite", "--quiet"}));
   CHECK(project.read("runs/base/model/model.safetensors") == weights);  // the same seed
+  // A tuning run in the same folder keeps the model that it tunes, and pretraining the tokenizer that it is given.
+  done(project.run(
+      {"finetune", "finetune.yaml", "run_dir=runs/base", "control.enabled=false", "--overwrite", "--quiet"}));
+  CHECK(project.read("runs/base/model/model.safetensors") == weights);
+  check_complaint(
+      project.run({"pretrain", "pretrain.yaml", "--overwrite", "tokenizer.path=runs/base/model/tokenizer.model"}), 2,
+      {"tokenizer.path lies in the model that --overwrite removes", "copy it first"});
+  CHECK(exists(project, "runs/base/model/tokenizer.model"));
   // A run that replaces it and fails leaves no model that could be taken for its own.
   CHECK(project
             .run({"pretrain", "pretrain.yaml", "train.learning_rate=10", "train.clip_norm=0",

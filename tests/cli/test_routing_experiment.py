@@ -427,6 +427,10 @@ class Table(unittest.TestCase):
             self.assertTrue(path.read_text().endswith('{"ar'))
             self.assertEqual(len(driver.read_rows(path, mend=True)), 2)
             self.assertEqual(path.read_text(), '{"arm": "a"}\n{"arm": "b"}\n')
+            path.write_text('{"arm": "a"}\n{"arm": "b"}')
+            self.assertEqual(len(driver.read_rows(path)), 2)
+            self.assertEqual(len(driver.read_rows(path, mend=True)), 2)
+            self.assertTrue(path.read_text().endswith('{"arm": "b"}\n'))
             path.write_text('{"arm": "a"}\n{"arm"\n')
             with self.assertRaisesRegex(SystemExit, "results.jsonl:2: not JSON"):
                 driver.read_rows(path)

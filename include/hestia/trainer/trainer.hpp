@@ -58,6 +58,8 @@ struct TrainingJob {
   std::string resolved_recipe;  ///< Saved as recipe.yaml; a resumed run must match it.
   /// Name and text of other files that a fresh run starts its directory with.
   std::vector<std::pair<std::string, std::string>> run_files;
+  /// Names in the run directory of what the caller makes after training; `overwrite` removes them, too.
+  std::vector<std::string> outputs;
   std::string label;  ///< Shown in front of the progress bar.
   bool resume = false;
   bool overwrite = false;

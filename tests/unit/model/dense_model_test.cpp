@@ -236,7 +236,7 @@ TEST_CASE("Router inputs are the moments of sampled positions but the first") {
   fixture.config["rope_scaling"] = {{"rope_type", "llama3"}, {"factor", 8.0}};
   fixture.save();
   const DenseCheckpoint other(fixture.folder.path());
-  CHECK_THROWS_WITH(measure_router_inputs(other, options), Catch::Contains("got \"llama3\"; use --start grouped"));
+  CHECK_THROWS_WITH(measure_router_inputs(other, options), Catch::Contains("got \"llama3\"; upcycle a model of those"));
 }
 
 }  // namespace

@@ -220,6 +220,10 @@ TEST_CASE("epochs and warmup_ratio stand for steps, the command line before the 
   CHECK(train.warmup_steps == 1);  // rounded up
   train = load("  steps: 100\n  warmup_ratio: 0.5\n", {"train.warmup_steps=0"});
   CHECK((train.steps == 100 && train.warmup_steps == 0 && train.warmup_ratio == 0.0));
+  train = load("  steps: 7\n", {"train.epochs=0"});
+  CHECK((train.steps == 7 && train.epochs == 0.0));
+  train = load("  epochs: 2\n", {"train.steps=0"});
+  CHECK((train.steps == 0 && train.epochs == 2.0));
   train = load("  epochs: 2\n", {"train={steps: 8}"});
   CHECK((train.steps == 8 && train.epochs == 0.0));
   CHECK(load("").steps == 100);  // the default
