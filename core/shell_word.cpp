@@ -22,10 +22,10 @@ std::string shell_word(const std::string& word) {
   return quoted;
 }
 
-std::string shell_words(const std::vector<std::string>& words) {
-  std::string text;
-  for (const std::string& word : words) {
-    text += (text.empty() ? "" : " ") + shell_word(word);
+std::string recipe_words(const RecipeSource& source) {
+  std::string text = shell_word(source.path().string());
+  for (const std::string& override_text : source.overrides()) {
+    text += " " + shell_word(override_text);
   }
   return text;
 }

@@ -191,13 +191,6 @@ std::int64_t expert_bytes_of(MoeModel& model) {
   return model->architecture().expert_parameters() * static_cast<std::int64_t>(torch::elementSize(model->dtype()));
 }
 
-// The recipe and its overrides, as a command takes them.
-std::string recipe_words(const RecipeSource& source) {
-  std::vector<std::string> words = {source.path().string()};
-  words.insert(words.end(), source.overrides().begin(), source.overrides().end());
-  return shell_words(words);
-}
-
 double relative(double value, double reference) {
   return value / reference - 1.0;
 }

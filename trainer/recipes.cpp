@@ -653,8 +653,7 @@ void check_counted(LoadedRecipe<FinetuneRecipe>& loaded, Problems& problems) {
     if (!counted) {
       problems.add(
           fmt::format("{}: losses.nll.domains leaves out the domain \"{}\" of data.train, and so does every term with "
-                      "a weight; name "
-                      "it in losses.nll.domains, or train on the others alone",
+                      "a weight; name it in losses.nll.domains, or train on the others alone",
                       loaded.source.location("losses.nll.domains"), domain));
     }
   }

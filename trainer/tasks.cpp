@@ -689,9 +689,7 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, con
   resolve_steps_from_run(recipe.train, recipe.run_dir, loaded.source);
   const auto latest = latest_checkpoint(recipe.run_dir);
   if (!latest || latest->first < recipe.train.steps) {
-    std::vector<std::string> words = {"hestia", "finetune", loaded.source.path().string()};
-    words.insert(words.end(), loaded.source.overrides().begin(), loaded.source.overrides().end());
-    const std::string command = shell_words(words);
+    const std::string command = "hestia finetune " + recipe_words(loaded.source);
     const std::string whole = recipe.train.steps > 0 ? fmt::format("{} steps", recipe.train.steps)
                                                      : fmt::format("{} epochs", recipe.train.epochs);
     throw UsageError(fmt::format("{}: the run is not finished ({} of {}); finish it with `{}{}`", recipe.run_dir,
