@@ -68,8 +68,8 @@ std::size_t residency_scan_workspace(const ResidencyShape&) {
   return 0;
 }
 
-void residency_scan_cuda(const ResidencyShape&, const float*, const std::uint8_t*, const std::int64_t*,
-                         const std::int64_t*, std::int64_t, std::int64_t*, void*, void*) {
+void residency_scan_cuda(const ResidencyShape&, const float*, const float*, const std::int64_t*, const std::int64_t*,
+                         std::int64_t, std::int64_t*, void*, void*) {
   refuse();
 }
 

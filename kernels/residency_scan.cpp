@@ -45,30 +45,28 @@ class Scan {
         kept_(std::min(shape.always_keep, shape.top_k)),
         // More slots than experts are never used.
         slots_(static_cast<std::size_t>(std::min(shape.slots, shape.num_experts))),
-        by_weight_(routes_by_weight(shape.score, shape.bonus, shape.always_keep, shape.top_k)),
-        weights_(by_weight_ ? static_cast<std::size_t>(shape.num_experts) : 0),
+        weights_(shape.score == ResidencyScore::kLogit ? 0 : static_cast<std::size_t>(shape.num_experts)),
         own_(static_cast<std::size_t>(shape.num_experts)),
         adjusted_(own_.size()),
-        raise_(own_.size(), 0.0F),
-        none_(own_.size(), 0.0F),
+        resident_(own_.size(), 0.0F),
         in_step_(own_.size(), 0),
         first_(kept_),
         chosen_(shape.top_k) {}
 
   void start_sequence() {
     for (const std::int32_t expert : residents_) {
-      raise_[static_cast<std::size_t>(expert)] = 0.0F;
+      resident_[static_cast<std::size_t>(expert)] = 0.0F;
     }
     residents_.clear();
   }
 
-  void token(const float* logits, bool with_prior, std::int64_t* selected) {
+  void token(const float* logits, float bonus, std::int64_t* selected) {
     const float* scores = logits;
-    if (by_weight_ && with_prior) {
+    if (routes_by_weight(shape_.score, bonus, shape_.always_keep, shape_.top_k)) {
       weight_scores(shape_.score, logits, shape_.num_experts, weights_.data());
       scores = weights_.data();
     }
-    order(scores, (with_prior ? raise_ : none_).data(), own_.data(), adjusted_.data(), shape_.num_experts);
+    order(scores, resident_.data(), bonus, own_.data(), adjusted_.data(), shape_.num_experts);
     first_.clear();
     for (std::size_t expert = 0; kept_ > 0 && expert < own_.size(); ++expert) {
       if (!first_.shuts_out(own_[expert])) {
@@ -102,11 +100,12 @@ class Scan {
   }
 
  private:
-  static void order(const float* __restrict__ scores, const float* __restrict__ raise, std::int32_t* __restrict__ own,
-                    std::int32_t* __restrict__ adjusted, std::int64_t num_experts) {
+  static void order(const float* __restrict__ scores, const float* __restrict__ resident, float bonus,
+                    std::int32_t* __restrict__ own, std::int32_t* __restrict__ adjusted, std::int64_t num_experts) {
     for (std::int64_t expert = 0; expert < num_experts; ++expert) {
       own[expert] = ordered_logit(scores[expert]);
-      adjusted[expert] = ordered_logit(scores[expert] + raise[expert]);
+      // The product is exact, so that a fused multiply-add gives the same.
+      adjusted[expert] = ordered_logit(scores[expert] + resident[expert] * bonus);
     }
   }
 
@@ -122,13 +121,13 @@ class Scan {
       }
     }
     for (const std::int32_t expert : before_) {
-      raise_[static_cast<std::size_t>(expert)] = 0.0F;
+      resident_[static_cast<std::size_t>(expert)] = 0.0F;
       if (residents_.size() < slots_ && in_step_[static_cast<std::size_t>(expert)] == 0) {
         residents_.push_back(expert);
       }
     }
     for (const std::int32_t expert : residents_) {
-      raise_[static_cast<std::size_t>(expert)] = shape_.bonus;
+      resident_[static_cast<std::size_t>(expert)] = 1.0F;
     }
     for (std::int64_t k = 0; k < shape_.top_k; ++k) {
       in_step_[static_cast<std::size_t>(selected[k])] = 0;
@@ -138,12 +137,10 @@ class Scan {
   ResidencyShape shape_;
   std::int64_t kept_;
   std::size_t slots_;
-  bool by_weight_;
   std::vector<float> weights_;
   std::vector<std::int32_t> own_;
   std::vector<std::int32_t> adjusted_;
-  std::vector<float> raise_;  // the bonus where resident, else 0
-  std::vector<float> none_;
+  std::vector<float> resident_;  // 1 or 0
   std::vector<std::uint8_t> in_step_;
   std::vector<std::int32_t> residents_;  // most recently touched first
   std::vector<std::int32_t> before_;
@@ -153,14 +150,14 @@ class Scan {
 
 }  // namespace
 
-void residency_scan_cpu(const ResidencyShape& shape, const float* logits, const std::uint8_t* counted,
+void residency_scan_cpu(const ResidencyShape& shape, const float* logits, const float* strength,
                         const std::int64_t* run_begin, const std::int64_t* run_end, std::int64_t num_runs,
                         std::int64_t* selected) {
   Scan scan(shape);
   for (std::int64_t run = 0; run < num_runs; ++run) {
     scan.start_sequence();
     for (std::int64_t token = run_begin[run]; token < run_end[run]; ++token) {
-      scan.token(logits + token * shape.num_experts, counted == nullptr || counted[token] != 0,
+      scan.token(logits + token * shape.num_experts, bonus_at(shape.bonus, strength, token),
                  selected + token * shape.top_k);
     }
   }

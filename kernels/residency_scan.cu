@@ -60,7 +60,7 @@ __device__ unsigned pick(const unsigned (&words)[W], int index) {
 /// One warp per token. Dynamic shared memory, per warp: E candidates' two keys, then 32 W facts.
 template <int W, class Word>
 __global__ void residency_prepare_kernel(ResidencyShape shape, int always_keep, const float* logits,
-                                         const std::uint8_t* counted, Word* facts) {
+                                         const float* strength, Word* facts) {
   extern __shared__ __align__(8) unsigned char shared[];
   const int num_experts = static_cast<int>(shape.num_experts);
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -72,7 +72,7 @@ __global__ void residency_prepare_kernel(ResidencyShape shape, int always_keep, 
   if (token >= shape.num_tokens) {
     return;
   }
-  const float bonus = counted == nullptr || counted[token] != 0 ? shape.bonus : 0.0F;
+  const float bonus = bonus_at(shape.bonus, strength, token);
   const bool by_weight = routes_by_weight(shape.score, bonus, shape.always_keep, shape.top_k);
   float largest = -INFINITY;
   if (by_weight) {
@@ -292,9 +292,9 @@ std::size_t bytes_of_facts(const ResidencyShape& shape, int words) {
 }
 
 template <int W>
-void launch(const ResidencyShape& shape, const float* logits, const std::uint8_t* counted,
-            const std::int64_t* run_begin, const std::int64_t* run_end, std::int64_t num_runs, std::int64_t* selected,
-            void* workspace, cudaStream_t stream) {
+void launch(const ResidencyShape& shape, const float* logits, const float* strength, const std::int64_t* run_begin,
+            const std::int64_t* run_end, std::int64_t num_runs, std::int64_t* selected, void* workspace,
+            cudaStream_t stream) {
   using Word = std::conditional_t<(W > 8), unsigned long long, unsigned>;
   auto* const facts = static_cast<Word*>(workspace);
   const std::size_t facts_bytes = bytes_of_facts(shape, W);
@@ -311,7 +311,7 @@ void launch(const ResidencyShape& shape, const float* logits, const std::uint8_t
   const auto blocks = [&](int warps) { return static_cast<unsigned>((shape.num_tokens + warps - 1) / warps); };
   constexpr std::size_t kShared = kPrepareWarps * kWarp * W * (sizeof(int2) + sizeof(Word));
   residency_prepare_kernel<W, Word>
-      <<<blocks(kPrepareWarps), kPrepareWarps * kWarp, kShared, stream>>>(shape, always_keep, logits, counted, facts);
+      <<<blocks(kPrepareWarps), kPrepareWarps * kWarp, kShared, stream>>>(shape, always_keep, logits, strength, facts);
   check_launch("residency_prepare_kernel");
   const auto runs = static_cast<unsigned>(num_runs);
   if (slots <= kWarp) {
@@ -335,7 +335,7 @@ std::size_t residency_scan_workspace(const ResidencyShape& shape) {
          static_cast<std::size_t>(shape.num_tokens) * static_cast<std::size_t>(words) * sizeof(unsigned);
 }
 
-void residency_scan_cuda(const ResidencyShape& shape, const float* logits, const std::uint8_t* counted,
+void residency_scan_cuda(const ResidencyShape& shape, const float* logits, const float* strength,
                          const std::int64_t* run_begin, const std::int64_t* run_end, std::int64_t num_runs,
                          std::int64_t* selected, void* workspace, void* stream) {
   if (shape.num_experts > kResidencyScanMaxExperts) {
@@ -346,7 +346,7 @@ void residency_scan_cuda(const ResidencyShape& shape, const float* logits, const
     return;
   }
   const auto run = [&](auto words) {
-    launch<decltype(words)::value>(shape, logits, counted, run_begin, run_end, num_runs, selected, workspace,
+    launch<decltype(words)::value>(shape, logits, strength, run_begin, run_end, num_runs, selected, workspace,
                                    static_cast<cudaStream_t>(stream));
   };
   switch (words_for(shape.num_experts)) {

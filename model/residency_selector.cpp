@@ -26,7 +26,7 @@ struct ResidencySelector::Layout {
 
   Tensor run_begins;  ///< int64 [runs]
   Tensor run_ends;
-  Tensor counted_T;  ///< uint8, 0 at prompt tokens and padding
+  Tensor strength_T;  ///< float32, 0 at prompt tokens and padding, else 1
 
   [[nodiscard]] bool is_of(const TokenBatch& batch) const {
     return sequence_ids_BS.is_same(batch.sequence_ids_BS) && ids_version == batch.sequence_ids_BS._version() &&
@@ -98,7 +98,7 @@ const ResidencySelector::Layout& ResidencySelector::layout_of(const TokenBatch& 
   if (batch.counted_BS.defined()) {
     counted = counted.logical_and(batch.counted_BS.ne(0));
   }
-  layout->counted_T = counted.reshape({-1}).to(torch::kUInt8).contiguous();
+  layout->strength_T = counted.reshape({-1}).to(torch::kFloat32).contiguous();
   layout_ = std::move(layout);
   return *layout_;
 }
@@ -123,7 +123,7 @@ Tensor ResidencySelector::select(const Tensor& logits_TE, std::int64_t top_k, st
   const Layout& layout = layout_of(batch);
   Tensor selected = torch::empty({shape.num_tokens, top_k}, logits.options().dtype(torch::kInt64));
   const float* const z = logits.const_data_ptr<float>();
-  const std::uint8_t* const counted = layout.counted_T.const_data_ptr<std::uint8_t>();
+  const float* const strength = layout.strength_T.const_data_ptr<float>();
   const std::int64_t* const begins = layout.run_begins.const_data_ptr<std::int64_t>();
   const std::int64_t* const ends = layout.run_ends.const_data_ptr<std::int64_t>();
   const std::int64_t num_runs = layout.run_begins.numel();
@@ -132,11 +132,11 @@ Tensor ResidencySelector::select(const Tensor& logits_TE, std::int64_t top_k, st
     const c10::cuda::CUDAGuard guard(logits.device());
     const Tensor workspace = torch::empty({static_cast<std::int64_t>(residency_scan_workspace(shape))},
                                           logits.options().dtype(torch::kUInt8));
-    residency_scan_cuda(shape, z, counted, begins, ends, num_runs, out, workspace.data_ptr(),
+    residency_scan_cuda(shape, z, strength, begins, ends, num_runs, out, workspace.data_ptr(),
                         c10::cuda::getCurrentCUDAStream(logits.device().index()).stream());
   } else {
     at::parallel_for(0, num_runs, 1, [&](std::int64_t first, std::int64_t last) {
-      residency_scan_cpu(shape, z, counted, begins + first, ends + first, last - first, out);
+      residency_scan_cpu(shape, z, strength, begins + first, ends + first, last - first, out);
     });
   }
   return selected;

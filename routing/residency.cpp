@@ -53,11 +53,10 @@ void weight_scores(ResidencyScore score, const float* logits, std::int64_t num_e
   }
 }
 
-SimulationCounts route_with_residency(const ResidencyShape& shape, const float* logits, const std::uint8_t* counted,
+SimulationCounts route_with_residency(const ResidencyShape& shape, const float* logits, const float* strength,
                                       const std::int64_t* run_begin, const std::int64_t* run_end, std::int64_t num_runs,
                                       std::int64_t* selected) {
   const std::int64_t kept = std::min(shape.always_keep, shape.top_k);
-  const bool by_weight = routes_by_weight(shape.score, shape.bonus, shape.always_keep, shape.top_k);
   SimulationOptions options;
   options.slots = shape.slots;
   SimulationCounts counts;
@@ -67,9 +66,9 @@ SimulationCounts route_with_residency(const ResidencyShape& shape, const float* 
   for (std::int64_t run = 0; run < num_runs; ++run) {
     DemandCache cache(options, shape.num_experts, 0);
     for (std::int64_t token = run_begin[run]; token < run_end[run]; ++token) {
-      const bool with_prior = counted == nullptr || counted[token] != 0;
+      const float bonus = bonus_at(shape.bonus, strength, token);
       const float* const row = logits + token * shape.num_experts;
-      if (by_weight && with_prior) {
+      if (routes_by_weight(shape.score, bonus, shape.always_keep, shape.top_k)) {
         weight_scores(shape.score, row, shape.num_experts, scores.data());
       } else {
         std::copy(row, row + shape.num_experts, scores.begin());
@@ -81,8 +80,8 @@ SimulationCounts route_with_residency(const ResidencyShape& shape, const float* 
       std::sort(experts.begin(), experts.end(), chosen_before);
       for (auto candidate = experts.begin() + kept; candidate != experts.end(); ++candidate) {
         const auto expert = static_cast<std::size_t>(candidate->expert);
-        if (with_prior && cache.is_resident(expert)) {
-          candidate->adjusted = ordered_logit(scores[expert] + shape.bonus);
+        if (cache.is_resident(expert)) {
+          candidate->adjusted = ordered_logit(scores[expert] + bonus);
         }
       }
       std::sort(experts.begin() + kept, experts.end(), chosen_before);

@@ -16,7 +16,8 @@ namespace hestia::testing {
 struct ResidencyCase {
   ResidencyShape shape;
   std::vector<float> logits;          ///< [T, E]
-  std::vector<std::uint8_t> counted;  ///< [T]
+  std::vector<std::uint8_t> counted;  ///< [T], 0 at prompt tokens and between the runs
+  std::vector<float> strength;  ///< [T], 0 there; else 1, or in half of the cases something else at every other token
   std::vector<std::int64_t> run_begin;
   std::vector<std::int64_t> run_end;
 
@@ -71,6 +72,11 @@ inline ResidencyCase random_residency_case(SplitMix64& random, std::int64_t max_
   }
   shape.num_tokens = token;
   c.counted.resize(static_cast<std::size_t>(token), 0);
+  const bool varies = random.uniform() < 0.5;
+  for (const std::uint8_t counts : c.counted) {
+    const float of_token = varies && random.uniform() < 0.5 ? 0.5F * static_cast<float>(below(5)) : 1.0F;
+    c.strength.push_back(counts == 0 ? 0.0F : of_token);
+  }
   std::vector<double> drift(static_cast<std::size_t>(shape.num_experts), 0.0);
   for (std::int64_t t = 0; t < token; ++t) {
     for (double& d : drift) {

@@ -192,13 +192,19 @@ struct ResidencyCandidate {
   return a.own != b.own ? a.own > b.own : a.expert < b.expert;
 }
 
+/// A resident's bonus at a token: the shape's, times `strength` [T] of that token where there is one, rounded to
+/// float32.
+[[nodiscard]] HESTIA_HOST_DEVICE inline float bonus_at(float bonus, const float* strength, std::int64_t token) {
+  return strength == nullptr ? bonus : rounded_product(bonus, strength[token]);
+}
+
 /// Routes the tokens of each run by the rule, through the simulator's slot cache (LRU, empty at the start of each run),
 /// in the plainest way: a sort per token. The reference that the scans in kernels/ are compared with.
-/// logits: float32 [T, E]; counted: uint8 [T], 0 where the token routes by z alone, in all forms (a prompt token,
-/// which is served through the same cache), null: all count; run_begin, run_end: int64 [num_runs], token range of each
-/// sequence; selected: int64 [T, K], by falling score, ties to the lower index, overwritten inside the runs. Returns
-/// what the cache saw, prompt tokens included. E is at most 65,536.
-SimulationCounts route_with_residency(const ResidencyShape& shape, const float* logits, const std::uint8_t* counted,
+/// logits: float32 [T, E]; strength: float32 [T], at least 0, times which the bonus counts at the token: at 0 it routes
+/// by z alone, in all forms (a prompt token, which is served through the same cache); null: 1 everywhere; run_begin,
+/// run_end: int64 [num_runs], token range of each sequence; selected: int64 [T, K], by falling score, ties to the lower
+/// index, overwritten inside the runs. Returns what the cache saw, prompt tokens included. E is at most 65,536.
+SimulationCounts route_with_residency(const ResidencyShape& shape, const float* logits, const float* strength,
                                       const std::int64_t* run_begin, const std::int64_t* run_end, std::int64_t num_runs,
                                       std::int64_t* selected);
 

@@ -61,9 +61,9 @@ TEST_CASE("an arm's loads under LRU are those of the cache that its selector kep
                                    .bonus = rule.bonus(static_cast<std::int64_t>(layer)),
                                    .score = rule.score};
         torch::Tensor chosen = output.routing[layer].selected_TK.clone();
-        seen += route_with_residency(shape, logits.const_data_ptr<float>(), batch.counted.data(), begins.data(),
-                                     ends.data(), static_cast<std::int64_t>(begins.size()),
-                                     chosen.data_ptr<std::int64_t>());
+        const std::vector<float> strength(batch.counted.begin(), batch.counted.end());
+        seen += route_with_residency(shape, logits.const_data_ptr<float>(), strength.data(), begins.data(), ends.data(),
+                                     static_cast<std::int64_t>(begins.size()), chosen.data_ptr<std::int64_t>());
         CHECK(torch::equal(chosen, output.routing[layer].selected_TK));
       }
     }

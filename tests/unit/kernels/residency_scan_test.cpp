@@ -15,16 +15,16 @@ namespace {
 using Choices = std::vector<std::int64_t>;
 
 // -1 where nothing was written.
-Choices scanned(const ResidencyCase& c, const std::uint8_t* counted) {
+Choices scanned(const ResidencyCase& c, const float* strength) {
   Choices selected(static_cast<std::size_t>(c.shape.num_tokens * c.shape.top_k), -1);
-  residency_scan_cpu(c.shape, c.logits.data(), counted, c.run_begin.data(), c.run_end.data(), c.num_runs(),
+  residency_scan_cpu(c.shape, c.logits.data(), strength, c.run_begin.data(), c.run_end.data(), c.num_runs(),
                      selected.data());
   return selected;
 }
 
-Choices by_reference(const ResidencyCase& c, const std::uint8_t* counted) {
+Choices by_reference(const ResidencyCase& c, const float* strength) {
   Choices selected(static_cast<std::size_t>(c.shape.num_tokens * c.shape.top_k), -1);
-  route_with_residency(c.shape, c.logits.data(), counted, c.run_begin.data(), c.run_end.data(), c.num_runs(),
+  route_with_residency(c.shape, c.logits.data(), strength, c.run_begin.data(), c.run_end.data(), c.num_runs(),
                        selected.data());
   return selected;
 }
@@ -38,8 +38,8 @@ TEST_CASE("the residency scan chooses what the reference chooses, token by token
     ResidencyCase c = random_residency_case(random, i % 3 == 0 ? 300 : 70, 60);
     INFO("case " << i << ": " << c.text());
     const bool all_count = i % 4 == 0;
-    const Choices selected = scanned(c, all_count ? nullptr : c.counted.data());
-    REQUIRE(selected == by_reference(c, all_count ? nullptr : c.counted.data()));
+    const Choices selected = scanned(c, all_count ? nullptr : c.strength.data());
+    REQUIRE(selected == by_reference(c, all_count ? nullptr : c.strength.data()));
     c.shape.bonus = 0.0F;
     moved_by_prior[static_cast<int>(c.shape.score)] += selected != scanned(c, nullptr) ? 1 : 0;
   }
@@ -100,13 +100,13 @@ TEST_CASE("by weight a prior that changes nothing is plain routing by the logits
   c.shape = {.num_tokens = 2, .num_experts = 5, .top_k = 4, .always_keep = 1, .slots = 2, .bonus = 0.5F};
   c.shape.score = ResidencyScore::kWeight;
   c.logits = {-300, -200, 0.0F, 1e-9F, 50, -300, -200, 0.0F, 1e-9F, 50};
-  c.counted = {0, 0};
+  c.strength = {0.0F, 0.0F};
   c.run_begin = {0, 1};
   c.run_end = {1, 2};
   const Choices plain = {4, 3, 2, 1, 4, 3, 2, 1};
   CHECK(scanned(c, nullptr) == Choices{4, 2, 3, 0, 4, 2, 3, 0});
-  CHECK(scanned(c, c.counted.data()) == plain);
-  CHECK(by_reference(c, c.counted.data()) == plain);
+  CHECK(scanned(c, c.strength.data()) == plain);
+  CHECK(by_reference(c, c.strength.data()) == plain);
   for (const auto& [bonus, always_keep] : {std::pair(0.0F, 1), std::pair(0.5F, 4), std::pair(0.5F, 9)}) {
     c.shape.bonus = bonus;
     c.shape.always_keep = always_keep;
@@ -175,4 +175,18 @@ TEST_CASE("the residency scan gives the worked example by weight of docs slash r
   c.shape.bonus = 0.0F;
   CHECK(scanned(c, nullptr) == Choices{0, 3, 1, 2, 2, 0, 3, 4});
   CHECK(loads() == 7);
+}
+
+TEST_CASE("a token's strength scales the bonus there, and the cache goes on") {
+  // Expert 0 is resident after the first token and .6 behind expert 1 from then on.
+  ResidencyCase c;
+  c.shape = {.num_tokens = 4, .num_experts = 3, .top_k = 1, .always_keep = 0, .slots = 1, .bonus = 1.0F};
+  c.logits = {2, 1, 0, 0, 0.6F, -1, 0, 0.6F, -1, 0, 0.6F, -1};
+  c.run_begin = {0};
+  c.run_end = {4};
+  c.strength = {1.0F, 0.7F, 0.5F, 1.0F};
+  CHECK(scanned(c, c.strength.data()) == Choices{0, 0, 1, 1});
+  CHECK(by_reference(c, c.strength.data()) == Choices{0, 0, 1, 1});
+  CHECK(scanned(c, nullptr) == Choices{0, 0, 0, 0});
+  CHECK(by_reference(c, nullptr) == Choices{0, 0, 0, 0});
 }

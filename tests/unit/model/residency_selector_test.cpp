@@ -54,8 +54,8 @@ Tensor by_reference(const ResidencyRule& rule, const Tensor& logits_TE, std::int
                              .score = rule.score};
   Tensor selected = top_k_lowest_index(logits_TE, top_k).clone();
   const Tensor logits = logits_TE.detach().contiguous();
-  const Tensor counted = counted_BS.reshape({-1}).contiguous();
-  route_with_residency(shape, logits.const_data_ptr<float>(), counted.const_data_ptr<std::uint8_t>(), begins.data(),
+  const Tensor strength = counted_BS.reshape({-1}).to(torch::kFloat32);
+  route_with_residency(shape, logits.const_data_ptr<float>(), strength.const_data_ptr<float>(), begins.data(),
                        ends.data(), static_cast<std::int64_t>(begins.size()), selected.data_ptr<std::int64_t>());
   return selected;
 }
