@@ -100,6 +100,7 @@ std::optional<ResidencyRule> residency_from(const std::string& text, const std::
     return std::nullopt;
   }
   ResidencyRule rule = manifest ? manifest->residency : ResidencyRule();
+  check_scope(rule, architecture, "--router");
   if (text == "bundle") {
     return rule;
   }
@@ -663,6 +664,12 @@ void run_generate(const GenerateArguments& arguments) {
   const Tokenizer* const text_of = tokenizer ? tokenizer->get() : nullptr;
   const bool traced = options.record || options.record_logits;
   const auto moe_layers = static_cast<std::int64_t>(architecture.moe_layers().size());
+  const auto scope_found = [&] {
+    return served->scope.everywhere() ? Json()
+                                      : Json{{"domains", served->scope.domains},
+                                             {"elsewhere", served->scope.elsewhere},
+                                             {"share_of_layers", decoder.scope_share()}};
+  };
   const auto result_of = [&](const Generated& generated, std::size_t prompt_length) {
     const DecodeTimes& times = decoder.times();
     Totals totals;
@@ -717,12 +724,11 @@ void run_generate(const GenerateArguments& arguments) {
     } else {
       found["cache"] = nullptr;
     }
-    found["residency"] = served != nullptr ? Json{{"score", residency_score_name(served->score)},
-                                                  {"lambda", served->lambda},
-                                                  {"layer_factors", served->layer_factors},
-                                                  {"always_keep", served->always_keep},
-                                                  {"preserve_mass", served->preserve_mass}}
-                                           : Json();
+    found["residency"] =
+        served != nullptr ? Json{{"score", residency_score_name(served->score)}, {"lambda", served->lambda},
+                                 {"layer_factors", served->layer_factors},       {"always_keep", served->always_keep},
+                                 {"preserve_mass", served->preserve_mass},       {"scope", scope_found()}}
+                          : Json();
     found["warnings"] = degradations();
     return found;
   };

@@ -180,6 +180,11 @@ void inspect_bundle(const std::filesystem::path& directory) {
   if (!manifest.residency.layer_factors.empty()) {
     rows.emplace_back("factors of lambda", fmt::format("{:g}", fmt::join(manifest.residency.layer_factors, " ")));
   }
+  if (const ResidencyScope& scope = manifest.residency.scope; !scope.everywhere()) {
+    rows.emplace_back("for text like",
+                      fmt::format("{}, told from the last {} tokens; elsewhere lambda counts {:g} times",
+                                  fmt::join(scope.domains, ", "), scope.window, scope.elsewhere));
+  }
   for (const auto& [name, figures] : manifest.metrics.items()) {
     rows.emplace_back(name, figures.dump());
   }

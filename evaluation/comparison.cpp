@@ -129,6 +129,19 @@ std::string under_rule(const std::string& router, const ResidencyRule& rule, con
                      other_factors ? ", other factors" : "");
 }
 
+// The bundle's file has what its scope is told by.
+Json served_rule_json(const ArmFigures& arm) {
+  if (!arm.residency) {
+    return {};
+  }
+  Json rule = residency_json(*arm.residency);
+  if (!arm.residency->scope.everywhere()) {
+    rule["scope"].erase("weights");
+    rule["scope"].erase("offsets");
+  }
+  return rule;
+}
+
 // The rules to serve every router under beside plain Top-K: the recipe's grid, and the one the bundle is meant for.
 std::vector<ResidencyRule> residency_rules(const LoadedRecipe<FinetuneRecipe>& loaded, const ResidencyRule& bundle,
                                            const std::filesystem::path& bundle_dir, const Architecture& architecture) {
@@ -139,6 +152,7 @@ std::vector<ResidencyRule> residency_rules(const LoadedRecipe<FinetuneRecipe>& l
                     "export the bundle again",
                     (bundle_dir / "manifest.json").string(), architecture.num_experts, bundle.slots));
   }
+  check_scope(bundle, architecture, bundle_dir.string());
   std::vector<ResidencyRule> rules;
   const auto add = [&](ResidencyScore score, double lambda, std::int64_t always_keep, std::int64_t slots,
                        const std::vector<double>& factors) {
@@ -688,7 +702,7 @@ Json comparison_json(const Comparison& comparison) {
                             {"router_hash", arm.router_hash},
                             {"top_k", arm.top_k},
                             {"adapters", arm.adapters},
-                            {"residency", arm.residency ? residency_json(*arm.residency) : Json()},
+                            {"residency", served_rule_json(arm)},
                             {"domains", domains}});
     if (!arm.tasks.empty()) {
       Json tasks = Json::array();

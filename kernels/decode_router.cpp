@@ -20,9 +20,9 @@ struct Choice {
   std::vector<std::int32_t> selected;
 };
 
-Choice choose(const DecodeRouterShape& shape, const float* logits, const std::int32_t* slot_of) {
+Choice choose(const DecodeRouterShape& shape, float bonus, const float* logits, const std::int32_t* slot_of) {
   std::vector<float> scores(logits, logits + shape.num_experts);
-  if (slot_of != nullptr && routes_by_weight(shape.score, shape.bonus, shape.always_keep, shape.top_k)) {
+  if (slot_of != nullptr && routes_by_weight(shape.score, bonus, shape.always_keep, shape.top_k)) {
     weight_scores(shape.score, logits, shape.num_experts, scores.data());
   }
   std::vector<ResidencyCandidate> experts;
@@ -42,7 +42,7 @@ Choice choose(const DecodeRouterShape& shape, const float* logits, const std::in
   choice.plain = best();
   for (auto candidate = rest; candidate != experts.end(); ++candidate) {
     if (slot_of != nullptr && slot_of[candidate->expert] >= 0) {
-      candidate->adjusted = ordered_logit(scores[static_cast<std::size_t>(candidate->expert)] + shape.bonus);
+      candidate->adjusted = ordered_logit(scores[static_cast<std::size_t>(candidate->expert)] + bonus);
     }
   }
   std::sort(rest, experts.end(), chosen_before);
@@ -123,6 +123,7 @@ void guess_next(DecodeRouterShape shape, const DecodeRouterInputs& in) {
   next.fetch = nullptr;
   next.guess = nullptr;
   shape.bonus = guess.bonus;
+  next.strength = guess.strength;
   DecodeRouterOutputs out = guess.scratch;
   std::vector<std::uint16_t> normal(static_cast<std::size_t>(shape.hidden_size));
   out.normal = normal.data();
@@ -163,7 +164,7 @@ void decode_router_cpu(const DecodeRouterShape& shape, const DecodeRouterInputs&
       total += probabilities[e];
     }
     std::for_each(probabilities, probabilities + shape.num_experts, [&](float& p) { p /= total; });
-    Choice choice = choose(shape, logits, in.slot_of);
+    Choice choice = choose(shape, bonus_at(shape.bonus, in.strength, t), logits, in.slot_of);
     std::vector<std::int32_t>& selected = choice.selected;
     if (in.forced != nullptr) {
       const std::int64_t* const row = in.forced + (*in.step % in.num_forced * shape.num_tokens + t) * shape.top_k;

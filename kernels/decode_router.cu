@@ -134,8 +134,9 @@ __device__ bool choose(const DecodeRouterShape& shape, const DecodeRouterInputs&
   const int top_k = static_cast<int>(shape.top_k);
   const int kept = static_cast<int>(min(shape.always_keep, shape.top_k));
   const std::int32_t* const slot_of = inputs.slot_of;
-  const bool prior = slot_of != nullptr && shape.bonus > 0.0F && kept < top_k;
-  const bool by_weight = prior && routes_by_weight(shape.score, shape.bonus, shape.always_keep, shape.top_k);
+  const float bonus = bonus_at(shape.bonus, inputs.strength, static_cast<std::int64_t>(token));
+  const bool prior = slot_of != nullptr && bonus > 0.0F && kept < top_k;
+  const bool by_weight = prior && routes_by_weight(shape.score, bonus, shape.always_keep, shape.top_k);
   const int thread = static_cast<int>(threadIdx.x);
   float largest = -INFINITY;
   if (by_weight) {  // every warp for itself: no thread waits for another warp
@@ -155,7 +156,7 @@ __device__ bool choose(const DecodeRouterShape& shape, const DecodeRouterInputs&
     const float score = by_weight ? weight_score(shape.score, z, largest) : z;
     own[e] = ordered_logit(score);
     if (prior) {
-      adjusted[e] = slots[e] >= 0 ? ordered_logit(__fadd_rn(score, shape.bonus)) : own[e];
+      adjusted[e] = slots[e] >= 0 ? ordered_logit(__fadd_rn(score, bonus)) : own[e];
       in[e / kDecodeWarp] = 0;
     }
   }
@@ -260,6 +261,7 @@ __global__ void __launch_bounds__(kThreads)
       block -= tiles;
       ended += 1;
       shape.bonus = guess.next.bonus;
+      in.strength = guess.next.strength;
       in.norm_weight = guess.next.norm_weight;
       in.router = guess.next.router;
       in.bias = nullptr;

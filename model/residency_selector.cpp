@@ -16,6 +16,29 @@ namespace hestia {
 
 using torch::Tensor;
 
+Tensor scope_evidence(const Tensor& logits_TE, const Tensor& weights_E, double offset) {
+  const Tensor evidence_T = logits_TE.to(torch::kFloat64).matmul(weights_E) + offset;
+  return torch::where(evidence_T.isfinite(), evidence_T, torch::zeros_like(evidence_T));
+}
+
+Tensor run_begin_of_tokens(const TokenBatch& batch) {
+  const Tensor ids = batch.sequence_ids_BS.to(torch::kCPU).contiguous();
+  const std::int64_t* const id = ids.const_data_ptr<std::int64_t>();
+  Tensor begins = torch::empty({ids.numel()}, torch::kInt64);
+  auto* const begin = begins.mutable_data_ptr<std::int64_t>();
+  for (std::int64_t token = 0; token < ids.numel(); ++token) {
+    begin[token] = token % ids.size(1) == 0 || id[token] != id[token - 1] ? token : begin[token - 1];
+  }
+  return begins.to(batch.sequence_ids_BS.device());
+}
+
+Tensor windowed_mean(const Tensor& values_T, const Tensor& run_begin_T, std::int64_t window) {
+  const Tensor token_T = torch::arange(values_T.size(0), run_begin_T.options());
+  const Tensor first_T = torch::maximum(run_begin_T, token_T - (window - 1));
+  const Tensor sums = torch::cat({values_T.new_zeros({1}), values_T.cumsum(0)});
+  return (sums.narrow(0, 1, values_T.size(0)) - sums.index_select(0, first_T)) / (token_T - first_T + 1);
+}
+
 /// Runs of one batch on its device: stretches of one sequence id within a row, padding included.
 struct ResidencySelector::Layout {
   // What it was made from; held, so that no other tensor can be taken for it.
@@ -26,7 +49,8 @@ struct ResidencySelector::Layout {
 
   Tensor run_begins;  ///< int64 [runs]
   Tensor run_ends;
-  Tensor strength_T;  ///< float32, 0 at prompt tokens and padding, else 1
+  Tensor run_begin_T;  ///< int64, of each token's run
+  Tensor strength_T;   ///< float32, 0 at prompt tokens and padding, else 1
 
   [[nodiscard]] bool is_of(const TokenBatch& batch) const {
     return sequence_ids_BS.is_same(batch.sequence_ids_BS) && ids_version == batch.sequence_ids_BS._version() &&
@@ -62,6 +86,20 @@ void ResidencySelector::set_rule(ResidencyRule rule) {
       refuse(fmt::format("a logit range must be at least 0 and finite, got {}", range));
     }
   }
+  const ResidencyScope& scope = rule.scope;
+  if (!scope.everywhere()) {
+    if (!(scope.elsewhere >= 0.0 && scope.elsewhere <= 1.0) || scope.window < 1) {
+      refuse(fmt::format("the scope's elsewhere must be from 0 to 1 and its window at least 1, got {} and {}",
+                         scope.elsewhere, scope.window));
+    }
+    if (scope.weights.empty() || scope.weights.size() != scope.offsets.size()) {
+      refuse(fmt::format("the scope must have weights and an offset for each MoE layer, got {} and {}",
+                         scope.weights.size(), scope.offsets.size()));
+    }
+  }
+  if (!(scope == rule_.scope)) {
+    scope_weights_.clear();
+  }
   rule_ = std::move(rule);
 }
 
@@ -79,13 +117,12 @@ const ResidencySelector::Layout& ResidencySelector::layout_of(const TokenBatch& 
   layout->given_counted_BS = batch.counted_BS;
   layout->ids_version = batch.sequence_ids_BS._version();
   layout->counted_version = batch.counted_BS.defined() ? batch.counted_BS._version() : 0;
-  const Tensor ids = batch.sequence_ids_BS.to(torch::kCPU).contiguous();
-  const std::int64_t* const id = ids.const_data_ptr<std::int64_t>();
-  const std::int64_t row_length = ids.size(1);
+  layout->run_begin_T = run_begin_of_tokens(batch);
+  const Tensor begin_of = layout->run_begin_T.to(torch::kCPU);
   std::vector<std::int64_t> begins;
   std::vector<std::int64_t> ends;
-  for (std::int64_t token = 0; token < ids.numel(); ++token) {
-    if (token % row_length == 0 || id[token] != id[token - 1]) {
+  for (std::int64_t token = 0; token < begin_of.numel(); ++token) {
+    if (begin_of.const_data_ptr<std::int64_t>()[token] == token) {
       begins.push_back(token);
       ends.push_back(token);
     }
@@ -101,6 +138,28 @@ const ResidencySelector::Layout& ResidencySelector::layout_of(const TokenBatch& 
   layout->strength_T = counted.reshape({-1}).to(torch::kFloat32).contiguous();
   layout_ = std::move(layout);
   return *layout_;
+}
+
+Tensor ResidencySelector::strength_of(const Tensor& logits_TE, std::int64_t moe_layer, const Layout& layout) {
+  const ResidencyScope& scope = rule_.scope;
+  if (scope.everywhere()) {
+    return layout.strength_T;
+  }
+  const auto index = static_cast<std::size_t>(moe_layer);
+  if (scope_weights_.empty() || scope_weights_.front().device() != logits_TE.device()) {
+    scope_weights_.clear();
+    for (const std::vector<float>& weights : scope.weights) {
+      scope_weights_.push_back(torch::tensor(weights, torch::kFloat64).to(logits_TE.device()));
+    }
+  }
+  const Tensor& weights = scope_weights_.at(index);
+  if (weights.size(0) != logits_TE.size(1)) {
+    throw std::invalid_argument(fmt::format("residency selector: the scope is of {} experts, the layer has {}",
+                                            weights.size(0), logits_TE.size(1)));
+  }
+  const Tensor mean =
+      windowed_mean(scope_evidence(logits_TE, weights, scope.offsets.at(index)), layout.run_begin_T, scope.window);
+  return layout.strength_T * torch::where(mean < 0.0, scope.elsewhere, 1.0).to(torch::kFloat32);
 }
 
 Tensor ResidencySelector::select(const Tensor& logits_TE, std::int64_t top_k, std::int64_t moe_layer,
@@ -123,7 +182,8 @@ Tensor ResidencySelector::select(const Tensor& logits_TE, std::int64_t top_k, st
   const Layout& layout = layout_of(batch);
   Tensor selected = torch::empty({shape.num_tokens, top_k}, logits.options().dtype(torch::kInt64));
   const float* const z = logits.const_data_ptr<float>();
-  const float* const strength = layout.strength_T.const_data_ptr<float>();
+  const Tensor strength_T = strength_of(logits, moe_layer, layout);
+  const float* const strength = strength_T.const_data_ptr<float>();
   const std::int64_t* const begins = layout.run_begins.const_data_ptr<std::int64_t>();
   const std::int64_t* const ends = layout.run_ends.const_data_ptr<std::int64_t>();
   const std::int64_t num_runs = layout.run_begins.numel();

@@ -25,6 +25,7 @@
 #include "hestia/kernels/decode_experts.hpp"
 #include "hestia/kernels/decode_sample.hpp"
 #include "hestia/model/key_value_cache.hpp"
+#include "hestia/model/residency_selector.hpp"
 #include "prefill_executor.hpp"
 #include "slot_selectors.hpp"
 
@@ -57,6 +58,8 @@ struct Decoder::Impl {
   std::shared_ptr<PrefillExecutor> prefill;
   std::unique_ptr<FusedStep> fused;  // null: steps are the model's own
   std::optional<DecodeReplay> replayed;
+  std::vector<Tensor> scope_weights;  // of the rule's scope, float64 [E] of each MoE layer; none: it has none
+  Tensor strength_LB;                 // times which the rule's bonus counts, told from the prompt
 
   KeyValueCache cache;
   Rotations rotations;
@@ -94,13 +97,15 @@ struct Decoder::Impl {
     slots =
         std::make_shared<SlotExecutor>(architecture, store, device, options.rows, architecture.top_k, options.cache);
     prefill = std::make_shared<PrefillExecutor>(architecture, store, device, slots);
+    strength_LB = torch::ones({moe_layers, options.rows}, torch::TensorOptions().dtype(torch::kFloat32).device(device));
+    take_scope();
     choose_selector();
     rotations = model->rotations(options.capacity);
     if (device.is_cuda() && options.kernels) {
       const std::string refusal = fused_step_refusal(model, *slots, options.rows);
       if (refusal.empty()) {
         fused = std::make_unique<FusedStep>(model, cache, slots, rotations, options.rows);
-        fused->route_by(options.residency);
+        fused->route_by(options.residency, strength_LB);
         fused->start_early(options.start_early);
       } else {
         log_warning(
@@ -226,11 +231,42 @@ struct Decoder::Impl {
     return chosen;
   }
 
+  void take_scope() {
+    if (!options.residency || options.residency->scope.everywhere()) {
+      return;
+    }
+    const ResidencyScope& scope = options.residency->scope;
+    const auto fits = [this](const std::vector<float>& weights) {
+      return static_cast<std::int64_t>(weights.size()) == architecture.num_experts;
+    };
+    if (static_cast<std::int64_t>(scope.weights.size()) != moe_layers || scope.offsets.size() != scope.weights.size() ||
+        !std::all_of(scope.weights.begin(), scope.weights.end(), fits)) {
+      throw std::invalid_argument(
+          fmt::format("decoder: the residency rule's scope must have an offset and {} weights "
+                      "for each of {} MoE layers",
+                      architecture.num_experts, moe_layers));
+    }
+    for (const std::vector<float>& weights : scope.weights) {
+      scope_weights.push_back(torch::tensor(weights, torch::kFloat64).to(device));
+    }
+  }
+
+  // Whether the rule is for this prompt, in each layer and row: what its last tokens say.
+  void judge_prompt(const std::vector<RoutingRecord>& routing, std::int64_t length) {
+    for (std::size_t layer = 0; layer < scope_weights.size(); ++layer) {
+      const ResidencyScope& scope = options.residency->scope;
+      const std::int64_t seen = std::min(scope.window, length);
+      const Tensor evidence = scope_evidence(routing[layer].logits_TE, scope_weights[layer], scope.offsets[layer]);
+      const Tensor mean_B = evidence.view({options.rows, length}).narrow(1, length - seen, seen).mean(1);
+      strength_LB[static_cast<std::int64_t>(layer)].copy_(torch::where(mean_B < 0.0, scope.elsewhere, 1.0));
+    }
+  }
+
   void choose_selector() {
     if (replayed) {
       step_selector = std::make_shared<ReplaySelector>(replayed->steps_LSBK, step_1);
     } else if (options.residency && options.residency->lambda > 0) {
-      step_selector = std::make_shared<SlotResidencySelector>(*options.residency, slots);
+      step_selector = std::make_shared<SlotResidencySelector>(*options.residency, slots, strength_LB);
     } else {
       step_selector = top_k_selector;
     }
@@ -450,6 +486,7 @@ void Decoder::begin(const torch::Tensor& prompt_BS, std::int64_t sequence) {
   {
     const ModelOutput output = impl.model->forward(batch, impl.cache);
     impl.take_logits(output.hidden_BSD);
+    impl.judge_prompt(output.routing, length);
     const bool needed =
         impl.options.record || impl.options.start == CacheStart::kPrefill || impl.options.preload_of_prompt;
     impl.prompt_selected.clear();
@@ -519,6 +556,11 @@ void Decoder::decode(std::int64_t count) {
 torch::Tensor Decoder::tokens() const {
   impl_->synchronize();
   return impl_->chosen_BS.narrow(1, 0, impl_->times.steps + 1).cpu();
+}
+
+double Decoder::scope_share() const {
+  impl_->synchronize();
+  return impl_->strength_LB.eq(1.0F).to(torch::kFloat64).mean().item<double>();
 }
 
 const torch::Tensor& Decoder::logits() const noexcept {

@@ -110,6 +110,7 @@ struct FusedStep::Impl {
   Tensor cosine, sine;
   std::optional<Tensor> replayed;
   std::optional<ResidencyRule> rule;
+  Tensor strength_LB;
   Tensor hidden_TD, normal_TD, projected, attended;
   Tensor probabilities_TE, router_logits_LBE, selected_LBK, weights_LBK, hit_slots_BK;
   Tensor router_workspace, attention_workspace;
@@ -157,6 +158,7 @@ struct FusedStep::Impl {
       guess->forced = (*replayed)[next].const_data_ptr<std::int64_t>();
     } else if (rule) {
       guess->bonus = rule->bonus(next);
+      guess->strength = strength_LB[next].const_data_ptr<float>();
     }
     guess->scratch = {nullptr,
                       guess_logits_E.mutable_data_ptr<float>(),
@@ -203,6 +205,7 @@ struct FusedStep::Impl {
       shape.always_keep = rule->always_keep;
       shape.score = rule->score;
       shape.preserve_mass = rule->preserve_mass;
+      in.strength = strength_LB[index].const_data_ptr<float>();
     }
     in.slot_of = slots->slot_of(index);
     const Tensor selected = selected_LBK[index];
@@ -303,8 +306,9 @@ void FusedStep::start_early(bool allowed) {
   impl_->slots->start_early(impl_->early);
 }
 
-void FusedStep::route_by(std::optional<ResidencyRule> rule) {
+void FusedStep::route_by(std::optional<ResidencyRule> rule, torch::Tensor strength_LB) {
   impl_->rule = std::move(rule);
+  impl_->strength_LB = std::move(strength_LB);
 }
 
 void FusedStep::run(const torch::Tensor& tokens_B1, const torch::Tensor& position_1, const torch::Tensor& step_1,

@@ -36,8 +36,9 @@ class FusedStep {
   /// Whether kernels may start before the one before them ends, with weights on their way (compute capability 9.0 has
   /// it); at first they may where the GPU has it. The same bits either way.
   void start_early(bool allowed);
-  /// nullopt: plain routing.
-  void route_by(std::optional<ResidencyRule> rule);
+  /// nullopt: plain routing. strength_LB: float32 [MoE layers, B] on the GPU, times which the rule's bonus counts in
+  /// each layer and row; it may be written between steps.
+  void route_by(std::optional<ResidencyRule> rule, torch::Tensor strength_LB);
 
   /// One token more for each row. tokens_B1, position_1, step_1: int64 on the GPU; logits_BV: float32, written. The
   /// cache must have tokens. Asynchronous on the current stream.

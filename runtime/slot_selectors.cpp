@@ -34,8 +34,9 @@ Tensor weight_scores(ResidencyScore score, const Tensor& z_TE) {
 
 }  // namespace
 
-SlotResidencySelector::SlotResidencySelector(ResidencyRule rule, std::shared_ptr<SlotExecutor> slots)
-    : rule_(std::move(rule)), slots_(std::move(slots)) {}
+SlotResidencySelector::SlotResidencySelector(ResidencyRule rule, std::shared_ptr<SlotExecutor> slots,
+                                             torch::Tensor strength_LB)
+    : rule_(std::move(rule)), slots_(std::move(slots)), strength_LB_(std::move(strength_LB)) {}
 
 torch::Tensor SlotResidencySelector::select(const torch::Tensor& logits_TE, std::int64_t top_k, std::int64_t moe_layer,
                                             const TokenBatch& /*batch*/) {
@@ -46,9 +47,10 @@ torch::Tensor SlotResidencySelector::select(const torch::Tensor& logits_TE, std:
     return top_k_lowest_index(logits, top_k);
   }
   const bool by_weight = routes_by_weight(rule_.score, bonus, rule_.always_keep, top_k);
-  const Tensor scores = by_weight ? weight_scores(rule_.score, logits) : logits;
+  const Tensor bonus_T1 = strength_LB_[moe_layer].unsqueeze(1) * bonus;
+  const Tensor scores = by_weight ? torch::where(bonus_T1 > 0.0F, weight_scores(rule_.score, logits), logits) : logits;
   const Tensor resident_E = slots_->resident(moe_layer);
-  Tensor adjusted = scores + resident_E.to(torch::kFloat32) * bonus;
+  Tensor adjusted = scores + resident_E.to(torch::kFloat32) * bonus_T1;
   const std::int64_t kept = std::clamp<std::int64_t>(rule_.always_keep, 0, top_k);
   if (kept > 0) {
     const Tensor best = top_k_lowest_index(scores, kept);

@@ -16,8 +16,9 @@ namespace hestia {
 /// step see the same. Nothing is read back. Experts by falling score, ties to the lower index. No gradient.
 class SlotResidencySelector : public Selector {
  public:
-  /// The rule's slots and policy are not looked at: the executor's count.
-  SlotResidencySelector(ResidencyRule rule, std::shared_ptr<SlotExecutor> slots);
+  /// The rule's slots, policy and scope are not looked at: the executor's slots count, and what strength_LB, float32
+  /// [MoE layers, T] on the model's device, says of the bonus in each layer and row; it may be written between steps.
+  SlotResidencySelector(ResidencyRule rule, std::shared_ptr<SlotExecutor> slots, torch::Tensor strength_LB);
   [[nodiscard]] torch::Tensor select(const torch::Tensor& logits_TE, std::int64_t top_k, std::int64_t moe_layer,
                                      const TokenBatch& batch) override;
   [[nodiscard]] bool preserves_mass(std::int64_t moe_layer, std::int64_t top_k) const override {
@@ -27,6 +28,7 @@ class SlotResidencySelector : public Selector {
  private:
   ResidencyRule rule_;
   std::shared_ptr<SlotExecutor> slots_;
+  torch::Tensor strength_LB_;
 };
 
 /// Serves what a trace says, step after step and from the first again after the last, whatever the router says; the

@@ -161,8 +161,21 @@ FieldList ResidencyOptions::fields() {
   list.add("ramp_steps", ramp_steps, "in the loop: lambda grows linearly over so many steps; 0: at once", {.low = 0});
   list.add("train_slots", train_slots, "in the loop: slots per layer that steps take in turn; empty: slots",
            {.low = 1});
-  list.add("calibration_tokens", calibration_tokens, "training tokens per domain behind the mean logit range",
-           {.low = 1});
+  list.add("calibration_tokens", calibration_tokens,
+           "training tokens per domain behind the mean logit range and the scope", {.low = 1});
+  list.add_section("scope", scope.fields(), "the text that the rule is for; other text is routed more plainly");
+  return list;
+}
+
+FieldList ResidencyScopeOptions::fields() {
+  FieldList list;
+  list.add("domains", domains,
+           "training domains that the rule is for, told from the others by the routers' logits; "
+           "empty: it holds everywhere");
+  list.add("elsewhere", elsewhere, "times which lambda counts in other text", {.low = 0.0, .high = 1.0});
+  list.add("window", window, "tokens, the last ones, that the kind of text is told from", {.low = 1});
+  list.add("keep", keep, "share of these domains' own text that is to be taken for theirs",
+           {.low = 0.0, .high = 1.0, .exclusive_low = true});
   return list;
 }
 
@@ -659,6 +672,29 @@ void check_counted(LoadedRecipe<FinetuneRecipe>& loaded, Problems& problems) {
   }
 }
 
+// A scope is told from what else is trained on.
+void check_scope(const FinetuneRecipe& recipe, const RecipeSource& source, Problems& problems) {
+  const ResidencyScopeOptions& scope = recipe.residency.scope;
+  check_domains(scope.domains, "residency.scope.domains", recipe.data.train, "data.train", source, problems);
+  if (!scope.domains.empty() &&
+      std::all_of(recipe.data.train.begin(), recipe.data.train.end(),
+                  [&](const std::string& domain) { return names_domain(scope.domains, domain); })) {
+    problems.add(
+        fmt::format("{}: residency.scope.domains must leave a domain of data.train out, which these are told from, got "
+                    "all of them ({}); add general text to data.train, or leave the scope out",
+                    source.location("residency.scope.domains"), fmt::join(scope.domains, ", ")));
+  }
+  const ResidencyScopeOptions plain;
+  for (const auto& [key, given] : {std::pair("residency.scope.elsewhere", scope.elsewhere != plain.elsewhere),
+                                   std::pair("residency.scope.window", scope.window != plain.window),
+                                   std::pair("residency.scope.keep", scope.keep != plain.keep)}) {
+    if (given && scope.domains.empty()) {
+      problems.add(fmt::format("{}: {} does nothing without residency.scope.domains; set it, or leave this out",
+                               source.location(key), key));
+    }
+  }
+}
+
 }  // namespace
 
 LoadedRecipe<FinetuneRecipe> load_finetune_recipe(const std::filesystem::path& path,
@@ -697,6 +733,7 @@ LoadedRecipe<FinetuneRecipe> load_finetune_recipe(const std::filesystem::path& p
                       loaded.source.location(key), key));
     }
   }
+  check_scope(recipe, loaded.source, problems);
   for (const auto& [key, given] : {std::pair("residency.ramp_steps", recipe.residency.ramp_steps > 0),
                                    std::pair("residency.train_slots", !recipe.residency.train_slots.empty())}) {
     if (given && !recipe.residency.in_loop) {

@@ -1,12 +1,14 @@
 #include "hestia/trainer/residency.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
 #include "hestia/core/files.hpp"
+#include "hestia/model/residency_selector.hpp"
 #include "hestia/trainer/data_source.hpp"
 #include "hestia/trainer/measure.hpp"
 
@@ -15,8 +17,11 @@ namespace hestia {
 namespace {
 
 constexpr std::int64_t kResidencyFormat = 1;
-constexpr std::int64_t kMassFormat = 2;  // with preserve_mass, which a reader of the first would pass over
+constexpr std::int64_t kMassFormat = 2;   // with preserve_mass, which a reader of the first would pass over
+constexpr std::int64_t kScopeFormat = 3;  // with a scope, which a reader of the second would
 constexpr std::int64_t kRows = 8;
+constexpr double kScopeRidge = 1e-2;  // of the mean variance of a logit
+constexpr double kSmallestRidge = 1e-12;
 
 // A rule that was in the loop belongs to the run: what is asked for now and differs would be ignored.
 void check_overrides(const RecipeSource& source, const ResidencyRule& asked, const ResidencyRule& of_run) {
@@ -36,6 +41,11 @@ void check_overrides(const RecipeSource& source, const ResidencyRule& asked, con
   check("residency.preserve_mass", asked.preserve_mass, of_run.preserve_mass);
   check("residency.slots", asked.slots, of_run.slots);
   check("residency.policy", asked.policy, of_run.policy);
+  const auto listed = [](const ResidencyScope& scope) { return fmt::format("[{}]", fmt::join(scope.domains, ", ")); };
+  check("residency.scope.domains", listed(asked.scope), listed(of_run.scope));
+  check("residency.scope.elsewhere", asked.scope.elsewhere, of_run.scope.elsewhere);
+  check("residency.scope.window", asked.scope.window, of_run.scope.window);
+  check("residency.scope.keep", asked.scope.keep, of_run.scope.keep);
   problems.throw_usage_if_any();
 }
 
@@ -50,6 +60,10 @@ ResidencyRule residency_rule(const LoadedRecipe<FinetuneRecipe>& loaded, const A
   rule.always_keep = options.always_keep;
   rule.preserve_mass = options.preserve_mass;
   rule.policy = options.policy;
+  rule.scope.domains = options.scope.domains;
+  rule.scope.elsewhere = options.scope.elsewhere;
+  rule.scope.window = options.scope.window;
+  rule.scope.keep = options.scope.keep;
   rule.slots = options.slots > 0 ? options.slots : loaded.recipe.losses.cache_simulation.slots;
   rule.slots = rule.slots > 0 ? rule.slots : std::max<std::int64_t>(1, architecture.num_experts / 4);
   if (rule.slots > architecture.num_experts) {
@@ -109,8 +123,109 @@ void calibrate(ResidencyRule& rule, MoeModel& model, const PackedData& data, std
                       range));
     }
   }
+  if (!rule.scope.everywhere()) {
+    fit_scope(rule.scope, model, data, sequence_length);
+  }
   rule.calibration =
       fmt::format("{} tokens of the training split of {}", data.num_tokens(), fmt::join(data.domains, ", "));
+}
+
+void fit_scope(ResidencyScope& scope, MoeModel& model, const PackedData& data, std::int64_t sequence_length) {
+  const torch::NoGradGuard no_grad;
+  const std::size_t num_layers = model->architecture().moe_layers().size();
+  const auto options = torch::TensorOptions().dtype(torch::kFloat64).device(model->device());
+  // Of each class (inside, outside) and layer: sum of z and of z z^T.
+  struct Sums {
+    double tokens = 0.0;
+    std::vector<torch::Tensor> first;
+    std::vector<torch::Tensor> second;
+  };
+  std::array<Sums, 2> classes;
+  const std::int64_t num_experts = model->architecture().num_experts;
+  for (Sums& sums : classes) {
+    sums.first.assign(num_layers, torch::zeros({num_experts}, options));
+    sums.second.assign(num_layers, torch::zeros({num_experts, num_experts}, options));
+  }
+  const auto is_inside = [&](std::size_t domain) {
+    return std::find(scope.domains.begin(), scope.domains.end(), data.domains[domain]) != scope.domains.end();
+  };
+  const auto batches_of = [&](std::size_t domain) {
+    return pack_for_evaluation(data, static_cast<std::int64_t>(domain), kRows, sequence_length);
+  };
+  for (std::size_t domain = 0; domain < data.domains.size(); ++domain) {
+    Sums& sums = classes[is_inside(domain) ? 1 : 0];
+    for (const PackedBatch& batch : batches_of(domain)) {
+      const TokenBatch on_device = to_device(batch, model->device());
+      const torch::Tensor real_T1 = on_device.sequence_ids_BS.reshape({-1, 1}).ge(0).to(torch::kFloat64);
+      const ModelOutput output = model->forward(on_device);
+      sums.tokens += real_T1.sum().item<double>();
+      for (std::size_t layer = 0; layer < num_layers; ++layer) {
+        const torch::Tensor z_TE = output.routing[layer].logits_TE.to(torch::kFloat64) * real_T1;
+        sums.first[layer] = sums.first[layer] + z_TE.sum(0);
+        sums.second[layer] = sums.second[layer] + z_TE.t().matmul(z_TE);
+      }
+    }
+  }
+  std::vector<torch::Tensor> weights(num_layers);
+  std::vector<double> middles(num_layers);
+  for (std::size_t layer = 0; layer < num_layers; ++layer) {
+    std::array<torch::Tensor, 2> means;
+    torch::Tensor within = torch::zeros({num_experts, num_experts}, options);
+    for (std::size_t side = 0; side < classes.size(); ++side) {
+      const Sums& sums = classes[side];
+      means[side] = sums.first[layer] / sums.tokens;
+      within = within + 0.5 * (sums.second[layer] / sums.tokens - torch::outer(means[side], means[side]));
+    }
+    // The ridge makes it solvable where logits depend on each other, and calmer where the text is little.
+    const torch::Tensor ridge = kScopeRidge * within.diagonal().mean().clamp_min(kSmallestRidge);
+    weights[layer] = torch::linalg_solve(within + torch::eye(num_experts, options) * ridge, means[1] - means[0]);
+    middles[layer] = weights[layer].dot(means[1] + means[0]).item<double>() / 2.0;
+  }
+  // Half-way between both is where evidence changes sides, or nearer to the others, so that `keep` of its own is
+  // inside.
+  std::vector<std::vector<torch::Tensor>> own(num_layers);
+  for (std::size_t domain = 0; domain < data.domains.size(); ++domain) {
+    for (const PackedBatch& batch : is_inside(domain) ? batches_of(domain) : std::vector<PackedBatch>()) {
+      const TokenBatch on_device = to_device(batch, model->device());
+      const torch::Tensor real = on_device.sequence_ids_BS.reshape({-1}).ge(0);
+      const torch::Tensor run_begin = run_begin_of_tokens(on_device);
+      const ModelOutput output = model->forward(on_device);
+      for (std::size_t layer = 0; layer < num_layers; ++layer) {
+        const torch::Tensor evidence = scope_evidence(output.routing[layer].logits_TE, weights[layer], -middles[layer]);
+        own[layer].push_back(windowed_mean(evidence, run_begin, scope.window).masked_select(real).cpu());
+      }
+    }
+  }
+  scope.weights.clear();
+  scope.offsets.clear();
+  for (std::size_t layer = 0; layer < num_layers; ++layer) {
+    const torch::Tensor sorted = std::get<0>(torch::cat(own[layer]).sort());
+    const auto lowest = static_cast<std::int64_t>((1.0 - scope.keep) * static_cast<double>(sorted.numel()));
+    const double edge = std::min(0.0, sorted[std::min(lowest, sorted.numel() - 1)].item<double>());
+    const torch::Tensor on_host = weights[layer].to(torch::kFloat32).cpu();
+    const float* const first = on_host.const_data_ptr<float>();
+    scope.weights.emplace_back(first, first + num_experts);
+    scope.offsets.push_back(static_cast<float>(-middles[layer] - edge));
+    if (!on_host.isfinite().all().item<bool>() || !std::isfinite(scope.offsets.back())) {
+      throw RunError(
+          fmt::format("residency scope: the routers' logits of MoE layer {} tell nothing finite about {}; check the "
+                      "model's weights, or leave residency.scope out",
+                      layer, fmt::join(scope.domains, ", ")));
+    }
+  }
+}
+
+void check_scope(const ResidencyRule& rule, const Architecture& architecture, const std::string& subject) {
+  const std::size_t num_layers = architecture.moe_layers().size();
+  const auto num_experts = static_cast<std::size_t>(architecture.num_experts);
+  if (!rule.scope.everywhere() &&
+      (rule.scope.weights.size() != num_layers || rule.scope.weights.front().size() != num_experts)) {
+    throw InputError(
+        fmt::format("{}: the bundle's residency scope is of {} MoE layers of {} experts, the model has {} "
+                    "of {}; give the bundle of this model",
+                    subject, rule.scope.weights.size(),
+                    rule.scope.weights.empty() ? 0 : rule.scope.weights.front().size(), num_layers, num_experts));
+  }
 }
 
 ResidencyRule rule_of_run(const LoadedRecipe<FinetuneRecipe>& loaded, MoeModel& model, const Tokenizer& tokenizer,
@@ -136,12 +251,31 @@ ResidencyRule rule_of_run(const LoadedRecipe<FinetuneRecipe>& loaded, MoeModel& 
 std::string lambda_text(const ResidencyRule& rule) {
   const std::string score =
       rule.score == ResidencyScore::kLogit ? "" : fmt::format("{} ", residency_score_name(rule.score));
-  return fmt::format("{}lambda {:g}{}{}", score, rule.lambda, rule.layer_factors.empty() ? "" : " by layer",
-                     rule.preserve_mass ? ", mass preserved" : "");
+  const std::string scope = rule.scope.everywhere()
+                                ? ""
+                                : fmt::format(", for {} (elsewhere times {:g})", fmt::join(rule.scope.domains, " and "),
+                                              rule.scope.elsewhere);
+  return fmt::format("{}lambda {:g}{}{}{}", score, rule.lambda, rule.layer_factors.empty() ? "" : " by layer",
+                     rule.preserve_mass ? ", mass preserved" : "", scope);
 }
 
+namespace {
+
+Json scope_json(const ResidencyScope& scope) {
+  if (scope.everywhere()) {
+    return {};
+  }
+  return {{"domains", scope.domains}, {"elsewhere", scope.elsewhere}, {"window", scope.window},
+          {"keep", scope.keep},       {"weights", scope.weights},     {"offsets", scope.offsets}};
+}
+
+}  // namespace
+
 Json residency_json(const ResidencyRule& rule) {
-  return {{"format_version", rule.preserve_mass ? kMassFormat : kResidencyFormat},
+  const std::int64_t version = !rule.scope.everywhere() ? kScopeFormat
+                               : rule.preserve_mass     ? kMassFormat
+                                                        : kResidencyFormat;
+  return {{"format_version", version},
           {"score", residency_score_name(rule.score)},
           {"lambda", rule.lambda},
           {"layer_factors", rule.layer_factors},
@@ -150,7 +284,8 @@ Json residency_json(const ResidencyRule& rule) {
           {"slots", rule.slots},
           {"policy", rule.policy},
           {"calibration", rule.calibration},
-          {"logit_range", rule.logit_range}};
+          {"logit_range", rule.logit_range},
+          {"scope", scope_json(rule.scope)}};
 }
 
 ResidencyRule residency_from_json(const Json& json, const std::string& subject, Problems& problems) {
@@ -175,9 +310,9 @@ ResidencyRule residency_from_json(const Json& json, const std::string& subject, 
   if (json.contains("format_version")) {
     std::int64_t version = 0;
     take("format_version", version);
-    if (version != kResidencyFormat && version != kMassFormat) {
-      problems.add(fmt::format("{}: format version {} is not one this program supports ({}, {}); update the program",
-                               subject, version, kResidencyFormat, kMassFormat));
+    if (version < kResidencyFormat || version > kScopeFormat) {
+      problems.add(fmt::format("{}: format version {} is not one this program supports ({} to {}); update the program",
+                               subject, version, kResidencyFormat, kScopeFormat));
     }
   }
   // Without a score it is the rule by logits, which was the only one.
@@ -206,6 +341,27 @@ ResidencyRule residency_from_json(const Json& json, const std::string& subject, 
   if (json.contains("calibration")) {
     take("calibration", rule.calibration);
   }
+  const bool scoped = json.contains("scope") && !json.at("scope").is_null();
+  if (scoped) {
+    const Json& scope = json.at("scope");
+    const auto take_of_scope = [&](const char* key, auto& value) {
+      if (!scope.is_object() || !scope.contains(key)) {
+        problems.add(fmt::format("{}: scope: key \"{}\" is missing; export the bundle again", subject, key));
+        return;
+      }
+      try {
+        scope.at(key).get_to(value);
+      } catch (const nlohmann::json::exception&) {
+        problems.add(fmt::format("{}: scope: key \"{}\" has the wrong type; export the bundle again", subject, key));
+      }
+    };
+    take_of_scope("domains", rule.scope.domains);
+    take_of_scope("elsewhere", rule.scope.elsewhere);
+    take_of_scope("window", rule.scope.window);
+    take_of_scope("keep", rule.scope.keep);
+    take_of_scope("weights", rule.scope.weights);
+    take_of_scope("offsets", rule.scope.offsets);
+  }
   const auto usable = [](double number) { return number >= 0.0 && std::isfinite(number); };
   if (!usable(rule.lambda) || rule.always_keep < 0 || rule.slots < 0 ||
       !std::all_of(rule.layer_factors.begin(), rule.layer_factors.end(), usable) ||
@@ -220,6 +376,22 @@ ResidencyRule residency_from_json(const Json& json, const std::string& subject, 
         fmt::format("{}: layer_factors must have one number per MoE layer, as logit_range has ({}), got {}; export the "
                     "bundle again",
                     subject, rule.logit_range.size(), rule.layer_factors.size()));
+  }
+  const ResidencyScope& scope = rule.scope;
+  const auto finite = [](const std::vector<float>& numbers) {
+    return std::all_of(numbers.begin(), numbers.end(), [](float number) { return std::isfinite(number); });
+  };
+  const std::size_t experts = scope.weights.empty() ? 0 : scope.weights.front().size();
+  if (scoped && (scope.everywhere() || !(scope.elsewhere >= 0.0 && scope.elsewhere <= 1.0) || scope.window < 1 ||
+                 scope.weights.size() != rule.logit_range.size() || scope.offsets.size() != rule.logit_range.size() ||
+                 experts == 0 || !finite(scope.offsets) ||
+                 !std::all_of(scope.weights.begin(), scope.weights.end(), [&](const std::vector<float>& weights) {
+                   return weights.size() == experts && finite(weights);
+                 }))) {
+    problems.add(fmt::format(
+        "{}: scope must name domains, with an elsewhere from 0 to 1, a window of at least 1, and for each of "
+        "the {} MoE layers an offset and as many weights as experts, all finite; export the bundle again",
+        subject, rule.logit_range.size()));
   }
   if (rule.policy != policy_name(CachePolicyKind::kLru)) {
     problems.add(fmt::format("{}: policy must be lru, got \"{}\"; update the program or export the bundle again",

@@ -262,6 +262,8 @@ def points_of(results):
             rule["layer_factors"] = arm["residency"]["layer_factors"]
         if rule and arm["residency"].get("preserve_mass"):
             rule["preserve_mass"] = True
+        if rule and arm["residency"].get("scope"):
+            rule["scope"] = arm["residency"]["scope"]
         points.append({"residency": rule, "domains": {d["domain"]: figures_of(d) for d in arm["domains"]}})
         if arm.get("tasks"):
             points[-1]["tasks"] = arm["tasks"]
@@ -541,14 +543,16 @@ def spread(values):
 
 
 def rule_text(rule, quarter):
-    """The score where it is not the logit, lambda, its factors by layer where there are any, J, and C where the rule's
-    cache is not the one that the table is about."""
+    """The score where it is not the logit, lambda, its factors by layer where there are any, J, preserved mass and the
+    scope where there is one, and C where the rule's cache is not the one that the table is about."""
     if rule is None:
         return ""
     other = "" if rule["slots"] == quarter else f", C {rule['slots']}"
     score = f"{rule['score']} " if "score" in rule else ""
     factors = " x " + "/".join(f"{factor:g}" for factor in rule["layer_factors"]) if "layer_factors" in rule else ""
     mass = ", mass" if rule.get("preserve_mass") else ""
+    if scope := rule.get("scope"):
+        mass += f", for {' and '.join(scope['domains'])} (elsewhere x {scope['elsewhere']:g})"
     return f"{score}{rule['lambda']:g}{factors}, J {rule['always_keep']}{mass}{other}"
 
 

@@ -219,3 +219,78 @@ TEST_CASE("a prior needs no training: the arms of a run that never saw one") {
   CHECK(training.at("arms").at(0).at("domains").at(0).at("nll") !=
         results.at("arms").at(0).at("domains").at(0).at("nll"));
 }
+
+TEST_CASE("a rule with a scope is trained, exported, evaluated and served for the text that it names") {
+  const SmallProject project;
+  make_loop(project, ", scope: {domains: [letters], elsewhere: 0.25, window: 8, keep: 0.9}");
+  check_complaint(project.run({"validate", "loop.yaml"}), 2,
+                  {"residency.scope.domains", "must leave a domain of data.train out", "(letters)"});
+  check_complaint(project.run({"validate", "loop.yaml", "residency.scope.domains=[lettres]"}), 2,
+                  {"residency.scope.domains", "\"lettres\", which data.train does not name", "letters"});
+  check_complaint(project.run({"validate", "loop.yaml", "residency.scope.domains=[]"}), 2,
+                  {"residency.scope.elsewhere does nothing without residency.scope.domains", "residency.scope.keep"});
+  check_complaint(project.run({"validate", "loop.yaml", "residency.scope.elsewhere=1.5"}), 2,
+                  {"residency.scope.elsewhere", "1.5"});
+  project.write("loop.yaml", replaced(project.read("loop.yaml"), "train: [letters]", "train: [letters, colours]"));
+  done(project.run({"finetune", "loop.yaml", "--quiet"}));
+  const Json rule = read_json_file(project.path() / "runs/tuned/residency.json");
+  CHECK(rule.at("format_version") == 3);
+  const Json& scope = rule.at("scope");
+  CHECK(scope.at("domains") == Json{"letters"});
+  CHECK(scope.at("elsewhere") == 0.25);
+  CHECK(scope.at("weights").size() == 2);
+  CHECK(scope.at("weights").at(0).size() == 8);
+  CHECK(scope.at("offsets").size() == 2);
+  check_complaint(project.run({"export", "loop.yaml", "residency.scope.elsewhere=0.5"}), 2,
+                  {"residency.scope.elsewhere was 0.25 when the run was trained in the loop", "got 0.5"});
+  done(project.run({"export", "loop.yaml", "--quiet"}));
+  CHECK(read_json_file(project.path() / "runs/tuned/bundle/manifest.json").at("residency") == rule);
+  CHECK_THAT(done(project.run({"inspect", "runs/tuned/bundle"})),
+             Catch::Contains("residency lambda 0.3, for letters (elsewhere times 0.25), J 1") &&
+                 Catch::Contains("letters, told from the last 8 tokens; elsewhere lambda counts 0.25 times"));
+  done(project.run({"evaluate", "loop.yaml", "evaluate.residency_prior.lambdas=[3]",
+                    "evaluate.residency_prior.always_keep=[0]", "--quiet"}));
+  const Json results = read_json_file(project.path() / "runs/tuned/results.json");
+  const auto arm_named = [&](const std::string& name) {
+    for (const Json& arm : results.at("arms")) {
+      if (arm.at("name") == name) {
+        return arm;
+      }
+    }
+    FAIL("no arm " << name);
+    return Json();
+  };
+  const Json of_rule = arm_named("tuned, lambda 0.3, for letters (elsewhere times 0.25), J 1");
+  CHECK(of_rule.at("residency").at("scope") ==
+        Json{{"domains", {"letters"}}, {"elsewhere", 0.25}, {"window", 8}, {"keep", 0.9}});
+  // A strong rule: few loads are left where it is meant for, more of them elsewhere.
+  const auto share_left = [&](std::size_t domain) {
+    const auto loads = [&](const std::string& name) {
+      for (const Json& cell : arm_named(name).at("domains").at(domain).at("cache")) {
+        if (cell.at("policy") == "lru" && cell.at("slots") == 3) {
+          return cell.at("loads").get<double>();
+        }
+      }
+      return -1.0;
+    };
+    return loads("tuned, lambda 3, for letters (elsewhere times 0.25), J 0") / loads("tuned");
+  };
+  CHECK(share_left(0) < 0.6);
+  CHECK(share_left(1) > share_left(0) + 0.1);
+  const auto served = [&](const std::string& text) {
+    return Json::parse(done(project.run({"generate", "--model", "runs/base/model", "--router", "runs/tuned/bundle",
+                                         "--prompt", text, "--max-tokens", "3", "--ignore-eos", "--device", "cpu",
+                                         "--expert-slots", "3", "--json"})))
+        .at("residency")
+        .at("scope");
+  };
+  const std::string letters =
+      project
+          .read("letters/" +
+                std::filesystem::directory_iterator(project.path() / "letters")->path().filename().string())
+          .substr(0, 200);
+  const Json of_letters = served(letters);
+  CHECK(of_letters.at("domains") == Json{"letters"});
+  CHECK(of_letters.at("elsewhere") == 0.25);
+  CHECK(of_letters.at("share_of_layers") == 1.0);
+}

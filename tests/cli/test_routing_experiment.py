@@ -348,11 +348,12 @@ class Table(unittest.TestCase):
         rules[-1]["slots"] = 8
         rules += [{**rule, "layer_factors": []}, {**rule, "layer_factors": [0.5, 2.0]}]
         rules += [{**rule, "preserve_mass": True}]
+        rules += [{**rule, "scope": {"domains": ["python"], "elsewhere": 0.5}}, {**rule, "scope": None}]
         points = driver.points_of({"arms": [{"residency": rule, "domains": []} for rule in rules]})
         self.assertEqual(
             [driver.rule_text(point["residency"], 16) for point in points],
             ["", "0.05, J 1", "0.05, J 1", "weight 0.05, J 1", "weight 0.05, J 1, C 8", "0.05, J 1"]
-            + ["0.05 x 0.5/2, J 1", "0.05, J 1, mass"],
+            + ["0.05 x 0.5/2, J 1", "0.05, J 1, mass", "0.05, J 1, for python (elsewhere x 0.5)", "0.05, J 1"],
         )
 
     def test_points(self):

@@ -48,6 +48,8 @@ struct DecodeRouterInputs {
   /// int32 [E], the slot where the layer's slot cache holds the expert before this step, negative: nowhere; all tokens
   /// see the same. Null: no cache.
   const std::int32_t* slot_of = nullptr;
+  /// float32 [T], at least 0: times which the bonus counts in each row, 0 plain Top-K; null: 1.
+  const float* strength = nullptr;
   /// int64 [S, T, K]: expert ids, below E, that are selected in place of the rule's, from row `*step` modulo S on, in
   /// their order (a trace that is replayed); they weigh what the router says of them. Null: none.
   const std::int64_t* forced = nullptr;
@@ -89,6 +91,7 @@ struct DecodeGuess {
   const std::int32_t* slot_of = nullptr;  ///< Nobody else may write it meanwhile: slots are not shared by layers.
   const std::int64_t* forced = nullptr;   ///< What a trace chooses in the next layer, of the same steps: always right.
   float bonus = 0.0F;                     ///< In place of the shape's.
+  const float* strength = nullptr;        ///< float32 [1], times which it counts; null: 1.
   std::int64_t layer = 0;                 ///< Number of the next layer among those with experts.
   PrefetchState* state = nullptr;         ///< Gets the guess, and its count.
   CopyRequest* request = nullptr;         ///< Is told of it, after the layer's own loads where the router serves.

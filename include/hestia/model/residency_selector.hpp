@@ -8,22 +8,38 @@
 
 namespace hestia {
 
+/// Evidence of each token for a scope (ResidencyScope): z . weights_E + offset, 0 where that is no finite number.
+/// logits_TE: float [T, E]; weights_E: float64 on the same device; result float64 [T].
+[[nodiscard]] torch::Tensor scope_evidence(const torch::Tensor& logits_TE, const torch::Tensor& weights_E,
+                                           double offset);
+
+/// For each token of a batch, flat over its rows, the first of its run, the stretch of one sequence id within a row:
+/// int64 [T] on the batch's device. Reads the sequence ids on the host.
+[[nodiscard]] torch::Tensor run_begin_of_tokens(const TokenBatch& batch);
+
+/// Mean of each token's value and those of up to `window` - 1 tokens before it in its run. values_T: float64 [T];
+/// run_begin_T: int64 [T], as run_begin_of_tokens gives it, on the same device.
+[[nodiscard]] torch::Tensor windowed_mean(const torch::Tensor& values_T, const torch::Tensor& run_begin_T,
+                                          std::int64_t window);
+
 /// Residency-aware routing, in training and evaluation alike: every sequence of the batch meets a slot cache of its
 /// own, empty at its first token, that is served what the selector chooses (rule: hestia/routing/residency.hpp). Prompt
-/// tokens (TokenBatch::counted_BS 0) route by z alone and are served through the same cache. Padding routes by z alone
-/// and meets no sequence's cache. Choices are hard and carry no gradient; the mixing weights that the model gathers for
-/// them do. Logits are taken as float32. Keeps nothing from one batch to the next but the layout of the last one. Not
-/// thread-safe.
+/// tokens (TokenBatch::counted_BS 0) route by z alone and are served through the same cache; where the rule has a
+/// scope, they are evidence, too. Padding routes by z alone and meets no sequence's cache. Choices are hard and carry
+/// no gradient; the mixing weights that the model gathers for them do. Logits are taken as float32. Keeps nothing from
+/// one batch to the next but the layout of the last one. Not thread-safe.
 class ResidencySelector : public Selector {
  public:
   /// Throws std::invalid_argument for a rule without a meaning: lambda below 0 or not finite, negative always_keep, no
-  /// slots, a policy other than lru, or a logit range that is negative or not finite.
+  /// slots, a policy other than lru, a logit range that is negative or not finite, or a scope whose `elsewhere` is not
+  /// from 0 to 1, whose window is below 1, or which has not been fitted.
   explicit ResidencySelector(ResidencyRule rule);
   ~ResidencySelector() override;
 
   /// `logits_TE` -> selected_TK int64 on the same device, by falling score, ties to the lower index. On a GPU
   /// asynchronous, apart from the first layer of a batch, which copies the sequence ids to the host. Throws
-  /// std::out_of_range when a rule by logits has no logit range for `moe_layer`, RunError when a kernel does not start.
+  /// std::out_of_range when a rule by logits has no logit range for `moe_layer` or a scope no weights,
+  /// std::invalid_argument when these are of another number of experts, RunError when a kernel does not start.
   [[nodiscard]] torch::Tensor select(const torch::Tensor& logits_TE, std::int64_t top_k, std::int64_t moe_layer,
                                      const TokenBatch& batch) override;
   [[nodiscard]] bool preserves_mass(std::int64_t moe_layer, std::int64_t top_k) const override {
@@ -37,8 +53,11 @@ class ResidencySelector : public Selector {
  private:
   struct Layout;
   const Layout& layout_of(const TokenBatch& batch);
+  // float32 [T], of the tokens of `layout`.
+  torch::Tensor strength_of(const torch::Tensor& logits_TE, std::int64_t moe_layer, const Layout& layout);
 
   ResidencyRule rule_;
+  std::vector<torch::Tensor> scope_weights_;  // of the layers, float64 on the device that was last asked for
   std::unique_ptr<Layout> layout_;
 };
 

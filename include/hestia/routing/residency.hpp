@@ -27,6 +27,23 @@ enum class ResidencyScore : std::int32_t {
 /// All names, in enum order.
 [[nodiscard]] std::vector<std::string> residency_score_names();
 
+/// The text that a residency rule is for, told as it comes by the router's own logits: text like that of some training
+/// domains. z . w + b is a token's evidence for them in a layer; where its mean over the token and the window - 1
+/// before it, of the same sequence, is below 0, the bonus counts `elsewhere` times. w is Fisher's linear discriminant
+/// (Annals of Eugenics 7, 1936) between these domains and the others that were trained on; b leaves the share `keep` of
+/// their own text inside (fit_scope of hestia/trainer/residency.hpp).
+struct ResidencyScope {
+  std::vector<std::string> domains;         ///< Empty: the rule holds everywhere, and the rest means nothing.
+  double elsewhere = 0.0;                   ///< Times which the bonus counts outside, from 0 to 1.
+  std::int64_t window = 64;                 ///< Tokens, at least 1.
+  double keep = 0.95;                       ///< Above 0, at most 1.
+  std::vector<std::vector<float>> weights;  ///< w, [MoE layers][E].
+  std::vector<float> offsets;               ///< b, [MoE layers].
+
+  [[nodiscard]] bool everywhere() const { return domains.empty(); }
+  friend bool operator==(const ResidencyScope&, const ResidencyScope&) = default;
+};
+
 /// Residency-aware routing (after the cache-prior of arXiv 2412.00099; docs/routing.md): a bonus on the score, z, u
 /// or sqrt(u), of the experts that the layer's slot cache holds, z' = z + lambda * D_avg, u' = u + lambda or sqrt(u) +
 /// lambda, where layers may scale lambda by factors of their own; the J highest by score alone chosen first and the
@@ -43,6 +60,7 @@ struct ResidencyRule {
   std::string policy = "lru";      ///< Of the slot cache; lru is the only one there is.
   std::vector<float> logit_range;  ///< D_avg per MoE layer: mean of max z - min z under the base router.
   std::string calibration;         ///< The text that logit_range is the mean over, in words.
+  ResidencyScope scope;            ///< Where the bonus counts.
 
   /// What is added to a resident's score in MoE layer `layer`, rounded to float32 once, here: lambda * factor * D_avg
   /// for logits, lambda * factor for weights and their roots. Throws std::out_of_range where the layer has no range,
@@ -197,6 +215,14 @@ struct ResidencyCandidate {
 [[nodiscard]] HESTIA_HOST_DEVICE inline float bonus_at(float bonus, const float* strength, std::int64_t token) {
   return strength == nullptr ? bonus : rounded_product(bonus, strength[token]);
 }
+
+/// Strengths of a scope, which is not everywhere, in MoE layer `layer`, token by token in the plainest way: the
+/// reference of ResidencySelector's. logits: float32 [T, E], E of the scope; run_begin, run_end: int64 [num_runs],
+/// token range of each sequence; strength: float32 [T], 1 or `elsewhere`, overwritten inside the runs. A token whose
+/// evidence is no finite number has none (0). Throws std::out_of_range for a layer that the scope does not have.
+void scope_strengths(const ResidencyScope& scope, std::int64_t layer, const float* logits,
+                     const std::int64_t* run_begin, const std::int64_t* run_end, std::int64_t num_runs,
+                     float* strength);
 
 /// Routes the tokens of each run by the rule, through the simulator's slot cache (LRU, empty at the start of each run),
 /// in the plainest way: a sort per token. The reference that the scans in kernels/ are compared with.

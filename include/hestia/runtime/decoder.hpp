@@ -89,6 +89,10 @@ class Decoder {
   /// Logits of the last position, float32 [B, V], on the model's device.
   [[nodiscard]] const torch::Tensor& logits() const noexcept;
 
+  /// Share of MoE layers, over all rows, that took the prompt for text of the residency rule's scope and serve it with
+  /// the whole bonus since; 1 without a scope.
+  [[nodiscard]] double scope_share() const;
+
   /// Counts of each MoE layer since `begin`; empty when all are resident.
   [[nodiscard]] std::vector<SlotCacheCounts> counts() const;
   [[nodiscard]] const DecodeTimes& times() const noexcept;

@@ -135,6 +135,15 @@ struct ExportOptions {
   FieldList fields();
 };
 
+/// Section `residency.scope`: where the bonus counts (ResidencyScope).
+struct ResidencyScopeOptions {
+  std::vector<std::string> domains;  ///< Training domains that the rule is for; empty: it holds everywhere.
+  double elsewhere = 0.0;            ///< Times which lambda counts in other text.
+  std::int64_t window = 64;          ///< Tokens that a token's own is told from.
+  double keep = 0.95;                ///< Share of these domains' text that is to be taken for theirs.
+  FieldList fields();
+};
+
 /// Section `residency`: residency-aware routing (docs/routing.md), the rule that the bundle is to be served with and,
 /// in the loop, trained under.
 struct ResidencyOptions {
@@ -148,7 +157,8 @@ struct ResidencyOptions {
   bool in_loop = false;                    ///< Route by the rule while training.
   std::int64_t ramp_steps = 0;             ///< Steps over which lambda grows to its value; 0: none.
   std::vector<std::int64_t> train_slots;   ///< C of training steps, in turn; empty: that of the rule.
-  std::int64_t calibration_tokens = 8192;  ///< Training tokens per domain behind D_avg.
+  std::int64_t calibration_tokens = 8192;  ///< Training tokens per domain behind D_avg and the scope.
+  ResidencyScopeOptions scope;
   FieldList fields();
 };
 

@@ -24,10 +24,21 @@ namespace hestia {
 /// tokens, at least one.
 [[nodiscard]] PackedData calibration_data(const PackedData& train_data, std::int64_t tokens);
 
-/// Sets rule.logit_range, the mean of max z - min z over all tokens of `data` in every MoE layer, and what it was taken
-/// over. `model` must be the base model: its routers as they are now, its selector as it is set. Throws RunError when a
-/// logit is not finite.
+/// Sets rule.logit_range, the mean of max z - min z over all tokens of `data` in every MoE layer, what it was taken
+/// over, and where the rule has a scope, its weights (fit_scope). `model` must be the base model: its routers as they
+/// are now, its selector as it is set. Throws RunError when a logit is not finite.
 void calibrate(ResidencyRule& rule, MoeModel& model, const PackedData& data, std::int64_t sequence_length);
+
+/// Fits the scope's weights and offsets, for its domains, window and keep: in each MoE layer w = (S + r I)^-1 (m_1 -
+/// m_0), m_1 and m_0 being the means of z over the tokens of its domains and of all others of `data`, S the mean of the
+/// two covariances and r a hundredth of the mean variance (Fisher's linear discriminant), and b such that evidence
+/// changes sides half-way between the means or, where less than `keep` of the domains' own tokens would be inside,
+/// lower, so that as many are. `data` must have sequences of domains inside and outside; `model` as for calibrate.
+/// Throws RunError when what comes out is not finite.
+void fit_scope(ResidencyScope& scope, MoeModel& model, const PackedData& data, std::int64_t sequence_length);
+
+/// Throws InputError, naming `subject`, when the rule has a scope that is of other layers or experts than the model's.
+void check_scope(const ResidencyRule& rule, const Architecture& architecture, const std::string& subject);
 
 /// The rule that the routers of the recipe's run are served with: its residency.json, or where there is none
 /// residency_rule, calibrated on `model`, which must be the base model. Throws UsageError when an override asks for
@@ -36,7 +47,7 @@ void calibrate(ResidencyRule& rule, MoeModel& model, const PackedData& data, std
                                         const Tokenizer& tokenizer, std::int64_t threads);
 
 /// Form and strength of the rule in words: "lambda 0.3", or "weight lambda 0.05" and "root lambda 0.3" for the others;
-/// "lambda 0.3 by layer" where layers have factors.
+/// "lambda 0.3 by layer" where layers have factors, "for python (elsewhere times 0.5)" where it has a scope.
 [[nodiscard]] std::string lambda_text(const ResidencyRule& rule);
 
 /// The rule as it stands in `residency.json` of a run directory and under `residency` in a bundle's manifest.

@@ -18,6 +18,7 @@ struct Case {
   std::vector<float> router;
   std::vector<float> bias;
   std::vector<std::int32_t> slot_of;
+  std::vector<float> strength = {};       // of rows; empty: none
   std::vector<std::int64_t> forced = {};  // of steps, rows and ranks; empty: none
   std::int64_t step = 0;
 };
@@ -73,6 +74,7 @@ Result run(const Case& c, bool with_bias, bool with_resident, bool gpu, Asked* a
   Guarded<float> router(c.router, gpu);
   Guarded<float> bias(c.bias, gpu);
   Guarded<std::int32_t> slot_of(c.slot_of, gpu);
+  Guarded<float> strength(c.strength, gpu);
   Guarded<std::int64_t> forced(c.forced, gpu);
   Guarded<std::int64_t> step({c.step}, gpu);
   Guarded<std::uint16_t> normal(Bits(c.hidden.size(), 0), gpu);
@@ -86,6 +88,7 @@ Result run(const Case& c, bool with_bias, bool with_resident, bool gpu, Asked* a
                         router.data(),
                         with_bias ? bias.data() : nullptr,
                         with_resident ? slot_of.data() : nullptr,
+                        c.strength.empty() ? nullptr : strength.data(),
                         c.forced.empty() ? nullptr : forced.data(),
                         static_cast<std::int64_t>(c.forced.size() / choices),
                         step.data()};
@@ -97,6 +100,7 @@ Result run(const Case& c, bool with_bias, bool with_resident, bool gpu, Asked* a
   Guarded<std::uint16_t> next_norm(next.norm_weight, gpu);
   Guarded<float> next_router(next.router, gpu);
   Guarded<std::int32_t> next_slots(next.slot_of, gpu);
+  Guarded<float> next_strength(next.strength, gpu);
   Guarded<std::int64_t> next_forced(next.forced, gpu);
   Guarded<float> next_logits(std::vector<float>(scores), gpu);
   Guarded<float> next_probabilities(std::vector<float>(scores), gpu);
@@ -116,6 +120,7 @@ Result run(const Case& c, bool with_bias, bool with_resident, bool gpu, Asked* a
       next_slots.data(),
       next.forced.empty() ? nullptr : next_forced.data(),
       next.shape.bonus,
+      next.strength.empty() ? nullptr : next_strength.data(),
       asked != nullptr ? asked->layer : 0,
       state.data(),
       static_cast<CopyRequest*>(request_on_device),
@@ -150,11 +155,12 @@ Result run(const Case& c, bool with_bias, bool with_resident, bool gpu, Asked* a
   return result;
 }
 
-/// The rule in other words, on the logits z of one token.
-std::vector<std::int32_t> choice(const Case& c, const float* z, bool with_resident) {
+/// The rule in other words, on the logits z of row `row`.
+std::vector<std::int32_t> choice(const Case& c, const float* z, bool with_resident, std::size_t row) {
   const DecodeRouterShape& shape = c.shape;
+  const float bonus = c.strength.empty() ? shape.bonus : shape.bonus * c.strength[row];
   std::vector<float> weights(static_cast<std::size_t>(shape.num_experts));
-  if (with_resident && shape.score != ResidencyScore::kLogit && shape.bonus > 0.0F && shape.always_keep < shape.top_k) {
+  if (with_resident && shape.score != ResidencyScore::kLogit && bonus > 0.0F && shape.always_keep < shape.top_k) {
     const float largest = *std::max_element(z, z + shape.num_experts);
     std::transform(z, z + shape.num_experts, weights.begin(), [&](float x) {
       const float half = shape.score == ResidencyScore::kRoot ? 0.5F : 1.0F;
@@ -168,7 +174,7 @@ std::vector<std::int32_t> choice(const Case& c, const float* z, bool with_reside
   const std::int64_t kept = std::min(c.shape.always_keep, c.shape.top_k);
   // Stable on the order by score: ties with the bonus go to the higher score, then the lower index.
   const auto adjusted = [&](std::int32_t e) {
-    return with_resident && c.slot_of[static_cast<std::size_t>(e)] >= 0 ? z[e] + c.shape.bonus : z[e];
+    return with_resident && c.slot_of[static_cast<std::size_t>(e)] >= 0 ? z[e] + bonus : z[e];
   };
   std::stable_sort(order.begin() + kept, order.end(), [&](auto a, auto b) { return adjusted(a) > adjusted(b); });
   order.resize(static_cast<std::size_t>(c.shape.top_k));
@@ -211,7 +217,7 @@ bool check(const Case& c, const Result& result, bool with_bias, bool with_reside
     }
     const std::vector<std::int32_t> selected(result.selected.begin() + static_cast<std::ptrdiff_t>(t * top_k),
                                              result.selected.begin() + static_cast<std::ptrdiff_t>((t + 1) * top_k));
-    REQUIRE(selected == choice(c, z, with_resident));
+    REQUIRE(selected == choice(c, z, with_resident, t));
     for (std::size_t k = 0; k < top_k; ++k) {
       REQUIRE(result.slots[t * top_k + k] == (with_resident ? c.slot_of[static_cast<std::size_t>(selected[k])] : -7));
     }
@@ -223,7 +229,7 @@ bool check(const Case& c, const Result& result, bool with_bias, bool with_reside
     const double chosen = mass(selected);
     const bool scaled = with_resident && c.shape.bonus > 0.0F && c.shape.always_keep < c.shape.top_k &&
                         c.shape.preserve_mass && !c.shape.normalise_top_k;
-    const double ratio = scaled ? mass(choice(c, z, false)) / chosen : 1.0;
+    const double ratio = scaled ? mass(choice(c, z, false, t)) / chosen : 1.0;
     differs = differs || std::abs(ratio - 1.0) > 1e-3;
     for (std::size_t e = 0; e < experts; ++e) {
       probability_error =
@@ -253,22 +259,25 @@ const std::vector<Size> kSizes = {{1, 8, 1, 1},    {1, 2048, 64, 8}, {3, 264, 7,
 void check_all(SplitMix64& random, bool gpu) {
   int scaled = 0;
   for (const Size& s : kSizes) {
-    for (const int variant : {0, 1, 2, 3, 4, 5, 6, 7}) {
+    for (const int variant : {0, 1, 2, 3, 4, 5, 6, 7, 8, 9}) {
       CAPTURE(s.tokens, s.hidden, s.experts, s.top_k, variant);
       Case c = random_case(random, s.tokens, s.hidden, s.experts, s.top_k);
       c.shape.norm = variant == 1 ? DecodeNorm::kRmsWide : DecodeNorm::kRms;
       c.shape.normalise_top_k = variant >= 2 && variant < 6;
       c.shape.routed_scale = variant == 3 || variant == 7 ? 2.5F : 1.0F;
-      c.shape.bonus = variant % 2 == 1 || variant == 6 ? 1.5F : 0.0F;
+      c.shape.bonus = variant % 2 == 1 || variant == 6 || variant == 8 ? 1.5F : 0.0F;
       c.shape.always_keep = variant % 4;
       c.shape.preserve_mass = variant == 3 || variant >= 6;
-      if (variant == 4 || variant == 5 || variant == 7) {
+      if (variant == 4 || variant == 5 || variant == 7 || variant == 9) {
         c.shape.score = variant == 5 ? ResidencyScore::kRoot : ResidencyScore::kWeight;
         c.shape.bonus = variant == 4 ? 0.05F : 0.4F;
       }
+      for (std::int64_t row = 0; variant >= 8 && row < s.tokens; ++row) {
+        c.strength.push_back(0.5F * static_cast<float>((row + variant) % 3));  // 1, .5 and 0 begin in turn
+      }
       c.shape.dependent = variant == 2;
       const bool with_bias = variant >= 2;
-      const bool with_resident = variant % 2 == 1 || variant == 4 || variant == 6;
+      const bool with_resident = variant % 2 == 1 || variant == 4 || variant == 6 || variant == 8;
       scaled += check(c, run(c, with_bias, with_resident, gpu), with_bias, with_resident) ? 1 : 0;
     }
   }
@@ -289,6 +298,11 @@ void check_prior_off(SplitMix64& random, bool gpu, ResidencyScore score) {
   CHECK(moved.selected != plain.selected);
   CHECK(moved.logits == plain.logits);
   CHECK(moved.probabilities == plain.probabilities);
+  c.strength.assign(8, 1.0F);
+  CHECK(run(c, false, true, gpu) == moved);
+  c.strength.assign(8, 0.0F);
+  CHECK(run(c, false, true, gpu) == with_cache);
+  c.strength.clear();
   c.shape.always_keep = 8;  // J = K changes nothing
   CHECK(run(c, false, true, gpu) == with_cache);
 }
@@ -354,6 +368,10 @@ void check_guess(SplitMix64& random, bool gpu) {
       c.shape.dependent = variant == 2;
       next.shape = c.shape;
       next.shape.bonus = c.shape.bonus * 0.25F;  // a factor of the layer
+      if (variant == 1 || variant == 5) {
+        c.strength = {0.5F};
+        next.strength = {variant == 1 ? 2.0F : 0.0F};
+      }
       if (variant == 2) {
         for (int i = 0; i < 3 * s.top_k; ++i) {
           c.forced.push_back(static_cast<std::int64_t>(random.below(static_cast<std::uint64_t>(s.experts))));
@@ -370,7 +388,7 @@ void check_guess(SplitMix64& random, bool gpu) {
       CHECK(run(c, variant >= 2, with_resident, gpu, &asked) == plain);
       const Result of_next = run(next, false, true, gpu);
       CHECK(asked.logits == of_next.logits);
-      std::vector<std::int32_t> chosen = choice(next, asked.logits.data(), true);
+      std::vector<std::int32_t> chosen = choice(next, asked.logits.data(), true, 0);
       if (variant == 2) {
         chosen.assign(next.forced.begin() + s.top_k, next.forced.begin() + 2 * s.top_k);  // step 4 of 3
       }

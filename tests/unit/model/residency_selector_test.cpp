@@ -41,6 +41,23 @@ TokenBatch batch_with_prompt(const Architecture& a) {
   return batch;
 }
 
+/// A scope of random weights, for `layers` layers of `experts`.
+ResidencyScope random_scope(SplitMix64& random, std::int64_t layers, std::int64_t experts) {
+  ResidencyScope scope;
+  scope.domains = {"python"};
+  scope.elsewhere = random.uniform() < 0.5 ? 0.0 : 0.5;
+  scope.window = 1 + static_cast<std::int64_t>(random.below(4));
+  for (std::int64_t layer = 0; layer < layers; ++layer) {
+    std::vector<float> weights;
+    for (std::int64_t expert = 0; expert < experts; ++expert) {
+      weights.push_back(static_cast<float>(random.uniform() - 0.5));
+    }
+    scope.weights.push_back(weights);
+    scope.offsets.push_back(0.05F * static_cast<float>(random.uniform() - 0.5));
+  }
+  return scope;
+}
+
 /// [T, K] of the reference for one layer's logits, the padding of the batch by plain Top-K.
 Tensor by_reference(const ResidencyRule& rule, const Tensor& logits_TE, std::int64_t top_k, std::int64_t layer,
                     const std::vector<std::int64_t>& begins, const std::vector<std::int64_t>& ends,
@@ -54,7 +71,13 @@ Tensor by_reference(const ResidencyRule& rule, const Tensor& logits_TE, std::int
                              .score = rule.score};
   Tensor selected = top_k_lowest_index(logits_TE, top_k).clone();
   const Tensor logits = logits_TE.detach().contiguous();
-  const Tensor strength = counted_BS.reshape({-1}).to(torch::kFloat32);
+  Tensor strength = counted_BS.reshape({-1}).to(torch::kFloat32);
+  if (!rule.scope.everywhere()) {
+    Tensor in_scope = torch::ones_like(strength);
+    scope_strengths(rule.scope, layer, logits.const_data_ptr<float>(), begins.data(), ends.data(),
+                    static_cast<std::int64_t>(begins.size()), in_scope.mutable_data_ptr<float>());
+    strength = strength * in_scope;
+  }
   route_with_residency(shape, logits.const_data_ptr<float>(), strength.const_data_ptr<float>(), begins.data(),
                        ends.data(), static_cast<std::int64_t>(begins.size()), selected.data_ptr<std::int64_t>());
   return selected;
@@ -104,10 +127,77 @@ TEST_CASE("every layer serves what the reference chooses, prompts, packing and p
   CHECK(differs);
 }
 
+TEST_CASE("where a rule has a scope, every layer judges the text by itself, as the reference does") {
+  const Architecture a = small_architecture();
+  MoeModel model = float_model(a);
+  const TokenBatch batch = batch_with_prompt(a);
+  const torch::NoGradGuard no_grad;
+  SplitMix64 random(5);
+  int outside = 0;
+  int inside = 0;
+  for (int i = 0; i < 40; ++i) {
+    ResidencyRule rule = rule_of(1.5, 0, 4);
+    rule.score = i % 4 == 0 ? ResidencyScore::kRoot : ResidencyScore::kLogit;
+    const auto routed = [&] {
+      model->set_selector(std::make_shared<ResidencySelector>(rule));
+      return model->forward(batch);
+    };
+    const Tensor everywhere = routed().routing[0].selected_TK;
+    rule.scope = random_scope(random, 3, a.num_experts);
+    const ModelOutput output = routed();
+    for (std::size_t layer = 0; layer < output.routing.size(); ++layer) {
+      const RoutingRecord& record = output.routing[layer];
+      CHECK(same(record.selected_TK, by_reference(rule, record.logits_TE, a.top_k, static_cast<std::int64_t>(layer),
+                                                  {0, 4, 9}, {4, 9, 15}, batch.counted_BS)));
+    }
+    (same(output.routing[0].selected_TK, everywhere) ? inside : outside) += 1;
+  }
+  CHECK(inside > 3);
+  CHECK(outside > 3);
+  // All of the text inside: as without a scope, bit by bit; all of it outside, with nothing there: plain Top-K.
+  ResidencyRule rule = rule_of(0.4, 1, 3);
+  const auto hidden = [&](Selector* selector) {
+    model->set_selector(std::shared_ptr<Selector>(selector));
+    return model->forward(batch).hidden_BSD;
+  };
+  const Tensor without = hidden(new ResidencySelector(rule));
+  rule.scope.domains = {"python"};
+  rule.scope.weights.assign(3, std::vector<float>(static_cast<std::size_t>(a.num_experts), 0.0F));
+  rule.scope.offsets.assign(3, 0.0F);
+  CHECK(torch::equal(hidden(new ResidencySelector(rule)), without));
+  rule.scope.offsets.assign(3, -1.0F);
+  CHECK(torch::equal(hidden(new ResidencySelector(rule)), hidden(new TopKSelector())));
+  CHECK_FALSE(torch::equal(without, hidden(new TopKSelector())));
+  // A rule that changes, as in training, takes its scope along.
+  auto selector = std::make_shared<ResidencySelector>(rule);
+  model->set_selector(selector);
+  CHECK_FALSE(torch::equal(model->forward(batch).hidden_BSD, without));
+  rule.scope.offsets.assign(3, 1.0F);
+  selector->set_rule(rule);
+  CHECK(torch::equal(model->forward(batch).hidden_BSD, without));
+}
+
+TEST_CASE("a windowed mean stays within its run") {
+  const Tensor values = torch::tensor({1.0, 2.0, 6.0, 4.0, 10.0, 20.0}, torch::kFloat64);
+  TokenBatch batch;
+  batch.sequence_ids_BS = torch::tensor({0, 0, 0, 0, 1, -1}, torch::kInt64).view({2, 3});
+  const Tensor begin = run_begin_of_tokens(batch);
+  CHECK(torch::equal(begin, torch::tensor({0, 0, 0, 3, 4, 5}, torch::kInt64)));
+  CHECK(torch::allclose(windowed_mean(values, begin, 2),
+                        torch::tensor({1.0, 1.5, 4.0, 4.0, 10.0, 20.0}, torch::kFloat64)));
+  CHECK(torch::allclose(windowed_mean(values, begin, 9),
+                        torch::tensor({1.0, 1.5, 3.0, 4.0, 10.0, 20.0}, torch::kFloat64)));
+}
+
 TEST_CASE("packed sequences are routed as each one alone") {
   const Architecture a = small_architecture();
   MoeModel model = float_model(a);
-  model->set_selector(std::make_shared<ResidencySelector>(rule_of(0.5, 1, 3)));
+  ResidencyRule rule = rule_of(0.5, 1, 3);
+  if (GENERATE(false, true)) {
+    SplitMix64 random(8);
+    rule.scope = random_scope(random, 3, a.num_experts);
+  }
+  model->set_selector(std::make_shared<ResidencySelector>(rule));
   const TokenBatch batch = batch_with_prompt(a);
   const torch::NoGradGuard no_grad;
   const ModelOutput packed = model->forward(batch);
@@ -253,6 +343,23 @@ TEST_CASE("a rule without a meaning is refused") {
   refused(rule, "a layer's factor must be at least 0 and finite, got -0.5");
   rule.layer_factors = {1.0, 1.0, std::numeric_limits<double>::infinity()};
   refused(rule, "a layer's factor");
+  rule = rule_of(0.1, 1, 3);
+  rule.scope.domains = {"python"};
+  refused(rule, "the scope must have weights and an offset for each MoE layer, got 0 and 0");
+  rule.scope.weights = {{1, 2, 3}};
+  rule.scope.offsets = {0.0F};
+  rule.scope.elsewhere = 1.5;
+  refused(rule, "elsewhere must be from 0 to 1 and its window at least 1, got 1.5 and 64");
+  rule.scope.elsewhere = 0.5;
+  rule.scope.window = 0;
+  refused(rule, "got 0.5 and 0");
+  rule.scope.window = 1;
+  TokenBatch two_tokens;
+  two_tokens.sequence_ids_BS = torch::zeros({1, 2}, torch::kInt64);
+  ResidencySelector scoped(rule);
+  CHECK_THROWS_WITH(scoped.select(torch::zeros({2, 4}), 2, 0, two_tokens),
+                    Catch::Contains("the scope is of 3 experts, the layer has 4"));
+  CHECK_THROWS_AS(scoped.select(torch::zeros({2, 3}), 2, 1, two_tokens), std::out_of_range);
   ResidencySelector one_layer(rule_of(0.1, 1, 3, 1));
   TokenBatch batch;
   batch.sequence_ids_BS = torch::zeros({1, 2}, torch::kInt64);
@@ -282,6 +389,9 @@ TEST_CASE("the CUDA residency scan chooses what the CPU chooses", "[gpu]") {
       rule.lambda = static_cast<double>(c.shape.bonus);
     } else {
       rule.logit_range[0] = c.shape.bonus;
+    }
+    if (i % 2 == 1) {
+      rule.scope = random_scope(random, 1, c.shape.num_experts);
     }
     ResidencySelector on_cpu(rule);
     ResidencySelector on_gpu(rule);

@@ -94,3 +94,24 @@ TEST_CASE("the bonus is lambda by weight, and in logit ranges by logit") {
   }
   CHECK_FALSE(residency_score_from_name("weights"));
 }
+
+TEST_CASE("a scope counts the bonus whole where the last tokens speak for it, and elsewhere times elsewhere") {
+  ResidencyScope scope;
+  scope.domains = {"python"};
+  scope.elsewhere = 0.25;
+  scope.window = 2;
+  scope.weights = {{9.0F, 9.0F}, {1.0F, -2.0F}};
+  scope.offsets = {0.0F, 0.5F};
+  // Evidence of the second layer, z . (1, -2) + .5: 1.5, -.5, -1.5, 1.5, no number, .5 | -.5, 0.
+  const float none = std::numeric_limits<float>::quiet_NaN();
+  const std::vector<float> logits = {1, 0, 1, 1, 0, 1, 1, 0, none, 0, 2, 1, 1, 1, 0, 0.25F};
+  const std::int64_t begins[] = {0, 6};
+  const std::int64_t ends[] = {6, 8};
+  std::vector<float> strength(9, -1.0F);
+  scope_strengths(scope, 1, logits.data(), begins, ends, 2, strength.data());
+  // Sums over two tokens: 1.5, 1, -2, 0, 1.5, .5 | -.5, -.5; what lies behind the runs is left alone.
+  CHECK(strength == std::vector<float>{1, 1, 0.25F, 1, 1, 1, 0.25F, 0.25F, -1});
+  CHECK_THROWS_AS(scope_strengths(scope, 2, logits.data(), begins, ends, 2, strength.data()), std::out_of_range);
+  CHECK_FALSE(scope.everywhere());
+  CHECK(ResidencyScope().everywhere());
+}

@@ -542,6 +542,80 @@ void check_replay(torch::Device device, CacheStart start, torch::Dtype dtype,
   CHECK_THROWS_AS(decoder.replay(DecodeReplay{steps_LSBK.narrow(3, 0, 2), {}}), std::invalid_argument);
 }
 
+// A scope is judged by the prompt: every layer serves the rule, its share of it, or plain Top-K from there on.
+void check_scope_of_prompt(torch::Device device, torch::Dtype dtype) {
+  const Architecture a = kernel_architecture();
+  const OffloadedModel offloaded = make_offloaded(a, dtype, device);
+  const Tensor prompt = prompt_of(a);
+  DecoderOptions options;
+  options.capacity = 40;
+  options.cache = slots_of(4);
+  options.record_logits = true;
+  const auto loads = [&] {
+    Decoder decoder(offloaded, options);
+    decoder.begin(prompt);
+    decoder.decode(30);
+    return std::pair(loads_of(decoder.counts()), decoder.scope_share());
+  };
+  const std::int64_t plain = loads().first;
+  ResidencyRule rule;
+  rule.lambda = 0.3;
+  rule.always_keep = 1;
+  rule.slots = 4;
+  rule.logit_range = {2.0F, 3.0F, 4.0F};
+  rule.score = GENERATE(ResidencyScore::kLogit, ResidencyScore::kRoot);
+  options.residency = rule;
+  const std::int64_t under_rule = loads().first;
+  CHECK(loads().second == 1.0);
+  CHECK(under_rule < plain);
+  rule.scope.domains = {"python"};
+  rule.scope.window = 3;
+  rule.scope.weights.assign(3, std::vector<float>(static_cast<std::size_t>(a.num_experts), 0.0F));
+  const auto with_offsets = [&](const std::vector<float>& offsets, double elsewhere) {
+    rule.scope.offsets = offsets;
+    rule.scope.elsewhere = elsewhere;
+    options.residency = rule;
+    return loads();
+  };
+  CHECK(with_offsets({0, 1, 2}, 0.0) == std::pair(under_rule, 1.0));
+  CHECK(with_offsets({-1, -1, -1}, 0.0) == std::pair(plain, 0.0));
+  CHECK(with_offsets({-1, 1, -1}, 1.0).first == under_rule);
+  const auto [some, share] = with_offsets({-1, 1, -1}, 0.0);
+  CHECK(share == Approx(1.0 / 3.0));
+  CHECK(some != plain);
+  CHECK(some != under_rule);
+  // As the half of lambda everywhere.
+  const std::int64_t half = with_offsets({-1, -1, -1}, 0.5).first;
+  rule.scope = {};
+  rule.lambda = 0.15;
+  options.residency = rule;
+  CHECK(loads().first == half);
+  // Told from the prompt's own logits: its last tokens', and judged anew with each prompt.
+  options.residency->scope.domains = {"python"};
+  options.residency->scope.window = 2;
+  options.residency->scope.offsets.assign(3, 0.0F);
+  for (int layer = 0; layer < 3; ++layer) {
+    std::vector<float> weights(static_cast<std::size_t>(a.num_experts), 0.0F);
+    weights[static_cast<std::size_t>(layer)] = 1.0F;
+    options.residency->scope.weights.push_back(weights);
+  }
+  Decoder decoder(offloaded, options);
+  for (const std::int64_t shift : {0, 1, 2, 3}) {
+    const Tensor other = (prompt + shift) % a.vocab_size;
+    decoder.begin(other);
+    double expected = 0.0;
+    const Tensor logits_LSBE = decoder.recorded_prompt_logits();
+    for (std::int64_t layer = 0; layer < 3; ++layer) {
+      const Tensor z = logits_LSBE[layer].select(1, 0);  // [S, E]
+      const double evidence = z.select(1, layer).narrow(0, z.size(0) - 2, 2).to(torch::kFloat64).sum().item<double>();
+      expected += evidence < 0.0 ? 0.0 : 1.0 / 3.0;
+    }
+    CHECK(decoder.scope_share() == Approx(expected));
+  }
+  options.residency->scope.weights[1].pop_back();
+  CHECK_THROWS_WITH(Decoder(offloaded, options), Catch::Contains("weights for each of 3 MoE layers"));
+}
+
 void check_residency(torch::Device device, torch::Dtype dtype) {
   const Architecture a = kernel_architecture();
   const OffloadedModel offloaded = make_offloaded(a, dtype, device);
@@ -824,6 +898,10 @@ TEST_CASE("residency-aware routing sees the slots of the moment, off, it is plai
   check_residency(kCpu, torch::kFloat32);
 }
 
+TEST_CASE("a residency rule with a scope is for the prompts that are like it") {
+  check_scope_of_prompt(kCpu, torch::kFloat32);
+}
+
 TEST_CASE("a preserved mass is what the model has under the rule") {
   check_preserved_mass(kCpu);
 }
@@ -837,6 +915,12 @@ TEST_CASE("on the GPU, a preserved mass is what the model has under the rule", "
 TEST_CASE("residency-aware routing on the GPU sees the slots of the moment", "[gpu]") {
   if (gpu_ready()) {
     check_residency(kGpu, GENERATE(torch::kFloat32, torch::kBFloat16));
+  }
+}
+
+TEST_CASE("a residency rule with a scope is for the prompts that are like it, on the GPU", "[gpu]") {
+  if (gpu_ready()) {
+    check_scope_of_prompt(kGpu, GENERATE(torch::kFloat32, torch::kBFloat16));
   }
 }
 

@@ -279,8 +279,8 @@ TEST_CASE("a residency rule survives its file, and a damaged one says what is wr
                                               Catch::Contains("policy must be lru, got \"lfu\""));
   write([](Json& json) { json["logit_range"] = {1.0, -2.0}; });
   CHECK_THROWS_WITH(read_residency(path), Catch::Contains("must be finite and at least 0"));
-  write([](Json& json) { json["format_version"] = 3; });
-  CHECK_THROWS_WITH(read_residency(path), Catch::Contains("format version 3") && Catch::Contains("(1, 2)"));
+  write([](Json& json) { json["format_version"] = 4; });
+  CHECK_THROWS_WITH(read_residency(path), Catch::Contains("format version 4") && Catch::Contains("(1 to 3)"));
   // A program that does not know of it must not pass over it.
   write([](Json& json) { CHECK(json.at("format_version") == 1); });
   CHECK_FALSE(read_residency(path).preserve_mass);
@@ -292,6 +292,121 @@ TEST_CASE("a residency rule survives its file, and a damaged one says what is wr
   CHECK_FALSE(read_residency(path).preserve_mass);
   write([](Json& json) { json["preserve_mass"] = 1.5; });
   CHECK_THROWS_WITH(read_residency(path), Catch::Contains("\"preserve_mass\" has the wrong type, got 1.5"));
+}
+
+TEST_CASE("a scope survives the rule's file, and a damaged one says what is wrong") {
+  const TemporaryFolder folder;
+  ResidencyRule rule = in_loop_rule();
+  const auto path = folder.path() / "residency.json";
+  const auto write = [&](const std::function<void(Json&)>& change) {
+    Json json = residency_json(rule);
+    change(json);
+    write_text_atomically(path, json.dump());
+  };
+  write([](Json& json) { CHECK(json.at("scope").is_null()); });
+  CHECK(read_residency(path).scope.everywhere());
+  write([](Json& json) { json.erase("scope"); });  // what was written before there was one
+  CHECK(read_residency(path).scope.everywhere());
+  rule.scope.domains = {"python", "kernel"};
+  rule.scope.elsewhere = 0.8;
+  rule.scope.window = 32;
+  rule.scope.keep = 0.9;
+  rule.scope.weights = {{0.1F, -2.5F, 1e-7F}, {3.0F, 0.0F, 0.7F}};
+  rule.scope.offsets = {0.3F, -0.2F};
+  write([](Json& json) { CHECK(json.at("format_version") == 3); });
+  CHECK(read_residency(path).scope == rule.scope);
+  CHECK(lambda_text(rule) == "lambda 0.3, for python and kernel (elsewhere times 0.8)");
+  const auto refused = [&](const std::function<void(Json&)>& change, const std::string& part) {
+    write([&](Json& json) { change(json.at("scope")); });
+    CHECK_THROWS_WITH(read_residency(path), Catch::Contains(path.string()) && Catch::Contains(part));
+  };
+  refused([](Json& scope) { scope.erase("window"); }, "scope: key \"window\" is missing");
+  refused([](Json& scope) { scope["weights"] = "all"; }, "scope: key \"weights\" has the wrong type");
+  refused([](Json& scope) { scope["weights"].erase(0); }, "for each of the 2 MoE layers");
+  refused([](Json& scope) { scope["weights"][1].erase(0); }, "as many weights as experts");
+  refused([](Json& scope) { scope["offsets"].push_back(1.0); }, "an offset and");
+  refused([](Json& scope) { scope["elsewhere"] = 1.5; }, "an elsewhere from 0 to 1");
+  refused([](Json& scope) { scope["domains"] = Json::array(); }, "must name domains");
+  refused([](Json& scope) { scope = 7; }, "scope: key \"domains\" is missing");
+  Architecture architecture = hestia::testing::tiny_architecture();
+  CHECK_THROWS_WITH(
+      check_scope(rule, architecture, "bundle"),
+      Catch::Contains("bundle: the bundle's residency scope is of 2 MoE layers of 3 experts, the model has 2 "
+                      "of 8; give the bundle of this model"));
+  architecture.num_experts = 3;
+  CHECK_NOTHROW(check_scope(rule, architecture, "bundle"));
+}
+
+TEST_CASE("a scope is Fisher's discriminant of the routers' logits, and keeps the share of its own text") {
+  at::set_num_threads(1);
+  MoeModel model = tiny_model();
+  // Two kinds of text: small tokens and large ones, with some of the others in between.
+  PackedData data;
+  data.domains = {"alpha", "beta", "gamma"};
+  SplitMix64 random(4);
+  for (int i = 0; i < 60; ++i) {
+    TokenSequence sequence;
+    sequence.domain = i % 3;
+    const std::uint64_t first = sequence.domain == 1 ? 20 : 0;
+    for (int t = 0; t < 5 + i % 19; ++t) {
+      sequence.tokens.push_back(
+          static_cast<std::int32_t>(random.uniform() < 0.2 ? random.below(48) : first + random.below(20)));
+    }
+    data.sequences.push_back(std::move(sequence));
+  }
+  ResidencyRule rule = in_loop_rule();
+  rule.scope.domains = {"beta"};
+  rule.scope.window = 4;
+  rule.scope.keep = GENERATE(0.5, 0.97);
+  rule.logit_range.clear();
+  calibrate(rule, model, data, 24);
+  REQUIRE(rule.scope.weights.size() == 2);
+  const torch::NoGradGuard no_grad;
+  const auto logits_of = [&](const TokenSequence& sequence, std::size_t layer) {
+    const auto length = static_cast<std::int64_t>(sequence.tokens.size());
+    const torch::Tensor ids =
+        torch::tensor(std::vector<std::int64_t>(sequence.tokens.begin(), sequence.tokens.end())).unsqueeze(0);
+    return model->forward({ids, torch::arange(length).unsqueeze(0), torch::zeros({1, length}, torch::kInt64)})
+        .routing[layer]
+        .logits_TE.to(torch::kFloat64);
+  };
+  for (std::size_t layer = 0; layer < 2; ++layer) {
+    // The definition on all logits at once.
+    std::array<std::vector<torch::Tensor>, 2> logits;
+    for (const TokenSequence& sequence : data.sequences) {
+      logits[sequence.domain == 1 ? 1 : 0].push_back(logits_of(sequence, layer));
+    }
+    const torch::Tensor outside = torch::cat(logits[0]);
+    const torch::Tensor inside = torch::cat(logits[1]);
+    const auto covariance = [](const torch::Tensor& z) {
+      const torch::Tensor centred = z - z.mean(0);
+      return centred.t().matmul(centred) / z.size(0);
+    };
+    torch::Tensor within = (covariance(outside) + covariance(inside)) / 2;
+    within = within + torch::eye(8, torch::kFloat64) * 0.01 * within.diagonal().mean();
+    const torch::Tensor expected = torch::linalg_solve(within, inside.mean(0) - outside.mean(0));
+    const torch::Tensor found = torch::tensor(rule.scope.weights[layer]).to(torch::kFloat64);
+    CHECK(((found - expected).norm() / expected.norm()).item<double>() < 1e-4);
+    // The shares that it keeps and lets in.
+    double kept = 0.0;
+    double let_in = 0.0;
+    for (const TokenSequence& sequence : data.sequences) {
+      const torch::Tensor z = logits_of(sequence, layer).to(torch::kFloat32).contiguous();
+      const std::int64_t begin = 0;
+      const std::int64_t end = z.size(0);
+      std::vector<float> strength(static_cast<std::size_t>(end));
+      scope_strengths(rule.scope, static_cast<std::int64_t>(layer), z.const_data_ptr<float>(), &begin, &end, 1,
+                      strength.data());
+      (sequence.domain == 1 ? kept : let_in) += static_cast<double>(std::count(strength.begin(), strength.end(), 1.0F));
+    }
+    kept /= static_cast<double>(inside.size(0));
+    let_in /= static_cast<double>(outside.size(0));
+    CHECK(kept >= rule.scope.keep - 0.01);
+    CHECK(let_in < kept - 0.3);
+    if (rule.scope.keep == 0.97) {
+      CHECK(kept < 0.99);
+    }
+  }
 }
 
 TEST_CASE("the recipe's residency section is checked with its line") {
