@@ -556,7 +556,8 @@ TEST_CASE("a residency prior by weight needs no bundle, and loads less") {
                                    {"lambda", 0.2},
                                    {"layer_factors", Json::array()},
                                    {"always_keep", 1},
-                                   {"preserve_mass", false}});
+                                   {"preserve_mass", false},
+                                   {"scope", Json()}});
   CHECK(prior["cache"]["loads"] < plain["cache"]["loads"]);
   const Json root = Json::parse(done(hestia(generate({"--expert-slots", "5", "--residency-prior", "0.2,1,root"}))));
   CHECK(root["residency"]["score"] == "root");
