@@ -76,6 +76,7 @@ class Program:
             "residency.lambda=0",
             "residency.ramp_steps=0",
             "residency.train_slots=[]",
+            *(f"residency.scope.{key}" for key in ("domains=[]", "elsewhere=0", "window=64", "keep=0.95")),
         ]
         key = "\n".join([self.version, options.recipe, *overrides])
         run_dir = self.out / hashlib.sha256(key.encode()).hexdigest()[:16]

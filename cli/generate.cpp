@@ -58,6 +58,7 @@ struct GenerateArguments {
   std::string preload_by = "aggregate";
   std::string preload_router;
   std::string residency = "bundle";
+  bool everywhere = false;
   double temperature = 0.0;
   double top_p = 1.0;
   std::string device = "auto";
@@ -93,13 +94,17 @@ CacheStart start_from_name(const std::string& name) {
 }
 
 // "off", "bundle" or "LAMBDA,J[,SCORE[,one factor per MoE layer]]" on top of the bundle's logit ranges and factors.
-std::optional<ResidencyRule> residency_from(const std::string& text, const std::optional<BundleManifest>& manifest,
+std::optional<ResidencyRule> residency_from(const std::string& text, bool everywhere,
+                                            const std::optional<BundleManifest>& manifest,
                                             const Architecture& architecture) {
   const std::size_t num_layers = architecture.moe_layers().size();
   if (text == "off" || (text == "bundle" && !manifest)) {
     return std::nullopt;
   }
   ResidencyRule rule = manifest ? manifest->residency : ResidencyRule();
+  if (everywhere) {
+    rule.scope = {};
+  }
   check_scope(rule, architecture, "--router");
   if (text == "bundle") {
     return rule;
@@ -643,7 +648,7 @@ void run_generate(const GenerateArguments& arguments) {
   }
   const Json expert_error = expert_error_json(offloaded.store);
   const Json expert_store = expert_store_json(offloaded.store);
-  options.residency = residency_from(arguments.residency, manifest, stored);
+  options.residency = residency_from(arguments.residency, arguments.everywhere, manifest, stored);
   std::vector<std::int64_t> prompt;  // the one that runs
   if (preload) {
     set_preload(*preload, offloaded.model, prompt, options);
@@ -882,6 +887,8 @@ void add_generate(CLI::App& app) {
   verb->add_option("--preload-router", arguments->preload_router,
                    "whose statistics: baseline or tuned (default: that of --router)")
       ->option_text("NAME");
+  verb->add_flag("--residency-everywhere", arguments->everywhere,
+                 "serve that rule for every prompt, also where the bundle's is for some text alone");
   verb->add_option("--residency-prior", arguments->residency,
                    "prefer experts that are there: LAMBDA,J or LAMBDA,J,logit|weight|root (or +mass behind it), then a "
                    "factor of LAMBDA "

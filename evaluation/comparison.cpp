@@ -155,10 +155,10 @@ std::vector<ResidencyRule> residency_rules(const LoadedRecipe<FinetuneRecipe>& l
   check_scope(bundle, architecture, bundle_dir.string());
   std::vector<ResidencyRule> rules;
   const auto add = [&](ResidencyScore score, double lambda, std::int64_t always_keep, std::int64_t slots,
-                       const std::vector<double>& factors) {
+                       const std::vector<double>& factors, const ResidencyScope& scope) {
     const bool known = std::any_of(rules.begin(), rules.end(), [&](const ResidencyRule& rule) {
       return rule.score == score && rule.lambda == lambda && rule.always_keep == always_keep && rule.slots == slots &&
-             rule.layer_factors == factors;
+             rule.layer_factors == factors && rule.scope == scope;
     });
     if (!known) {
       rules.push_back(bundle);
@@ -167,23 +167,25 @@ std::vector<ResidencyRule> residency_rules(const LoadedRecipe<FinetuneRecipe>& l
       rules.back().always_keep = always_keep;
       rules.back().slots = slots;
       rules.back().layer_factors = factors;
+      rules.back().scope = scope;
     }
   };
   const std::int64_t slots = prior.slots > 0 ? prior.slots : bundle.slots;
   const std::vector<double>& factors = prior.layer_factors.empty() ? bundle.layer_factors : prior.layer_factors;
+  const ResidencyScope scope = prior.in_scope ? bundle.scope : ResidencyScope();
   for (const std::int64_t always_keep : prior.always_keep) {
     for (const double lambda : prior.lambdas) {
-      add(ResidencyScore::kLogit, lambda, always_keep, slots, factors);
+      add(ResidencyScore::kLogit, lambda, always_keep, slots, factors, scope);
     }
     for (const double lambda : prior.weight_lambdas) {
-      add(ResidencyScore::kWeight, lambda, always_keep, slots, factors);
+      add(ResidencyScore::kWeight, lambda, always_keep, slots, factors, scope);
     }
     for (const double lambda : prior.root_lambdas) {
-      add(ResidencyScore::kRoot, lambda, always_keep, slots, factors);
+      add(ResidencyScore::kRoot, lambda, always_keep, slots, factors, scope);
     }
   }
   if (bundle.lambda > 0.0) {
-    add(bundle.score, bundle.lambda, bundle.always_keep, bundle.slots, bundle.layer_factors);
+    add(bundle.score, bundle.lambda, bundle.always_keep, bundle.slots, bundle.layer_factors, bundle.scope);
   }
   return rules;
 }
@@ -419,6 +421,9 @@ ArmFigures measure_arm(MoeModel& model, const std::string& name, const PackedDat
     const std::vector<PackedBatch> batches =
         pack_for_evaluation(held_out, static_cast<std::int64_t>(domain), kRows, sequence_length);
     std::vector<std::int64_t> selections;
+    const auto scoped = std::dynamic_pointer_cast<ResidencySelector>(model->selector());
+    const auto share = [&] { return scoped == nullptr ? std::nullopt : scoped->take_scope_share(); };
+    share();  // of what came before
     figures.quality = measure(
         model, held_out, batches, false,
         [&](SequenceRouting&& routing) {
@@ -426,6 +431,7 @@ ArmFigures measure_arm(MoeModel& model, const std::string& name, const PackedDat
           count_selections(routing, selections);
         },
         advance, compare);
+    figures.scope_share = share().value_or(figures.scope_share);
     for (const std::int64_t size : static_sets) {
       figures.static_sets.push_back(measure_static_set(model, held_out, batches, selections, size, advance));
     }
@@ -696,6 +702,9 @@ Json comparison_json(const Comparison& comparison) {
     Json domains = Json::array();
     for (const DomainFigures& figures : arm.domains) {
       domains.push_back(domain_json(figures));
+      if (std::isfinite(figures.scope_share)) {
+        domains.back()["scope_share"] = figures.scope_share;
+      }
     }
     json["arms"].push_back({{"name", arm.name},
                             {"router", arm.router},

@@ -18,7 +18,9 @@ using torch::Tensor;
 
 Tensor scope_evidence(const Tensor& logits_TE, const Tensor& weights_E, double offset) {
   const Tensor evidence_T = logits_TE.to(torch::kFloat64).matmul(weights_E) + offset;
-  return torch::where(evidence_T.isfinite(), evidence_T, torch::zeros_like(evidence_T));
+  constexpr double kMost = ResidencyScope::kMostEvidence;
+  const Tensor units_T = (evidence_T.clamp(-kMost, kMost) * ResidencyScope::kUnits).round();
+  return torch::where(evidence_T.isfinite(), units_T, 0.0).to(torch::kInt64);
 }
 
 Tensor run_begin_of_tokens(const TokenBatch& batch) {
@@ -32,11 +34,12 @@ Tensor run_begin_of_tokens(const TokenBatch& batch) {
   return begins.to(batch.sequence_ids_BS.device());
 }
 
-Tensor windowed_mean(const Tensor& values_T, const Tensor& run_begin_T, std::int64_t window) {
-  const Tensor token_T = torch::arange(values_T.size(0), run_begin_T.options());
+Tensor windowed_mean(const Tensor& evidence_T, const Tensor& run_begin_T, std::int64_t window) {
+  const Tensor token_T = torch::arange(evidence_T.size(0), run_begin_T.options());
   const Tensor first_T = torch::maximum(run_begin_T, token_T - (window - 1));
-  const Tensor sums = torch::cat({values_T.new_zeros({1}), values_T.cumsum(0)});
-  return (sums.narrow(0, 1, values_T.size(0)) - sums.index_select(0, first_T)) / (token_T - first_T + 1);
+  const Tensor sums = torch::cat({evidence_T.new_zeros({1}), evidence_T.cumsum(0)});
+  const Tensor sum_T = sums.narrow(0, 1, evidence_T.size(0)) - sums.index_select(0, first_T);
+  return sum_T.to(torch::kFloat64) / (ResidencyScope::kUnits * (token_T - first_T + 1).to(torch::kFloat64));
 }
 
 /// Runs of one batch on its device: stretches of one sequence id within a row, padding included.
@@ -159,7 +162,22 @@ Tensor ResidencySelector::strength_of(const Tensor& logits_TE, std::int64_t moe_
   }
   const Tensor mean =
       windowed_mean(scope_evidence(logits_TE, weights, scope.offsets.at(index)), layout.run_begin_T, scope.window);
-  return layout.strength_T * torch::where(mean < 0.0, scope.elsewhere, 1.0).to(torch::kFloat32);
+  const Tensor outside = mean.lt(0.0);
+  const Tensor counted = layout.strength_T.gt(0.0F);
+  const Tensor seen = torch::stack({counted.logical_and(outside.logical_not()).sum(), counted.sum()});
+  inside_ = inside_.defined() && inside_.device() == seen.device() ? inside_ + seen : seen;
+  return layout.strength_T * torch::where(outside, scope.elsewhere, 1.0).to(torch::kFloat32);
+}
+
+std::optional<double> ResidencySelector::take_scope_share() {
+  const Tensor seen = std::exchange(inside_, Tensor());
+  if (!seen.defined()) {
+    return std::nullopt;
+  }
+  const Tensor on_host = seen.to(torch::kCPU);
+  const std::int64_t* const tokens = on_host.const_data_ptr<std::int64_t>();
+  return tokens[1] == 0 ? std::nullopt
+                        : std::optional<double>(static_cast<double>(tokens[0]) / static_cast<double>(tokens[1]));
 }
 
 Tensor ResidencySelector::select(const Tensor& logits_TE, std::int64_t top_k, std::int64_t moe_layer,

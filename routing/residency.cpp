@@ -60,21 +60,22 @@ void scope_strengths(const ResidencyScope& scope, std::int64_t layer, const floa
   const std::vector<float>& weights = scope.weights.at(static_cast<std::size_t>(layer));
   const double offset = scope.offsets.at(static_cast<std::size_t>(layer));
   const auto num_experts = static_cast<std::int64_t>(weights.size());
-  const auto evidence = [&](std::int64_t token) {
+  const auto evidence = [&](std::int64_t token) -> std::int64_t {
     double sum = offset;
     for (std::int64_t expert = 0; expert < num_experts; ++expert) {
       sum += static_cast<double>(logits[token * num_experts + expert]) *
              static_cast<double>(weights[static_cast<std::size_t>(expert)]);
     }
-    return std::isfinite(sum) ? sum : 0.0;
+    constexpr double kMost = ResidencyScope::kMostEvidence;
+    return std::isfinite(sum) ? std::llrint(std::clamp(sum, -kMost, kMost) * ResidencyScope::kUnits) : 0;
   };
   for (std::int64_t run = 0; run < num_runs; ++run) {
     for (std::int64_t token = run_begin[run]; token < run_end[run]; ++token) {
-      double sum = 0.0;
+      std::int64_t sum = 0;
       for (std::int64_t seen = std::max(run_begin[run], token + 1 - scope.window); seen <= token; ++seen) {
         sum += evidence(seen);
       }
-      strength[token] = sum < 0.0 ? static_cast<float>(scope.elsewhere) : 1.0F;
+      strength[token] = sum < 0 ? static_cast<float>(scope.elsewhere) : 1.0F;
     }
   }
 }

@@ -59,7 +59,8 @@ struct Decoder::Impl {
   std::unique_ptr<FusedStep> fused;  // null: steps are the model's own
   std::optional<DecodeReplay> replayed;
   std::vector<Tensor> scope_weights;  // of the rule's scope, float64 [E] of each MoE layer; none: it has none
-  Tensor strength_LB;                 // times which the rule's bonus counts, told from the prompt
+  Tensor inside_LB;                   // whether the prompt is text of the scope, and
+  Tensor strength_LB;                 // times which the rule's bonus counts then
 
   KeyValueCache cache;
   Rotations rotations;
@@ -98,6 +99,7 @@ struct Decoder::Impl {
         std::make_shared<SlotExecutor>(architecture, store, device, options.rows, architecture.top_k, options.cache);
     prefill = std::make_shared<PrefillExecutor>(architecture, store, device, slots);
     strength_LB = torch::ones({moe_layers, options.rows}, torch::TensorOptions().dtype(torch::kFloat32).device(device));
+    inside_LB = strength_LB.gt(0.0F);
     take_scope();
     choose_selector();
     rotations = model->rotations(options.capacity);
@@ -257,8 +259,9 @@ struct Decoder::Impl {
       const ResidencyScope& scope = options.residency->scope;
       const std::int64_t seen = std::min(scope.window, length);
       const Tensor evidence = scope_evidence(routing[layer].logits_TE, scope_weights[layer], scope.offsets[layer]);
-      const Tensor mean_B = evidence.view({options.rows, length}).narrow(1, length - seen, seen).mean(1);
-      strength_LB[static_cast<std::int64_t>(layer)].copy_(torch::where(mean_B < 0.0, scope.elsewhere, 1.0));
+      const Tensor inside_B = evidence.view({options.rows, length}).narrow(1, length - seen, seen).sum(1).ge(0);
+      inside_LB[static_cast<std::int64_t>(layer)].copy_(inside_B);
+      strength_LB[static_cast<std::int64_t>(layer)].copy_(torch::where(inside_B, 1.0, scope.elsewhere));
     }
   }
 
@@ -560,7 +563,7 @@ torch::Tensor Decoder::tokens() const {
 
 double Decoder::scope_share() const {
   impl_->synchronize();
-  return impl_->strength_LB.eq(1.0F).to(torch::kFloat64).mean().item<double>();
+  return impl_->inside_LB.to(torch::kFloat64).mean().item<double>();
 }
 
 const torch::Tensor& Decoder::logits() const noexcept {

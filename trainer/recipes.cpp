@@ -191,6 +191,7 @@ FieldList ResidencyPriorOptions::fields() {
            {.low = 0.0, .high = 1e6});
   list.add("always_keep", always_keep, "values of J, each with each lambda", {.low = 0});
   list.add("slots", slots, "slots per layer of the cache; 0: the bundle's", {.low = 0});
+  list.add("in_scope", in_scope, "serve them within the bundle's residency.scope, where it has one; false: everywhere");
   return list;
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -22,18 +23,29 @@ constexpr std::int64_t kScopeFormat = 3;  // with a scope, which a reader of the
 constexpr std::int64_t kRows = 8;
 constexpr double kScopeRidge = 1e-2;  // of the mean variance of a logit
 constexpr double kSmallestRidge = 1e-12;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Experts of groups that a token leaves out have no logits to tell by.
+bool leaves_groups_out(const Architecture& architecture) {
+  return architecture.num_groups != architecture.top_groups;
+}
+constexpr const char* kScopeAndGroups =
+    "residency.scope does not go with a model that leaves groups of experts out token by token, which its routers' "
+    "logits are told by; leave the scope out";
 
 // A rule that was in the loop belongs to the run: what is asked for now and differs would be ignored.
 void check_overrides(const RecipeSource& source, const ResidencyRule& asked, const ResidencyRule& of_run) {
   Problems problems;
-  const auto check = [&](const char* key, const auto& now, const auto& then) {
+  const auto check = [&](const char* key, const auto& now, const auto& then,
+                         const char* instead = "serve with another one through evaluate.residency_prior") {
     if (source.is_overridden(key) && now != then) {
       problems.add(
-          fmt::format("{}: {} was {} when the run was trained in the loop, and that goes into the bundle, got "
-                      "{}; leave it out, or serve with another one through evaluate.residency_prior",
-                      source.location(key), key, then, now));
+          fmt::format("{}: {} was {} when the run was trained in the loop, and that goes into the bundle, got {}; "
+                      "leave it out, or {}",
+                      source.location(key), key, then, now, instead));
     }
   };
+  const char* const scope_instead = "serve everywhere with evaluate.residency_prior.in_scope=false";
   check("residency.score", residency_score_name(asked.score), residency_score_name(of_run.score));
   check("residency.lambda", asked.lambda, of_run.lambda);
   check("residency.layer_factors", asked.layer_factors, of_run.layer_factors);
@@ -42,10 +54,10 @@ void check_overrides(const RecipeSource& source, const ResidencyRule& asked, con
   check("residency.slots", asked.slots, of_run.slots);
   check("residency.policy", asked.policy, of_run.policy);
   const auto listed = [](const ResidencyScope& scope) { return fmt::format("[{}]", fmt::join(scope.domains, ", ")); };
-  check("residency.scope.domains", listed(asked.scope), listed(of_run.scope));
-  check("residency.scope.elsewhere", asked.scope.elsewhere, of_run.scope.elsewhere);
-  check("residency.scope.window", asked.scope.window, of_run.scope.window);
-  check("residency.scope.keep", asked.scope.keep, of_run.scope.keep);
+  check("residency.scope.domains", listed(asked.scope), listed(of_run.scope), scope_instead);
+  check("residency.scope.elsewhere", asked.scope.elsewhere, of_run.scope.elsewhere, scope_instead);
+  check("residency.scope.window", asked.scope.window, of_run.scope.window, scope_instead);
+  check("residency.scope.keep", asked.scope.keep, of_run.scope.keep, scope_instead);
   problems.throw_usage_if_any();
 }
 
@@ -77,6 +89,9 @@ ResidencyRule residency_rule(const LoadedRecipe<FinetuneRecipe>& loaded, const A
           fmt::format("{}: residency.train_slots must be at most the model's experts per layer ({}), got {}",
                       loaded.source.location("residency.train_slots"), architecture.num_experts, slots));
     }
+  }
+  if (!rule.scope.everywhere() && leaves_groups_out(architecture)) {
+    throw UsageError(fmt::format("{}: {}", loaded.source.location("residency.scope.domains"), kScopeAndGroups));
   }
   const std::size_t num_layers = architecture.moe_layers().size();
   if (!rule.layer_factors.empty() && rule.layer_factors.size() != num_layers) {
@@ -149,12 +164,21 @@ void fit_scope(ResidencyScope& scope, MoeModel& model, const PackedData& data, s
   const auto is_inside = [&](std::size_t domain) {
     return std::find(scope.domains.begin(), scope.domains.end(), data.domains[domain]) != scope.domains.end();
   };
-  const auto batches_of = [&](std::size_t domain) {
-    return pack_for_evaluation(data, static_cast<std::int64_t>(domain), kRows, sequence_length);
+  // w is told by every other sequence of a domain, b by those in between: what w was told by lies too well.
+  std::array<PackedData, 2> halves;
+  std::vector<std::int64_t> seen(data.domains.size(), 0);
+  halves[0].domains = data.domains;
+  halves[1].domains = data.domains;
+  for (const TokenSequence& sequence : data.sequences) {
+    const std::int64_t number = seen.at(static_cast<std::size_t>(sequence.domain))++;
+    halves[static_cast<std::size_t>(number % 2)].sequences.push_back(sequence);
+  }
+  const auto batches_of = [&](const PackedData& half, std::size_t domain) {
+    return pack_for_evaluation(half, static_cast<std::int64_t>(domain), kRows, sequence_length);
   };
   for (std::size_t domain = 0; domain < data.domains.size(); ++domain) {
     Sums& sums = classes[is_inside(domain) ? 1 : 0];
-    for (const PackedBatch& batch : batches_of(domain)) {
+    for (const PackedBatch& batch : batches_of(halves[0], domain)) {
       const TokenBatch on_device = to_device(batch, model->device());
       const torch::Tensor real_T1 = on_device.sequence_ids_BS.reshape({-1, 1}).ge(0).to(torch::kFloat64);
       const ModelOutput output = model->forward(on_device);
@@ -178,14 +202,19 @@ void fit_scope(ResidencyScope& scope, MoeModel& model, const PackedData& data, s
     }
     // The ridge makes it solvable where logits depend on each other, and calmer where the text is little.
     const torch::Tensor ridge = kScopeRidge * within.diagonal().mean().clamp_min(kSmallestRidge);
-    weights[layer] = torch::linalg_solve(within + torch::eye(num_experts, options) * ridge, means[1] - means[0]);
+    weights[layer] = torch::linalg_solve(within + torch::eye(num_experts, options) * ridge, means[1] - means[0])
+                         .to(torch::kFloat32)
+                         .to(torch::kFloat64);  // as they are kept
     middles[layer] = weights[layer].dot(means[1] + means[0]).item<double>() / 2.0;
   }
   // Half-way between both is where evidence changes sides, or nearer to the others, so that `keep` of its own is
   // inside.
   std::vector<std::vector<torch::Tensor>> own(num_layers);
   for (std::size_t domain = 0; domain < data.domains.size(); ++domain) {
-    for (const PackedBatch& batch : is_inside(domain) ? batches_of(domain) : std::vector<PackedBatch>()) {
+    if (!is_inside(domain)) {
+      continue;
+    }
+    for (const PackedBatch& batch : batches_of(halves[seen[domain] > 1 ? 1 : 0], domain)) {
       const TokenBatch on_device = to_device(batch, model->device());
       const torch::Tensor real = on_device.sequence_ids_BS.reshape({-1}).ge(0);
       const torch::Tensor run_begin = run_begin_of_tokens(on_device);
@@ -205,7 +234,8 @@ void fit_scope(ResidencyScope& scope, MoeModel& model, const PackedData& data, s
     const torch::Tensor on_host = weights[layer].to(torch::kFloat32).cpu();
     const float* const first = on_host.const_data_ptr<float>();
     scope.weights.emplace_back(first, first + num_experts);
-    scope.offsets.push_back(static_cast<float>(-middles[layer] - edge));
+    // Rounded so that the token at the edge stays inside.
+    scope.offsets.push_back(std::nextafter(static_cast<float>(-middles[layer] - edge), kInfinity));
     if (!on_host.isfinite().all().item<bool>() || !std::isfinite(scope.offsets.back())) {
       throw RunError(
           fmt::format("residency scope: the routers' logits of MoE layer {} tell nothing finite about {}; check the "
@@ -216,10 +246,17 @@ void fit_scope(ResidencyScope& scope, MoeModel& model, const PackedData& data, s
 }
 
 void check_scope(const ResidencyRule& rule, const Architecture& architecture, const std::string& subject) {
+  if (rule.scope.everywhere()) {
+    return;
+  }
+  if (leaves_groups_out(architecture)) {
+    throw InputError(fmt::format("{}: {}", subject, kScopeAndGroups));
+  }
   const std::size_t num_layers = architecture.moe_layers().size();
   const auto num_experts = static_cast<std::size_t>(architecture.num_experts);
-  if (!rule.scope.everywhere() &&
-      (rule.scope.weights.size() != num_layers || rule.scope.weights.front().size() != num_experts)) {
+  if (rule.scope.weights.size() != num_layers || rule.scope.offsets.size() != num_layers ||
+      !std::all_of(rule.scope.weights.begin(), rule.scope.weights.end(),
+                   [&](const std::vector<float>& weights) { return weights.size() == num_experts; })) {
     throw InputError(
         fmt::format("{}: the bundle's residency scope is of {} MoE layers of {} experts, the model has {} "
                     "of {}; give the bundle of this model",
@@ -260,6 +297,15 @@ std::string lambda_text(const ResidencyRule& rule) {
 }
 
 namespace {
+
+// The rule to be shown, without the thousands of numbers that a scope is told by.
+Json without_scope_numbers(Json rule) {
+  if (rule.contains("scope") && rule.at("scope").is_object()) {
+    rule["scope"].erase("weights");
+    rule["scope"].erase("offsets");
+  }
+  return rule;
+}
 
 Json scope_json(const ResidencyScope& scope) {
   if (scope.everywhere()) {
@@ -369,7 +415,7 @@ ResidencyRule residency_from_json(const Json& json, const std::string& subject, 
     problems.add(
         fmt::format("{}: lambda, layer_factors, always_keep, slots and logit_range must be finite and at least 0, got "
                     "{}; export the bundle again",
-                    subject, json.dump()));
+                    subject, without_scope_numbers(json).dump()));
   }
   if (!rule.layer_factors.empty() && rule.layer_factors.size() != rule.logit_range.size()) {
     problems.add(

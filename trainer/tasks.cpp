@@ -178,6 +178,7 @@ void finetune_once(const LoadedRecipe<FinetuneRecipe>& loaded, const std::string
     const std::filesystem::path saved = residency_path(recipe.run_dir);
     if (resume && std::filesystem::exists(saved)) {
       rule = read_residency(saved);
+      check_scope(rule, model->architecture(), saved.string());
     } else {
       calibrate(rule, model, calibration_data(train_data, recipe.residency.calibration_tokens),
                 recipe.data.sequence_length);

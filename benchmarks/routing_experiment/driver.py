@@ -39,6 +39,7 @@ FUNCTIONS = ("functions", "humaneval")  # measured where the first is among the 
 SAVING_SECONDS = 45  # what an interrupted pretraining needs to write its checkpoint
 NLL_PREFIX = "nll"
 NO_RULE = ["residency.in_loop=false", "residency.lambda=0", "residency.ramp_steps=0", "residency.train_slots=[]"]
+NO_RULE += [f"residency.scope.{key}" for key in ("domains=[]", "elsewhere=0", "window=64", "keep=0.95")]
 BASE_NAME = "base"
 
 

@@ -261,6 +261,9 @@ TEST_CASE("a rule with a scope is trained, exported, evaluated and served for th
     return Json();
   };
   const Json of_rule = arm_named("tuned, lambda 0.3, for letters (elsewhere times 0.25), J 1");
+  CHECK(of_rule.at("domains").at(0).at("scope_share").get<double>() > 0.6);
+  CHECK(of_rule.at("domains").at(1).at("scope_share").get<double>() < 0.4);
+  CHECK_FALSE(arm_named("tuned").at("domains").at(0).contains("scope_share"));
   CHECK(of_rule.at("residency").at("scope") ==
         Json{{"domains", {"letters"}}, {"elsewhere", 0.25}, {"window", 8}, {"keep", 0.9}});
   // A strong rule: few loads are left where it is meant for, more of them elsewhere.
@@ -294,4 +297,17 @@ TEST_CASE("a rule with a scope is trained, exported, evaluated and served for th
   CHECK(of_letters.at("domains") == Json{"letters"});
   CHECK(of_letters.at("elsewhere") == 0.25);
   CHECK(of_letters.at("share_of_layers") == 1.0);
+  CHECK(served("red? green? blue? red? dark pale vivid dull").at("share_of_layers") < 1.0);
+  // Everywhere, for comparison.
+  CHECK(Json::parse(done(project.run({"generate", "--model", "runs/base/model", "--router", "runs/tuned/bundle",
+                                      "--prompt-tokens", "1,2,3", "--max-tokens", "3", "--ignore-eos", "--device",
+                                      "cpu", "--expert-slots", "3", "--residency-everywhere", "--json"})))
+            .at("residency")
+            .at("scope")
+            .is_null());
+  CHECK_THAT(done(project.run({"evaluate", "loop.yaml", "evaluate.residency_prior.lambdas=[0.3]",
+                               "evaluate.residency_prior.always_keep=[1]", "evaluate.residency_prior.in_scope=false",
+                               "--only", "baseline", "--quiet"})),
+             Catch::Contains("baseline, lambda 0.3, J 1") &&
+                 Catch::Contains("baseline, lambda 0.3, for letters (elsewhere times 0.25), J 1"));
 }

@@ -63,6 +63,8 @@ struct DomainFigures {
   /// Against the base model's routers on the same hidden states; NaN where that was not measured (the baseline).
   double kendall_tau = std::numeric_limits<double>::quiet_NaN();
   double top_k_agreement = std::numeric_limits<double>::quiet_NaN();
+  /// Share of the tokens, over all layers, that were inside the scope of the rule; NaN where the rule has none.
+  double scope_share = std::numeric_limits<double>::quiet_NaN();
 };
 
 /// One router ("baseline", "nll control", "tuned"), served by plain Top-K or under a residency rule.

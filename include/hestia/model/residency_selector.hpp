@@ -1,6 +1,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "hestia/model/moe_model.hpp"
@@ -8,8 +9,8 @@
 
 namespace hestia {
 
-/// Evidence of each token for a scope (ResidencyScope): z . weights_E + offset, 0 where that is no finite number.
-/// logits_TE: float [T, E]; weights_E: float64 on the same device; result float64 [T].
+/// Evidence of each token for a scope (ResidencyScope): z . weights_E + offset in its units, rounded half to even, 0
+/// where that is no finite number. logits_TE: float [T, E]; weights_E: float64 on the same device; result int64 [T].
 [[nodiscard]] torch::Tensor scope_evidence(const torch::Tensor& logits_TE, const torch::Tensor& weights_E,
                                            double offset);
 
@@ -17,9 +18,10 @@ namespace hestia {
 /// int64 [T] on the batch's device. Reads the sequence ids on the host.
 [[nodiscard]] torch::Tensor run_begin_of_tokens(const TokenBatch& batch);
 
-/// Mean of each token's value and those of up to `window` - 1 tokens before it in its run. values_T: float64 [T];
-/// run_begin_T: int64 [T], as run_begin_of_tokens gives it, on the same device.
-[[nodiscard]] torch::Tensor windowed_mean(const torch::Tensor& values_T, const torch::Tensor& run_begin_T,
+/// Mean evidence of each token and up to `window` - 1 tokens before it in its run, float64 [T], out of units: of an
+/// exact sum, so that its sign is the same on every device. evidence_T: int64 [T]; run_begin_T: int64 [T], as
+/// run_begin_of_tokens gives it, on the same device.
+[[nodiscard]] torch::Tensor windowed_mean(const torch::Tensor& evidence_T, const torch::Tensor& run_begin_T,
                                           std::int64_t window);
 
 /// Residency-aware routing, in training and evaluation alike: every sequence of the batch meets a slot cache of its
@@ -46,6 +48,10 @@ class ResidencySelector : public Selector {
     return rule_.scales_weights(moe_layer, top_k);
   }
 
+  /// Share of the counted tokens, over all layers, that were inside the rule's scope since the last call; nothing when
+  /// there was no such token or the rule has no scope. Waits for the GPU.
+  [[nodiscard]] std::optional<double> take_scope_share();
+
   [[nodiscard]] const ResidencyRule& rule() const noexcept { return rule_; }
   /// Routes by another rule from the next forward on. Throws as the constructor does, and keeps the old one then.
   void set_rule(ResidencyRule rule);
@@ -58,6 +64,7 @@ class ResidencySelector : public Selector {
 
   ResidencyRule rule_;
   std::vector<torch::Tensor> scope_weights_;  // of the layers, float64 on the device that was last asked for
+  torch::Tensor inside_;  // int64 [2], tokens inside and all of them, since they were last asked for
   std::unique_ptr<Layout> layout_;
 };
 

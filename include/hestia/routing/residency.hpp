@@ -28,10 +28,10 @@ enum class ResidencyScore : std::int32_t {
 [[nodiscard]] std::vector<std::string> residency_score_names();
 
 /// The text that a residency rule is for, told as it comes by the router's own logits: text like that of some training
-/// domains. z . w + b is a token's evidence for them in a layer; where its mean over the token and the window - 1
-/// before it, of the same sequence, is below 0, the bonus counts `elsewhere` times. w is Fisher's linear discriminant
-/// (Annals of Eugenics 7, 1936) between these domains and the others that were trained on; b leaves the share `keep` of
-/// their own text inside (fit_scope of hestia/trainer/residency.hpp).
+/// domains. z . w + b, in units of 2^-20 so that sums are exact, is a token's evidence for them in a layer; where its
+/// mean over the token and the window - 1 before it, of the same sequence, is below 0, the bonus counts `elsewhere`
+/// times. w is Fisher's linear discriminant (Annals of Eugenics 7, 1936) between these domains and the others that were
+/// trained on; b leaves the share `keep` of their own text inside (fit_scope of hestia/trainer/residency.hpp).
 struct ResidencyScope {
   std::vector<std::string> domains;         ///< Empty: the rule holds everywhere, and the rest means nothing.
   double elsewhere = 0.0;                   ///< Times which the bonus counts outside, from 0 to 1.
@@ -39,6 +39,9 @@ struct ResidencyScope {
   double keep = 0.95;                       ///< Above 0, at most 1.
   std::vector<std::vector<float>> weights;  ///< w, [MoE layers][E].
   std::vector<float> offsets;               ///< b, [MoE layers].
+
+  static constexpr double kUnits = 1048576.0;   ///< Of evidence in 1.
+  static constexpr double kMostEvidence = 1e6;  ///< Either way, of one token.
 
   [[nodiscard]] bool everywhere() const { return domains.empty(); }
   friend bool operator==(const ResidencyScope&, const ResidencyScope&) = default;

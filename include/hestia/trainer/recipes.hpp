@@ -171,6 +171,7 @@ struct ResidencyPriorOptions {
   std::vector<double> layer_factors;   ///< Of every lambda, one per MoE layer; empty: the bundle's.
   std::vector<std::int64_t> always_keep = {2};
   std::int64_t slots = 0;  ///< C; 0: the bundle's.
+  bool in_scope = true;    ///< For the text of the bundle's scope, where it has one; false: everywhere.
   [[nodiscard]] bool asks_for_arms() const {
     return !lambdas.empty() || !weight_lambdas.empty() || !root_lambdas.empty();
   }

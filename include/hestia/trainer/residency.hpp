@@ -33,11 +33,13 @@ void calibrate(ResidencyRule& rule, MoeModel& model, const PackedData& data, std
 /// m_0), m_1 and m_0 being the means of z over the tokens of its domains and of all others of `data`, S the mean of the
 /// two covariances and r a hundredth of the mean variance (Fisher's linear discriminant), and b such that evidence
 /// changes sides half-way between the means or, where less than `keep` of the domains' own tokens would be inside,
-/// lower, so that as many are. `data` must have sequences of domains inside and outside; `model` as for calibrate.
-/// Throws RunError when what comes out is not finite.
+/// lower, so that as many are. w is told by every other sequence of each domain, b by the others. `data` must have
+/// sequences of domains inside and outside; `model` as for calibrate. Throws RunError when what comes out is not
+/// finite.
 void fit_scope(ResidencyScope& scope, MoeModel& model, const PackedData& data, std::int64_t sequence_length);
 
-/// Throws InputError, naming `subject`, when the rule has a scope that is of other layers or experts than the model's.
+/// Throws InputError, naming `subject`, when the rule has a scope that is of other layers or experts than the model's,
+/// or the model leaves groups of experts out.
 void check_scope(const ResidencyRule& rule, const Architecture& architecture, const std::string& subject);
 
 /// The rule that the routers of the recipe's run are served with: its residency.json, or where there is none

@@ -272,6 +272,13 @@ TEST_CASE("what is written under a residency rule is chosen by the rule from the
   rule.always_keep = 0;
   rule.slots = 3;
   rule.logit_range = {2.0F, 2.5F};
+  if (GENERATE(false, true)) {
+    rule.scope.domains = {"alpha"};
+    rule.scope.elsewhere = 0.1;
+    rule.scope.window = 3;
+    rule.scope.weights = {{1, -1, 0.5F, 0, 0, -0.5F, 1, -1}, {0, 1, -1, 1, -1, 0, 0.5F, -0.5F}};
+    rule.scope.offsets = {0.0F, 0.1F};
+  }
   const auto selector = std::make_shared<ResidencySelector>(rule);
   model->set_selector(selector);
   std::vector<std::vector<std::int32_t>> expected;

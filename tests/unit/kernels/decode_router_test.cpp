@@ -259,7 +259,7 @@ const std::vector<Size> kSizes = {{1, 8, 1, 1},    {1, 2048, 64, 8}, {3, 264, 7,
 void check_all(SplitMix64& random, bool gpu) {
   int scaled = 0;
   for (const Size& s : kSizes) {
-    for (const int variant : {0, 1, 2, 3, 4, 5, 6, 7, 8, 9}) {
+    for (const int variant : {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11}) {
       CAPTURE(s.tokens, s.hidden, s.experts, s.top_k, variant);
       Case c = random_case(random, s.tokens, s.hidden, s.experts, s.top_k);
       c.shape.norm = variant == 1 ? DecodeNorm::kRmsWide : DecodeNorm::kRms;
@@ -268,8 +268,8 @@ void check_all(SplitMix64& random, bool gpu) {
       c.shape.bonus = variant % 2 == 1 || variant == 6 || variant == 8 ? 1.5F : 0.0F;
       c.shape.always_keep = variant % 4;
       c.shape.preserve_mass = variant == 3 || variant >= 6;
-      if (variant == 4 || variant == 5 || variant == 7 || variant == 9) {
-        c.shape.score = variant == 5 ? ResidencyScore::kRoot : ResidencyScore::kWeight;
+      if (variant == 4 || variant == 5 || variant == 7 || variant == 9 || variant == 11) {
+        c.shape.score = variant == 5 || variant == 11 ? ResidencyScore::kRoot : ResidencyScore::kWeight;
         c.shape.bonus = variant == 4 ? 0.05F : 0.4F;
       }
       for (std::int64_t row = 0; variant >= 8 && row < s.tokens; ++row) {

@@ -168,6 +168,23 @@ TEST_CASE("where a rule has a scope, every layer judges the text by itself, as t
   rule.scope.offsets.assign(3, -1.0F);
   CHECK(torch::equal(hidden(new ResidencySelector(rule)), hidden(new TopKSelector())));
   CHECK_FALSE(torch::equal(without, hidden(new TopKSelector())));
+  // What it saw: counted tokens alone, prompts and padding left out.
+  ResidencySelector asked(rule);
+  CHECK_FALSE(asked.take_scope_share());
+  const Tensor z = torch::zeros({18, a.num_experts});
+  const auto share_with = [&](float offset) {
+    rule.scope.offsets.assign(3, offset);
+    asked.set_rule(rule);
+    (void)asked.select(z, a.top_k, 0, batch);
+    (void)asked.select(z, a.top_k, 1, batch);
+  };
+  share_with(1.0F);
+  CHECK(asked.take_scope_share() == 1.0);
+  CHECK_FALSE(asked.take_scope_share());
+  share_with(1.0F);
+  share_with(-1.0F);
+  CHECK(asked.take_scope_share() == 0.5);
+  rule.scope.offsets.assign(3, -1.0F);
   // A rule that changes, as in training, takes its scope along.
   auto selector = std::make_shared<ResidencySelector>(rule);
   model->set_selector(selector);
@@ -177,8 +194,11 @@ TEST_CASE("where a rule has a scope, every layer judges the text by itself, as t
   CHECK(torch::equal(model->forward(batch).hidden_BSD, without));
 }
 
-TEST_CASE("a windowed mean stays within its run") {
-  const Tensor values = torch::tensor({1.0, 2.0, 6.0, 4.0, 10.0, 20.0}, torch::kFloat64);
+TEST_CASE("evidence is in whole units, and a windowed mean stays within its run") {
+  const Tensor logits = torch::tensor({1.0F, 0.5F, INFINITY, 1.0F, 3e8F, 0.0F, NAN, 0.0F}).view({4, 2});
+  const Tensor evidence = scope_evidence(logits, torch::tensor({0.25, -1.0}, torch::kFloat64), 1.0 + 0x1p-21);
+  CHECK(torch::equal(evidence, torch::tensor({(3L << 18) + 0L, 0L, 1000000L << 20, 0L}, torch::kInt64)));
+  const Tensor values = torch::tensor({1, 2, 6, 4, 10, 20}, torch::kInt64) * (1 << 20);
   TokenBatch batch;
   batch.sequence_ids_BS = torch::tensor({0, 0, 0, 0, 1, -1}, torch::kInt64).view({2, 3});
   const Tensor begin = run_begin_of_tokens(batch);

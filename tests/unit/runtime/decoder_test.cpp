@@ -612,6 +612,21 @@ void check_scope_of_prompt(torch::Device device, torch::Dtype dtype) {
     }
     CHECK(decoder.scope_share() == Approx(expected));
   }
+  // Rows judge by themselves, and each is served so.
+  options.rows = 3;
+  const Tensor rows = prompt_of(a, 3);
+  Decoder together(offloaded, options);
+  together.begin(rows);
+  const Tensor logits_LSBE = together.recorded_prompt_logits();
+  double expected = 0.0;
+  for (std::int64_t layer = 0; layer < 3; ++layer) {
+    const Tensor z = logits_LSBE[layer].select(2, layer).to(torch::kFloat64);  // [S, B]
+    expected += z.narrow(0, z.size(0) - 2, 2).sum(0).ge(0.0).to(torch::kFloat64).sum().item<double>() / 9.0;
+  }
+  CHECK(together.scope_share() == Approx(expected));
+  CHECK(expected > 0.0);
+  CHECK(expected < 1.0);
+  together.decode(8);
   options.residency->scope.weights[1].pop_back();
   CHECK_THROWS_WITH(Decoder(offloaded, options), Catch::Contains("weights for each of 3 MoE layers"));
 }
