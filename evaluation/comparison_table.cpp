@@ -215,6 +215,14 @@ std::string comparison_table(const Comparison& comparison) {
   add_number("EOR", 3, [](const DomainFigures& figures) { return figures.expert_overlap_ratio; });
   add_number("dist.", 1, [](const DomainFigures& figures) { return figures.distinct_experts; });
   add_number("usageH", 3, [](const DomainFigures& figures) { return figures.usage.normalised_entropy; });
+  const bool scoped = std::any_of(comparison.arms.begin(), comparison.arms.end(), [](const ArmFigures& arm) {
+    return arm.residency && !arm.residency->scope.everywhere();
+  });
+  if (scoped) {
+    add("scope", [](const ArmFigures& /*arm*/, const DomainFigures& figures) {
+      return std::isfinite(figures.scope_share) ? fmt::format("{:.0f}%", 100.0 * figures.scope_share) : "-";
+    });
+  }
   const std::vector<StaticSetFigures>& static_sets = comparison.arms.front().domains.front().static_sets;
   for (const StaticSetFigures& of_first : static_sets) {
     const std::int64_t experts = of_first.experts;
@@ -242,8 +250,9 @@ std::string comparison_table(const Comparison& comparison) {
   if (!policies.empty()) {
     out += fmt::format(
         "* tuned on. loads per token and layer, of {} requested; KiB per token (modelled) under {}; EOR expert overlap "
-        "ratio; dist. distinct experts per sequence and layer; usageH entropy of mean expert usage{}{}\n\n",
+        "ratio; dist. distinct experts per sequence and layer; usageH entropy of mean expert usage{}{}{}\n\n",
         requested_text(comparison), policies.front(),
+        scoped ? "; scope share of tokens and layers that the rule took for text that it is for" : "",
         static_sets.empty() ? "" : "; ppl@C when each layer has only the C experts that the domain uses most",
         comparison.split == "train" ? "; on training text" : "");
   }

@@ -248,8 +248,9 @@ TEST_CASE("a rule with a scope is trained, exported, evaluated and served for th
   CHECK_THAT(done(project.run({"inspect", "runs/tuned/bundle"})),
              Catch::Contains("residency lambda 0.3, for letters (elsewhere times 0.25), J 1") &&
                  Catch::Contains("letters, told from the last 8 tokens; elsewhere lambda counts 0.25 times"));
-  done(project.run({"evaluate", "loop.yaml", "evaluate.residency_prior.lambdas=[3]",
-                    "evaluate.residency_prior.always_keep=[0]", "--quiet"}));
+  const std::string table = done(project.run({"evaluate", "loop.yaml", "evaluate.residency_prior.lambdas=[3]",
+                                              "evaluate.residency_prior.always_keep=[0]", "--quiet"}));
+  CHECK_THAT(table, Catch::Contains("  scope ") && Catch::Contains("; scope share of tokens and layers"));
   const Json results = read_json_file(project.path() / "runs/tuned/results.json");
   const auto arm_named = [&](const std::string& name) {
     for (const Json& arm : results.at("arms")) {

@@ -177,9 +177,9 @@ TEST_CASE("finetune, export and evaluate, one after the other") {
   CHECK(manifest.at("model_path") == "runs/base/model");
   CHECK(manifest.at("base_router_hash").get<std::string>().size() == 64);
   CHECK(manifest.at("base_router_hash") != manifest.at("router_hash"));
-  CHECK(keys_of(manifest.at("residency")) == std::vector<std::string>{"format_version", "score", "lambda",
-                                                                      "layer_factors", "always_keep", "preserve_mass",
-                                                                      "slots", "policy", "calibration", "logit_range"});
+  CHECK(keys_of(manifest.at("residency")) ==
+        std::vector<std::string>{"format_version", "score", "lambda", "layer_factors", "always_keep", "preserve_mass",
+                                 "slots", "policy", "calibration", "logit_range", "scope"});
   CHECK(manifest.at("residency").at("slots") == 2);
   CHECK(manifest.at("residency").at("logit_range").size() == 2);
   CHECK(manifest.at("recipe") == project.read("runs/tuned/recipe.yaml"));
