@@ -31,7 +31,7 @@ Tensor run_begin_of_tokens(const TokenBatch& batch) {
   for (std::int64_t token = 0; token < ids.numel(); ++token) {
     begin[token] = token % ids.size(1) == 0 || id[token] != id[token - 1] ? token : begin[token - 1];
   }
-  return begins.to(batch.sequence_ids_BS.device());
+  return begins;
 }
 
 Tensor windowed_mean(const Tensor& evidence_T, const Tensor& run_begin_T, std::int64_t window) {
@@ -120,8 +120,7 @@ const ResidencySelector::Layout& ResidencySelector::layout_of(const TokenBatch& 
   layout->given_counted_BS = batch.counted_BS;
   layout->ids_version = batch.sequence_ids_BS._version();
   layout->counted_version = batch.counted_BS.defined() ? batch.counted_BS._version() : 0;
-  layout->run_begin_T = run_begin_of_tokens(batch);
-  const Tensor begin_of = layout->run_begin_T.to(torch::kCPU);
+  const Tensor begin_of = run_begin_of_tokens(batch);
   std::vector<std::int64_t> begins;
   std::vector<std::int64_t> ends;
   for (std::int64_t token = 0; token < begin_of.numel(); ++token) {
@@ -132,6 +131,7 @@ const ResidencySelector::Layout& ResidencySelector::layout_of(const TokenBatch& 
     ends.back() = token + 1;
   }
   const torch::Device device = batch.sequence_ids_BS.device();
+  layout->run_begin_T = begin_of.to(device);
   layout->run_begins = torch::tensor(begins, torch::kInt64).to(device);
   layout->run_ends = torch::tensor(ends, torch::kInt64).to(device);
   Tensor counted = batch.sequence_ids_BS.ge(0);

@@ -217,7 +217,7 @@ void fit_scope(ResidencyScope& scope, MoeModel& model, const PackedData& data, s
     for (const PackedBatch& batch : batches_of(halves[seen[domain] > 1 ? 1 : 0], domain)) {
       const TokenBatch on_device = to_device(batch, model->device());
       const torch::Tensor real = on_device.sequence_ids_BS.reshape({-1}).ge(0);
-      const torch::Tensor run_begin = run_begin_of_tokens(on_device);
+      const torch::Tensor run_begin = run_begin_of_tokens(on_device).to(model->device());
       const ModelOutput output = model->forward(on_device);
       for (std::size_t layer = 0; layer < num_layers; ++layer) {
         const torch::Tensor evidence = scope_evidence(output.routing[layer].logits_TE, weights[layer], -middles[layer]);

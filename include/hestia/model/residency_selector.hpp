@@ -15,12 +15,12 @@ namespace hestia {
                                            double offset);
 
 /// For each token of a batch, flat over its rows, the first of its run, the stretch of one sequence id within a row:
-/// int64 [T] on the batch's device. Reads the sequence ids on the host.
+/// int64 [T] on the host, which waits for the sequence ids.
 [[nodiscard]] torch::Tensor run_begin_of_tokens(const TokenBatch& batch);
 
 /// Mean evidence of each token and up to `window` - 1 tokens before it in its run, float64 [T], out of units: of an
-/// exact sum, so that its sign is the same on every device. evidence_T: int64 [T]; run_begin_T: int64 [T], as
-/// run_begin_of_tokens gives it, on the same device.
+/// exact sum, so that its sign is the same on every device. evidence_T: int64 [T]; run_begin_T: run_begin_of_tokens, on
+/// the same device.
 [[nodiscard]] torch::Tensor windowed_mean(const torch::Tensor& evidence_T, const torch::Tensor& run_begin_T,
                                           std::int64_t window);
 
