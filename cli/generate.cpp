@@ -98,6 +98,9 @@ std::optional<ResidencyRule> residency_from(const std::string& text, bool everyw
                                             const std::optional<BundleManifest>& manifest,
                                             const Architecture& architecture) {
   const std::size_t num_layers = architecture.moe_layers().size();
+  if (everywhere && (!manifest || manifest->residency.scope.everywhere())) {
+    throw UsageError("--residency-everywhere: there is no bundle whose rule is for some text alone; leave it out");
+  }
   if (text == "off" || (text == "bundle" && !manifest)) {
     return std::nullopt;
   }
