@@ -30,8 +30,8 @@ bool leaves_groups_out(const Architecture& architecture) {
   return architecture.num_groups != architecture.top_groups;
 }
 constexpr const char* kScopeAndGroups =
-    "residency.scope does not go with a model that leaves groups of experts out token by token, which its routers' "
-    "logits are told by; leave the scope out";
+    "residency.scope does not go with a model that leaves groups of experts out token by token: the logits that would "
+    "tell the kind of text are missing there; leave the scope out";
 
 // A rule that was in the loop belongs to the run: what is asked for now and differs would be ignored.
 void check_overrides(const RecipeSource& source, const ResidencyRule& asked, const ResidencyRule& of_run) {
