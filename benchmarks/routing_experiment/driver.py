@@ -38,8 +38,10 @@ QUESTIONS = "gsm8k_test"  # a corpus of prompts and answers that is only ever an
 FUNCTIONS = ("functions", "humaneval")  # measured where the first is among the tuned domains
 SAVING_SECONDS = 45  # what an interrupted pretraining needs to write its checkpoint
 NLL_PREFIX = "nll"
+SHOWN_FACTORS = 4  # a rule with more factors by layer is shown with the least and the largest
+KEEP = 0.95  # residency.scope.keep where nothing is said
 NO_RULE = ["residency.in_loop=false", "residency.lambda=0", "residency.ramp_steps=0", "residency.train_slots=[]"]
-NO_RULE += [f"residency.scope.{key}" for key in ("domains=[]", "elsewhere=0", "window=64", "keep=0.95")]
+NO_RULE += [f"residency.scope.{key}" for key in ("domains=[]", "elsewhere=0", "window=64", f"keep={KEEP}")]
 BASE_NAME = "base"
 
 
@@ -240,7 +242,7 @@ def figures_of(domain):
     loads = {}
     for cell in domain["cache"]:
         loads.setdefault(cell["policy"], {})[str(cell["slots"])] = cell["loads_per_token_layer"]
-    return {
+    figures = {
         "tokens": domain["tokens"],
         "nll": domain["nll"],
         "perplexity": domain["perplexity"],
@@ -250,6 +252,9 @@ def figures_of(domain):
         "usage_entropy": domain["usage_entropy"],
         "static_set": {str(cell["experts"]): cell["perplexity"] for cell in domain["static_set"]},
     }
+    if "scope_share" in domain:
+        figures["scope_share"] = domain["scope_share"]
+    return figures
 
 
 def points_of(results):
@@ -550,10 +555,15 @@ def rule_text(rule, quarter):
         return ""
     other = "" if rule["slots"] == quarter else f", C {rule['slots']}"
     score = f"{rule['score']} " if "score" in rule else ""
-    factors = " x " + "/".join(f"{factor:g}" for factor in rule["layer_factors"]) if "layer_factors" in rule else ""
+    factors = rule.get("layer_factors", [])
+    if len(factors) > SHOWN_FACTORS:
+        factors = f" x {min(factors):g}..{max(factors):g}"
+    else:
+        factors = " x " + "/".join(f"{factor:g}" for factor in factors) if factors else ""
     mass = ", mass" if rule.get("preserve_mass") else ""
     if scope := rule.get("scope"):
-        mass += f", for {' and '.join(scope['domains'])} (elsewhere x {scope['elsewhere']:g})"
+        keep = f", keep {scope['keep']:g}" if scope.get("keep", KEEP) != KEEP else ""
+        mass += f", for {' and '.join(scope['domains'])} (elsewhere x {scope['elsewhere']:g}{keep})"
     return f"{score}{rule['lambda']:g}{factors}, J {rule['always_keep']}{mass}{other}"
 
 
@@ -620,7 +630,7 @@ def points_by_domain(rows, domain):
     for row in rows:
         if row["domain"] == domain:
             for point in row["points"]:
-                rule = rule_text(point["residency"], row["experts"] // 4)
+                rule = json.dumps(point["residency"], sort_keys=True)  # its text leaves things out
                 key = (row["trainable"], row["name"], rule, override_of(row, "train.steps"))
                 check_same_text(point["domains"], base, row["name"])
                 groups.setdefault(key, {})[row["seed"]] = point["domains"]
@@ -640,7 +650,7 @@ def points_by_domain(rows, domain):
                 domain=domain,
                 trainable=trainable,
                 name=name,
-                rule=rule,
+                rule=rule_text(json.loads(rule), base_rows[0]["experts"] // 4),
                 seeds=len(seeds),
                 loads=mean(loads),
                 loads_min=mean([figures["loads"]["belady"][slots] for figures in own]),
@@ -722,10 +732,12 @@ def table_text(rows, domain, front_only=False):
     if not points:
         return f"{domain}: no base row yet"
     base = next(point for point in points if point.trainable == BASE_SET and not point.rule)
+    names = max(len("arm"), *(len(point.name) for point in points))
+    rules = max(len("prior"), *(len(point.rule) for point in points))
     lines = [
         f"{domain}: base perplexity {base.perplexity:.3f}, loads {base.loads:.3f} under LRU and {base.loads_min:.3f} "
         f"under MIN at E/4 slots, EOR {base.overlap:.3f}, usage entropy {base.entropy:.3f}",
-        f"{'set':<12} {'arm':<32} {'prior':<16} {'seeds':>5} {'loads':>6} {'MIN':>6} {'fewer':>12} {'ppl':>8} "
+        f"{'set':<12} {'arm':<{names}} {'prior':<{rules}} {'seeds':>5} {'loads':>6} {'MIN':>6} {'fewer':>12} {'ppl':>8} "
         f"{'ppl/nll':>15} {'outside':>8} {'static':>8} {'EOR':>5} {'entropy':>7}",
     ]
     order = {name: number for number, name in enumerate((BASE_SET, *SETS))}
@@ -737,7 +749,7 @@ def table_text(rows, domain, front_only=False):
         against = percent(point.against_nll) + (f" ±{50 * point.against_nll_spread:.2f}" if several else "")
         against += "" if point.same_seeds else "~"
         lines.append(
-            f"{point.trainable:<12} {point.name:<32} {point.rule:<16} {point.seeds:>5} {point.loads:>6.3f} "
+            f"{point.trainable:<12} {point.name:<{names}} {point.rule:<{rules}} {point.seeds:>5} {point.loads:>6.3f} "
             f"{point.loads_min:>6.3f} {fewer:>12} {point.perplexity:>8.3f} {against:>15} {percent(point.outside):>8} "
             f"{percent(point.static, 1):>8} {point.overlap:>5.3f} {point.entropy:>7.3f}"
             f"{' *' if point.front else '  '} {point.targets()}".rstrip()

@@ -349,12 +349,26 @@ class Table(unittest.TestCase):
         rules += [{**rule, "layer_factors": []}, {**rule, "layer_factors": [0.5, 2.0]}]
         rules += [{**rule, "preserve_mass": True}]
         rules += [{**rule, "scope": {"domains": ["python"], "elsewhere": 0.5}}, {**rule, "scope": None}]
+        rules += [{**rule, "layer_factors": [1.0, 0.9, 1.2, 1.0, 1.1]}]
+        rules += [{**rule, "scope": {"domains": ["python"], "elsewhere": 0, "keep": keep}} for keep in (0.95, 0.99)]
         points = driver.points_of({"arms": [{"residency": rule, "domains": []} for rule in rules]})
         self.assertEqual(
             [driver.rule_text(point["residency"], 16) for point in points],
             ["", "0.05, J 1", "0.05, J 1", "weight 0.05, J 1", "weight 0.05, J 1, C 8", "0.05, J 1"]
-            + ["0.05 x 0.5/2, J 1", "0.05, J 1, mass", "0.05, J 1, for python (elsewhere x 0.5)", "0.05, J 1"],
+            + ["0.05 x 0.5/2, J 1", "0.05, J 1, mass", "0.05, J 1, for python (elsewhere x 0.5)", "0.05, J 1"]
+            + ["0.05 x 0.9..1.2, J 1", "0.05, J 1, for python (elsewhere x 0)"]
+            + ["0.05, J 1, for python (elsewhere x 0, keep 0.99)"],
         )
+
+    def test_share_inside_a_scope(self):
+        domain = {"domain": "python", "tokens": 4, "nll": 0.7, "perplexity": 2.0, "expert_overlap_ratio": 0.5}
+        domain |= {"distinct_experts": 3.0, "usage_entropy": 0.9, "static_set": [], "cache": []}
+        rule = {"lambda": 0.2, "always_keep": 0, "slots": 2, "scope": {"domains": ["python"]}}
+        arms = [{"residency": None, "domains": [domain]}]
+        arms += [{"residency": rule, "domains": [{**domain, "scope_share": 0.93}]}]
+        plain, scoped = driver.points_of({"arms": arms})
+        self.assertNotIn("scope_share", plain["domains"]["python"])
+        self.assertEqual(scoped["domains"]["python"]["scope_share"], 0.93)
 
     def test_points(self):
         rows = [
@@ -408,6 +422,17 @@ class Table(unittest.TestCase):
         self.assertAlmostEqual(points["other"].against_nll, 7.0 / (21.28 / 3) - 1)
         self.assertFalse(points["other"].same_seeds)
         self.assertAlmostEqual(points["nll_1"].against_nll, 0.0)
+
+    def test_rules_that_look_alike_are_no_seeds(self):
+        rows = [self.row("-", "base", 4.0, 8.0), self.row("-", "base", 2.0, 8.2, seed=2), self.row("-", "base", 1.0, 8.4, seed=3)]
+        for row, middle in zip(rows[1:], (1.0, 1.1)):
+            factors = [0.9, 1.2, middle, 1.0, 1.0]
+            row["points"][0]["residency"] = {"lambda": 0.2, "always_keep": 0, "slots": 16, "layer_factors": factors}
+        points = driver.points_by_domain(rows, "python")
+        self.assertEqual([(point.rule, point.seeds, point.factor) for point in points],
+                         [("", 1, 1.0), ("0.2 x 0.9..1.2, J 0", 1, 2.0), ("0.2 x 0.9..1.2, J 0", 1, 4.0)])
+        lines = driver.table_text(rows, "python").splitlines()
+        self.assertEqual({line.index(word) for line, word in zip(lines[1:3], ("seeds", "    1"))}, {lines[1].index("seeds")})
 
     def test_points_of_other_text(self):
         rows = [self.row("-", "base", 4.0, 8.0), self.row("router", "nll_1", 4.0, 7.0)]
