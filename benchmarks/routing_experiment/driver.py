@@ -789,7 +789,7 @@ def table(options):
 
 
 COLOURS = {BASE_SET: "#777777", "router": "#1b6ca8", "router+lora": "#d1741a", "all": "#2d8a4e"}
-PANEL_WIDTH, PANEL_HEIGHT, MARGIN = 520, 380, 60
+PANEL_WIDTH, PANEL_HEIGHT, MARGIN, LEGEND_WIDTH = 520, 380, 60, 110
 LARGEST_COST = 0.12  # of perplexity against plain tuning; what is worse stands at the edge
 
 
@@ -847,12 +847,13 @@ def plot(options):
         parts += panel(points_by_domain(rows, domain), domain, number * PANEL_WIDTH)
     legend = {BASE_SET: "base", "router": "router", "router+lora": "router+lora", "all": "all parameters"}
     for number, (trainable, text) in enumerate(legend.items()):
-        place = MARGIN + 130 * number
+        place = MARGIN + LEGEND_WIDTH * number
         parts.append(f'<circle cx="{place}" cy="{PANEL_HEIGHT + 10}" r="4" fill="{COLOURS[trainable]}"/>')
         parts.append(f'<text x="{place + 8}" y="{PANEL_HEIGHT + 14}">{text}</text>')
-    note = "hollow: served with the residency prior; up: perplexity against plain tuning of the same set"
-    parts.append(f'<text x="{MARGIN}" y="{PANEL_HEIGHT + 34}">{note} (base: itself)</text>')
-    width, height = PANEL_WIDTH * len(domains), PANEL_HEIGHT + 48
+    notes = ("hollow: served with the residency prior", "up: perplexity against plain tuning of the same set (base: itself)")
+    for number, note in enumerate(notes):
+        parts.append(f'<text x="{MARGIN}" y="{PANEL_HEIGHT + 34 + 16 * number}">{note}</text>')
+    width, height = PANEL_WIDTH * len(domains), PANEL_HEIGHT + 64
     options.svg.write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
         'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>\n'

@@ -288,7 +288,7 @@ void run_two_steps(const std::string& family, const std::string& name, const std
 }
 
 TEST_CASE("every published recipe is there, with a header that says what it needs and how it is run") {
-  std::set<std::string> expected = {"quickstart", "pretrain_tiny", "residency_tiny", "bench_olmoe"};
+  std::set<std::string> expected = {"quickstart", "pretrain_tiny", "residency_tiny", "scope_tiny", "bench_olmoe"};
   std::vector<std::string> with_headers = kOurs;
   for (const auto& [family, names] : kPublished) {
     with_headers.insert(with_headers.end(), names.begin(), names.end());
@@ -386,6 +386,23 @@ TEST_CASE("concentration in place: routers in the residency loop, the base as te
   CHECK((recipe.residency.in_loop && recipe.residency.lambda == 0.25 && recipe.residency.always_keep == 0));
   CHECK(recipe.train.trainable == "router");
   run_two_steps("olmoe", "in_place_olmoe_dolly", {}, 1);
+  // The header's command for Dolly alone, with fewer tokens to tell by.
+  run_two_steps("olmoe", "in_place_olmoe_dolly",
+                {"data.train=[dolly,gsm8k]", "data.train_mix=[1,1]", "losses.nll.domains=[dolly]",
+                 "losses.logit_distillation.weight=4", "residency.scope.domains=[dolly]",
+                 "residency.scope.elsewhere=0.8", "residency.calibration_tokens=4096"},
+                1);
+}
+
+TEST_CASE("concentration in scope: one task's text under the rule, general text held to the base") {
+  const FinetuneRecipe recipe = load_finetune_recipe(kRecipes / "scope_tiny.yaml", {}).recipe;
+  CHECK(recipe.residency.in_loop);
+  CHECK(recipe.residency.scope.domains == std::vector<std::string>{"python"});
+  CHECK(recipe.residency.scope.elsewhere == 0.8);
+  CHECK(recipe.nll.domains == recipe.residency.scope.domains);
+  CHECK(recipe.distillation.domains.empty());
+  CHECK(recipe.data.train.size() == 3);
+  CHECK(recipe.data.train_mix == std::vector<double>{2.0, 1.0, 1.0});
 }
 
 TEST_CASE("two steps of the published OLMoE recipes on a random model") {
