@@ -164,7 +164,8 @@ std::optional<ResidencyRule> residency_from(const std::string& text, bool everyw
   if (!manifest && rule.score == ResidencyScore::kLogit) {
     throw UsageError(fmt::format(
         "--residency-prior: lambda is measured in the logit ranges that a bundle holds, got \"{}\" without --router; "
-        "give the bundle, or a rule by weight or root",
+        "give the bundle (hestia export RECIPE --untuned makes one of the model's own routers), or a rule by weight or "
+        "root",
         text));
   }
   return rule;

@@ -170,7 +170,9 @@ void inspect_bundle(const std::filesystem::path& directory) {
       parse_architecture(manifest.architecture, (directory / "manifest.json").string() + ": architecture").top_k;
   Rows rows = {{"family", manifest.model_family},
                {"base model", fmt::format("{} (routers {:.12})", manifest.model_path, manifest.base_router_hash)},
-               {"tuned routers", fmt::format("{:.12}", manifest.router_hash)},
+               {"tuned routers", manifest.router_hash == manifest.base_router_hash
+                                     ? "none: the base model's own"
+                                     : fmt::format("{:.12}", manifest.router_hash)},
                {"experts per token", manifest.top_k == base_top_k
                                          ? std::to_string(base_top_k)
                                          : fmt::format("{}, the base model {}", manifest.top_k, base_top_k)},

@@ -265,15 +265,10 @@ void check_scope(const ResidencyRule& rule, const Architecture& architecture, co
   }
 }
 
-ResidencyRule rule_of_run(const LoadedRecipe<FinetuneRecipe>& loaded, MoeModel& model, const Tokenizer& tokenizer,
-                          std::int64_t threads) {
+ResidencyRule calibrated_rule(const LoadedRecipe<FinetuneRecipe>& loaded, MoeModel& model, const Tokenizer& tokenizer,
+                              std::int64_t threads) {
   const FinetuneRecipe& recipe = loaded.recipe;
   ResidencyRule rule = residency_rule(loaded, model->architecture());
-  if (std::filesystem::exists(residency_path(recipe.run_dir))) {
-    ResidencyRule of_run = read_residency(residency_path(recipe.run_dir));
-    check_overrides(loaded.source, rule, of_run);
-    return of_run;
-  }
   // As many as hold the calibration set whole.
   DataOptions first_part = recipe.data;
   const std::int64_t enough = recipe.residency.calibration_tokens + recipe.data.sequence_length;
@@ -283,6 +278,17 @@ ResidencyRule rule_of_run(const LoadedRecipe<FinetuneRecipe>& loaded, MoeModel& 
             calibration_data(load_training_data(first_part, tokenizer, threads), recipe.residency.calibration_tokens),
             recipe.data.sequence_length);
   return rule;
+}
+
+ResidencyRule rule_of_run(const LoadedRecipe<FinetuneRecipe>& loaded, MoeModel& model, const Tokenizer& tokenizer,
+                          std::int64_t threads) {
+  const std::filesystem::path saved = residency_path(loaded.recipe.run_dir);
+  if (!std::filesystem::exists(saved)) {
+    return calibrated_rule(loaded, model, tokenizer, threads);
+  }
+  ResidencyRule of_run = read_residency(saved);
+  check_overrides(loaded.source, residency_rule(loaded, model->architecture()), of_run);
+  return of_run;
 }
 
 std::string lambda_text(const ResidencyRule& rule) {

@@ -532,6 +532,113 @@ Json flattening(const std::filesystem::path& metrics_path, std::int64_t steps) {
   return json;
 }
 
+// A bundle of a run's checkpoint, or of the base's own routers where there is none.
+void write_router_bundle(const LoadedRecipe<FinetuneRecipe>& loaded, const std::string& recipe_text,
+                         const std::optional<std::filesystem::path>& checkpoint, const std::filesystem::path& directory,
+                         std::int64_t threads, bool quiet) {
+  const FinetuneRecipe& recipe = loaded.recipe;
+  check_predictor(loaded, read_architecture(recipe.model.path));
+  const std::unique_ptr<Tokenizer> tokenizer = open_tokenizer(recipe.model.path);
+  const PackedData data = export_data(recipe, *tokenizer, threads);
+  if (recipe.export_options.predictor.enabled &&
+      std::none_of(data.sequences.begin(), data.sequences.end(),
+                   [](const TokenSequence& sequence) { return sequence.num_prompt_tokens > 0; })) {
+    throw UsageError(fmt::format(
+        "{}: export.predictor guesses from prompts, and no text of data.train has one; set export.prompt_tokens to "
+        "take "
+        "the first tokens of each text for its prompt, give the corpus a prompt_field, or switch the predictor off",
+        loaded.source.location("export.predictor.enabled")));
+  }
+  const std::vector<PackedBatch> batches = all_batches(data, recipe.train, recipe.data.sequence_length);
+  MoeModel model = load_model(recipe.model.path, dtype_from_recipe(recipe.model.dtype),
+                              device_from_recipe(recipe.model.device), quiet);
+  const Architecture& architecture = model->architecture();
+  const std::vector<std::int64_t> layers = architecture.moe_layers();
+  const auto num_layers = static_cast<std::int64_t>(layers.size());
+
+  BundleManifest manifest;
+  manifest.model_family = architecture.family;
+  manifest.model_path = recipe.model.path;
+  manifest.architecture = architecture_config(architecture);
+  manifest.base_router_hash = router_hash(model);
+  manifest.recipe = recipe_text;
+  manifest.residency = checkpoint ? rule_of_run(loaded, model, *tokenizer, threads)
+                                  : calibrated_rule(loaded, model, *tokenizer, threads);
+  const std::int64_t slots = manifest.residency.slots;
+
+  const std::vector<torch::Tensor> base_routers = copies_of_routers(model);
+  const std::int64_t base_top_k = architecture.top_k;
+  if (checkpoint) {
+    load_checkpoint_weights(model, *checkpoint);
+  }
+  const std::vector<torch::Tensor> tuned_routers = copies_of_routers(model);
+  const std::int64_t tuned_top_k = architecture.top_k;
+  manifest.router_hash = router_hash(model);
+  const auto serve = [&](bool tuned) {
+    set_routers(model, tuned ? tuned_routers : base_routers);
+    model->set_adapters_enabled(tuned);
+    model->set_top_k(tuned ? tuned_top_k : base_top_k);
+    if (manifest.residency.lambda > 0.0) {
+      model->set_selector(tuned ? std::shared_ptr<Selector>(std::make_shared<ResidencySelector>(manifest.residency))
+                                : std::make_shared<TopKSelector>());
+    }
+  };
+
+  std::filesystem::create_directories(directory);
+  PreferenceWriterOptions storage;
+  storage.max_sequences = recipe.export_options.max_sequences;
+  storage.seed = derive_seed(static_cast<std::uint64_t>(recipe.seed), "preferences");
+  PreferenceWriter writer(directory / "preferences.h5", num_layers, architecture.num_experts, layers, storage);
+  Progress progress("export", 2 * data.num_tokens(), "tok", quiet);
+  const auto advance = [&](std::int64_t tokens) { progress.advance(tokens); };
+  RoutingMetrics baseline_metrics(num_layers, architecture.num_experts, base_top_k, layers, 0);
+  RoutingMetrics tuned_metrics(num_layers, architecture.num_experts, tuned_top_k, layers, 0);
+  QualityResult baseline_quality;
+  QualityResult tuned_quality;
+  // Both routers batch by batch, so that probabilities of one batch are all that is held.
+  std::int64_t first_id = 0;
+  for (const PackedBatch& batch : batches) {
+    std::vector<SequenceRouting> baseline;
+    serve(false);
+    add_quality(baseline_quality, measure(
+                                      model, data, {batch}, true,
+                                      [&](SequenceRouting&& routing) {
+                                        routing.id += first_id;
+                                        baseline_metrics.add(routing);
+                                        baseline.push_back(std::move(routing));
+                                      },
+                                      advance));
+    serve(true);
+    std::size_t next = 0;
+    add_quality(tuned_quality, measure(
+                                   model, data, {batch}, true,
+                                   [&](SequenceRouting&& routing) {
+                                     routing.id += first_id;
+                                     tuned_metrics.add(routing);
+                                     writer.add(baseline.at(next++), routing);
+                                   },
+                                   advance));
+    first_id += static_cast<std::int64_t>(batch.domains.size());
+  }
+  progress.finish();
+  manifest.metrics = {{"domains", recipe.data.train},
+                      {"baseline", figures_of(baseline_quality, baseline_metrics, slots, num_layers)},
+                      {"tuned", figures_of(tuned_quality, tuned_metrics, slots, num_layers)}};
+  std::optional<PreferencePredictor> predictor;
+  if (recipe.export_options.predictor.enabled) {
+    predictor = make_predictor(recipe, model, batches, writer, slots);
+    manifest.predictor = predictor_json(*predictor);
+  }
+  if (recipe.export_options.write_prompts) {
+    write_prompts(directory / kPromptFile, writer, batches, *tokenizer);
+  } else {
+    std::filesystem::remove(directory / kPromptFile);  // an earlier export's, by ids of other sequences
+  }
+  writer.close(predictor ? &*predictor : nullptr);
+  write_bundle(directory, model, manifest);
+  log_info(fmt::format("router bundle in {}", directory.string()));
+}
+
 }  // namespace
 
 void run_finetune(const LoadedRecipe<FinetuneRecipe>& loaded, const RunFlags& flags) {
@@ -685,8 +792,25 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, con
                                     "--gguf BASE.gguf"
                                   : fmt::format("--gguf is for --to gguf, got --to {}; leave it out", to));
   }
+  const std::int64_t threads = use_threads(loaded.recipe.model.threads);
+  if (target.untuned) {
+    if (to != "bundle") {
+      throw UsageError(
+          fmt::format("--untuned writes a bundle: its model is the base as it is, got --to {}; leave one out", to));
+    }
+    if (loaded.recipe.residency.lambda == 0.0) {
+      throw UsageError(
+          fmt::format("{}: --untuned exports the model's own routers under a residency rule, got residency.lambda 0, "
+                      "which is plain Top-K; set it, for example to 0.2",
+                      loaded.source.location("residency.lambda")));
+    }
+    const std::filesystem::path directory =
+        target.output.empty() ? std::filesystem::path(loaded.recipe.run_dir) / "untuned" : target.output;
+    write_router_bundle(loaded, save_recipe(FinetuneRecipe(loaded.recipe).fields()), std::nullopt, directory, threads,
+                        quiet);
+    return directory;
+  }
   FinetuneRecipe recipe = loaded.recipe;
-  const std::int64_t threads = use_threads(recipe.model.threads);
   resolve_steps_from_run(recipe.train, recipe.run_dir, loaded.source);
   const auto latest = latest_checkpoint(recipe.run_dir);
   if (!latest || latest->first < recipe.train.steps) {
@@ -733,104 +857,9 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, con
     log_info(fmt::format("tuned model in {}", directory.string()));
     return directory;
   }
-  check_predictor(loaded, read_architecture(recipe.model.path));
-  const std::unique_ptr<Tokenizer> tokenizer = open_tokenizer(recipe.model.path);
-  const PackedData data = export_data(recipe, *tokenizer, threads);
-  if (recipe.export_options.predictor.enabled &&
-      std::none_of(data.sequences.begin(), data.sequences.end(),
-                   [](const TokenSequence& sequence) { return sequence.num_prompt_tokens > 0; })) {
-    throw UsageError(fmt::format(
-        "{}: export.predictor guesses from prompts, and no text of data.train has one; set export.prompt_tokens to "
-        "take "
-        "the first tokens of each text for its prompt, give the corpus a prompt_field, or switch the predictor off",
-        loaded.source.location("export.predictor.enabled")));
-  }
-  const std::vector<PackedBatch> batches = all_batches(data, recipe.train, recipe.data.sequence_length);
-  MoeModel model = load_model(recipe.model.path, dtype_from_recipe(recipe.model.dtype),
-                              device_from_recipe(recipe.model.device), quiet);
-  const Architecture& architecture = model->architecture();
-  const std::vector<std::int64_t> layers = architecture.moe_layers();
-  const auto num_layers = static_cast<std::int64_t>(layers.size());
-
-  BundleManifest manifest;
-  manifest.model_family = architecture.family;
-  manifest.model_path = recipe.model.path;
-  manifest.architecture = architecture_config(architecture);
-  manifest.base_router_hash = router_hash(model);
   // Of the run: overrides that are missing now were part of it.
-  manifest.recipe = read_text_file(std::filesystem::path(recipe.run_dir) / "recipe.yaml");
-  manifest.residency = rule_of_run(loaded, model, *tokenizer, threads);
-  const std::int64_t slots = manifest.residency.slots;
-
-  const std::vector<torch::Tensor> base_routers = copies_of_routers(model);
-  const std::int64_t base_top_k = architecture.top_k;
-  load_checkpoint_weights(model, latest->second);
-  const std::vector<torch::Tensor> tuned_routers = copies_of_routers(model);
-  const std::int64_t tuned_top_k = architecture.top_k;
-  manifest.router_hash = router_hash(model);
-  const auto serve = [&](bool tuned) {
-    set_routers(model, tuned ? tuned_routers : base_routers);
-    model->set_adapters_enabled(tuned);
-    model->set_top_k(tuned ? tuned_top_k : base_top_k);
-    if (manifest.residency.lambda > 0.0) {
-      model->set_selector(tuned ? std::shared_ptr<Selector>(std::make_shared<ResidencySelector>(manifest.residency))
-                                : std::make_shared<TopKSelector>());
-    }
-  };
-
-  std::filesystem::create_directories(directory);
-  PreferenceWriterOptions storage;
-  storage.max_sequences = recipe.export_options.max_sequences;
-  storage.seed = derive_seed(static_cast<std::uint64_t>(recipe.seed), "preferences");
-  PreferenceWriter writer(directory / "preferences.h5", num_layers, architecture.num_experts, layers, storage);
-  Progress progress("export", 2 * data.num_tokens(), "tok", quiet);
-  const auto advance = [&](std::int64_t tokens) { progress.advance(tokens); };
-  RoutingMetrics baseline_metrics(num_layers, architecture.num_experts, base_top_k, layers, 0);
-  RoutingMetrics tuned_metrics(num_layers, architecture.num_experts, tuned_top_k, layers, 0);
-  QualityResult baseline_quality;
-  QualityResult tuned_quality;
-  // Both routers batch by batch, so that probabilities of one batch are all that is held.
-  std::int64_t first_id = 0;
-  for (const PackedBatch& batch : batches) {
-    std::vector<SequenceRouting> baseline;
-    serve(false);
-    add_quality(baseline_quality, measure(
-                                      model, data, {batch}, true,
-                                      [&](SequenceRouting&& routing) {
-                                        routing.id += first_id;
-                                        baseline_metrics.add(routing);
-                                        baseline.push_back(std::move(routing));
-                                      },
-                                      advance));
-    serve(true);
-    std::size_t next = 0;
-    add_quality(tuned_quality, measure(
-                                   model, data, {batch}, true,
-                                   [&](SequenceRouting&& routing) {
-                                     routing.id += first_id;
-                                     tuned_metrics.add(routing);
-                                     writer.add(baseline.at(next++), routing);
-                                   },
-                                   advance));
-    first_id += static_cast<std::int64_t>(batch.domains.size());
-  }
-  progress.finish();
-  manifest.metrics = {{"domains", recipe.data.train},
-                      {"baseline", figures_of(baseline_quality, baseline_metrics, slots, num_layers)},
-                      {"tuned", figures_of(tuned_quality, tuned_metrics, slots, num_layers)}};
-  std::optional<PreferencePredictor> predictor;
-  if (recipe.export_options.predictor.enabled) {
-    predictor = make_predictor(recipe, model, batches, writer, slots);
-    manifest.predictor = predictor_json(*predictor);
-  }
-  if (recipe.export_options.write_prompts) {
-    write_prompts(directory / kPromptFile, writer, batches, *tokenizer);
-  } else {
-    std::filesystem::remove(directory / kPromptFile);  // an earlier export's, by ids of other sequences
-  }
-  writer.close(predictor ? &*predictor : nullptr);
-  write_bundle(directory, model, manifest);
-  log_info(fmt::format("router bundle in {}", directory.string()));
+  write_router_bundle({recipe, loaded.source}, read_text_file(std::filesystem::path(recipe.run_dir) / "recipe.yaml"),
+                      latest->second, directory, threads, quiet);
   return directory;
 }
 

@@ -220,6 +220,54 @@ TEST_CASE("a prior needs no training: the arms of a run that never saw one") {
         results.at("arms").at(0).at("domains").at(0).at("nll"));
 }
 
+TEST_CASE("an untuned bundle: the model's own routers under the recipe's rule, served without any run") {
+  const SmallProject project;
+  make_loop(project, ", scope: {domains: [letters], window: 8}");
+  project.write("loop.yaml", replaced(project.read("loop.yaml"), "train: [letters]", "train: [letters, colours]"));
+  check_complaint(project.run({"export", "loop.yaml", "--untuned", "--to", "hf"}), 2, {"--untuned", "--to hf"});
+  check_complaint(project.run({"export", "finetune.yaml", "--untuned", "residency.lambda=0"}), 2,
+                  {"residency.lambda=0 on the command line", "--untuned", "set it"});
+  CHECK_FALSE(std::filesystem::exists(project.path() / "runs/tuned"));
+  CHECK(done(project.run({"export", "loop.yaml", "--untuned", "--quiet"})) == "runs/tuned/untuned\n");
+  const Json manifest = read_json_file(project.path() / "runs/tuned/untuned/manifest.json");
+  CHECK(manifest.at("router_hash") == manifest.at("base_router_hash"));
+  CHECK_THAT(manifest.at("recipe").get<std::string>(), Catch::Contains("in_loop: true"));
+  const auto nll = [&](const char* router) { return manifest.at("metrics").at(router).at("nll").get<double>(); };
+  CHECK(nll("tuned") != nll("baseline"));
+  CHECK_THAT(done(project.run({"inspect", "runs/tuned/untuned"})),
+             Catch::Contains("none: the base model's own") && Catch::Contains("lambda 0.3, for letters"));
+  const auto served = [&](const std::string& bundle) {
+    const Json result = Json::parse(
+        done(project.run({"generate", "--model", "runs/base/model", "--router", bundle, "--prompt-tokens", "1,2,3",
+                          "--max-tokens", "6", "--ignore-eos", "--device", "cpu", "--expert-slots", "3", "--json"})));
+    CHECK(result.at("residency").at("lambda") == 0.3);
+    return result.at("residency").at("scope").at("domains");
+  };
+  CHECK(served("runs/tuned/untuned") == Json{"letters"});
+  // A run of the same recipe begins as if nothing were there, and calibrates the same rule.
+  done(project.run({"finetune", "loop.yaml", "--quiet"}));
+  const Json rule = read_json_file(project.path() / "runs/tuned/residency.json");
+  CHECK(manifest.at("residency").at("scope").at("domains") == rule.at("scope").at("domains"));
+  CHECK(manifest.at("residency").at("logit_range") == rule.at("logit_range"));
+  CHECK(manifest.at("residency").at("scope").at("weights") == rule.at("scope").at("weights"));
+  // The base under the rule, once as a bundle and once as the recipe has it.
+  const std::string name = ", lambda 0.3, for letters (elsewhere times 0), J 1";
+  const auto measured = [&](const std::string& arm, const std::vector<std::string>& more) {
+    std::vector<std::string> words = {"evaluate", "loop.yaml", "--json", "--quiet"};
+    words.insert(words.end(), more.begin(), more.end());
+    const Json results = Json::parse(done(project.run(words)));
+    for (const Json& figures : results.at("arms")) {
+      if (figures.at("name") == arm + name) {
+        return figures.at("domains");
+      }
+    }
+    FAIL("no arm " << arm << name);
+    return Json();
+  };
+  CHECK(measured("tuned", {"--bundle", "runs/tuned/untuned", "--only", "tuned"}) ==
+        measured("baseline", {"--only", "baseline"}));
+}
+
 TEST_CASE("a rule with a scope is trained, exported, evaluated and served for the text that it names") {
   const SmallProject project;
   make_loop(project, ", scope: {domains: [letters], elsewhere: 0.25, window: 8, keep: 0.9}");
