@@ -804,7 +804,7 @@ std::filesystem::path run_export(const LoadedRecipe<FinetuneRecipe>& loaded, con
                       "which is plain Top-K; set it, for example to 0.2",
                       loaded.source.location("residency.lambda")));
     }
-    const std::filesystem::path directory =
+    std::filesystem::path directory =
         target.output.empty() ? std::filesystem::path(loaded.recipe.run_dir) / "untuned" : target.output;
     write_router_bundle(loaded, save_recipe(FinetuneRecipe(loaded.recipe).fields()), std::nullopt, directory, threads,
                         quiet);
