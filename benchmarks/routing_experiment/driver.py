@@ -707,7 +707,8 @@ def tasks_text(rows, domain):
     tasks = list(dict.fromkeys(task for by_seed in found.values() for by_task in by_seed.values() for task in by_task))
     if not tasks:
         return ""
-    lines = [f"{'set':<12} {'arm':<32} {'seeds':>5} " + " ".join(f"{task:>22}" for task in tasks)]
+    names = max(len("arm"), *(len(name) for _, name, _ in found))
+    lines = [f"{'set':<12} {'arm':<{names}} {'seeds':>5} " + " ".join(f"{task:>22}" for task in tasks)]
     order = {name: number for number, name in enumerate((BASE_SET, *SETS))}
     for (trainable, name, steps), by_seed in sorted(found.items(), key=lambda arm: order[arm[0][0]]):
         plain_name = best_plain_name(rows, domain, trainable, steps)
@@ -719,7 +720,7 @@ def tasks_text(rows, domain):
             if not math.isnan(right - of_plain) and name != plain_name:
                 cell += f" ({100 * (right - of_plain):+.1f}{'' if same_seeds else '~'})"
             cells.append(f"{cell:>22}")
-        lines.append(f"{trainable:<12} {name:<32} {len(by_seed):>5} " + " ".join(cells))
+        lines.append(f"{trainable:<12} {name:<{names}} {len(by_seed):>5} " + " ".join(cells))
     return "\n".join(["tasks, per cent right (points against plain tuning of the same set):", *lines])
 
 
