@@ -31,9 +31,9 @@ void add_export(CLI::App& app) {
   verb->add_option(
       "--output", arguments->target.output,
       "folder to write, or with --to gguf the file (default: in bundle/, hf/ or gguf/ of the run directory)");
-  verb->add_flag("--untuned", arguments->target.untuned,
-                 "a bundle of the model's own routers under the recipe's residency rule, which needs no run (default "
-                 "folder: untuned/ of the run directory)");
+  verb->add_flag(
+      "--untuned", arguments->target.untuned,
+      "a bundle of the model's own routers under the recipe's residency rule: needs no run (default: in untuned/)");
   verb->add_flag("--quiet", arguments->quiet, "no progress bar");
   verb->footer("Example: hestia export recipes/quickstart.yaml");
   verb->callback([arguments] {
