@@ -937,8 +937,8 @@ void add_generate(CLI::App& app) {
   verb->add_flag("--quiet", arguments->quiet, "no progress bar");
   verb->footer("Example: hestia generate --model checkpoints/tiny --expert-slots 4 --prompt \"The kernel\"");
   verb->callback([arguments, logits, verb] {
-    for (const char* of_slots :
-         {"--policy", "--fetch", "--prefetch", "--gamma", "--start", "--preload", "--preload-by", "--preload-router"}) {
+    for (const char* of_slots : {"--policy", "--fetch", "--prefetch", "--gamma", "--start", "--preload", "--preload-by",
+                                 "--preload-router", "--residency-everywhere"}) {
       if (verb->count(of_slots) > 0 && arguments->expert_slots.empty()) {
         throw UsageError(
             fmt::format("{}: is about expert slots, and all experts are on the device; give --expert-slots, or leave "

@@ -357,6 +357,9 @@ TEST_CASE("a rule with a scope is trained, exported, evaluated and served for th
   check_complaint(project.run({"generate", "--model", "runs/base/model", "--prompt-tokens", "1,2,3", "--expert-slots",
                                "3", "--device", "cpu", "--residency-everywhere"}),
                   2, {"--residency-everywhere: there is no bundle whose rule is for some text alone"});
+  check_complaint(project.run({"generate", "--model", "runs/base/model", "--router", "runs/tuned/bundle",
+                               "--prompt-tokens", "1,2,3", "--device", "cpu", "--residency-everywhere"}),
+                  2, {"--residency-everywhere: is about expert slots", "give --expert-slots"});
   CHECK_THAT(done(project.run({"evaluate", "loop.yaml", "evaluate.residency_prior.lambdas=[0.3]",
                                "evaluate.residency_prior.always_keep=[1]", "evaluate.residency_prior.in_scope=false",
                                "--only", "baseline", "--quiet"})),
