@@ -43,13 +43,12 @@ void fit_scope(ResidencyScope& scope, MoeModel& model, const PackedData& data, s
 void check_scope(const ResidencyRule& rule, const Architecture& architecture, const std::string& subject);
 
 /// residency_rule, calibrated on `model`, which must be the base model, over the first training tokens of the recipe,
-/// which are read with `threads` threads.
+/// which are read with `threads` threads. Throws UsageError as residency_rule does.
 [[nodiscard]] ResidencyRule calibrated_rule(const LoadedRecipe<FinetuneRecipe>& loaded, MoeModel& model,
                                             const Tokenizer& tokenizer, std::int64_t threads);
 
 /// The rule that the routers of the recipe's run are served with: its residency.json, or where there is none
-/// calibrated_rule. Throws UsageError when an override asks for
-/// another rule than the run was trained under.
+/// calibrated_rule. Throws UsageError when an override asks for another rule than the run was trained under.
 [[nodiscard]] ResidencyRule rule_of_run(const LoadedRecipe<FinetuneRecipe>& loaded, MoeModel& model,
                                         const Tokenizer& tokenizer, std::int64_t threads);
 
