@@ -1,3 +1,4 @@
+#include <filesystem>
 #include <iostream>
 #include <memory>
 #include <string>
@@ -61,8 +62,12 @@ void add_evaluate(CLI::App& app) {
     if (target.only != kBaselineArm) {
       files.emplace_back(target.checkpoint ? "checkpoint" : "router bundle", comparison.bundle);
     }
-    files.emplace_back("training log", run_dir + "/metrics.jsonl");
-    files.emplace_back("checkpoints", run_dir + "/checkpoints");
+    for (const auto& [name, path] :
+         {std::pair("training log", run_dir + "/metrics.jsonl"), std::pair("checkpoints", run_dir + "/checkpoints")}) {
+      if (std::filesystem::exists(path)) {  // the baseline and an untuned bundle need no run
+        files.emplace_back(name, path);
+      }
+    }
     log_block("Files", files);
   });
 }

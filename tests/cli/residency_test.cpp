@@ -244,6 +244,11 @@ TEST_CASE("an untuned bundle: the model's own routers under the recipe's rule, s
     return result.at("residency").at("scope").at("domains");
   };
   CHECK(served("runs/tuned/untuned") == Json{"letters"});
+  // What is measured without a run names no file of one.
+  const Outcome no_run = project.run({"evaluate", "loop.yaml", "--only", "baseline", "--quiet"});
+  CHECK_THAT(done(no_run), Catch::Contains("baseline, lambda 0.3, for letters"));
+  CHECK_THAT(no_run.err, Catch::Contains("runs/tuned/results.json") && !Catch::Contains("metrics.jsonl") &&
+                             !Catch::Contains("runs/tuned/checkpoints"));
   // A run of the same recipe begins as if nothing were there, and calibrates the same rule.
   done(project.run({"finetune", "loop.yaml", "--quiet"}));
   const Json rule = read_json_file(project.path() / "runs/tuned/residency.json");
