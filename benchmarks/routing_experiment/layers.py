@@ -6,12 +6,12 @@
 By another score than the logit (--score) it is OUT/layers_SCORE.json.
 
 One measurement per layer, on text of the training split: the others are routed plainly and this one under the rule, at
-a few lambdas. Its cost is the NLL added, half of it the tuned domain's and half the other training domains' mean, taken
-as proportional to lambda^2 (what it is at small lambdas, and one number is less noisy than three), moved a quarter of
-the way to the mean of all layers, and at least three tenths of that mean. Its savings are loads per token of the tuned
-domain, between the measured points as an exponential approach to a little over the largest. Both are taken as additive
-over layers. Then all layers get the lambda at which one more saved load costs the same, and together save what the
-budget's lambda does in all.
+a few lambdas. Its cost is the NLL added, half of it the tuned domain's and half the other training domains' mean (all
+of it the tuned domain's where there are none), taken as proportional to lambda^2 (what it is at small lambdas, and one
+number is less noisy than three), moved a quarter of the way to the mean of all layers, and at least three tenths of that
+mean. Its savings are loads per token of the tuned domain, between the measured points as an exponential approach to a
+little over the largest. Both are taken as additive over layers. Then all layers get the lambda at which one more saved
+load costs the same, and together save what the budget's lambda does in all.
 
 benchmarks/residency_layers.py looks harder, without a model of cost and savings, on one domain, and takes longer.
 """
@@ -132,7 +132,7 @@ def run(options):
     if not (model / "config.json").exists():
         sys.exit(f"{model}: not there; make it with driver.py pretrain")
     layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
-    domains = [options.domain, *(d for d in options.others.split(",") if d != options.domain)]
+    domains = [options.domain, *(d for d in options.others.split(",") if d not in ("", options.domain))]
     try:
         with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
             measured = list(pool.map(lambda layer: measure(layer, layers, options, domains), range(layers)))
@@ -175,7 +175,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=1, help="measurements at a time")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of each")
     parser.add_argument("--domain", default="python", help="whose loads count, and half of the cost")
-    parser.add_argument("--others", default=general, help="domains whose cost is the other half")
+    parser.add_argument("--others", default=general, help="domains whose cost is the other half; empty: none")
     parser.add_argument("--tokens", type=int, default=4096, help="of each domain")
     parser.add_argument("--score", choices=list(KEYS), default="logit", help="residency.score of the rule")
     parser.add_argument("--lambdas", type=numbers, help="default: .8, 1.2 and 2 times the budget")
