@@ -31,6 +31,7 @@ namespace hestia {
 namespace {
 
 constexpr std::int64_t kResultsFormat = 1;
+constexpr const char* kResultsFile = "results.json";
 constexpr const char* kAnswersFile = "answers.jsonl";
 constexpr const char* kMultipleChoice = "multiple_choice";
 
@@ -332,6 +333,18 @@ void write_answers(const Comparison& comparison, const std::filesystem::path& pa
     }
   }
   write_text_atomically(path, lines);
+}
+
+// An evaluation may have taken hours, and the next be a part of it: the last one's files stay, as FILE.previous.EXT.
+void keep_previous(const std::filesystem::path& run_dir) {
+  for (const std::filesystem::path name : {kResultsFile, kAnswersFile}) {
+    const std::filesystem::path previous = run_dir / (name.stem().string() + ".previous" + name.extension().string());
+    if (std::filesystem::exists(run_dir / name)) {
+      std::filesystem::rename(run_dir / name, previous);
+    } else {
+      std::filesystem::remove(previous);  // of the one before
+    }
+  }
 }
 
 // What the tuned router changed, domain by domain.
@@ -664,10 +677,9 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const Evalua
   if (!target.only.empty()) {
     comparison.command += fmt::format(" --only {}", target.only);
   }
-  write_text_atomically(run_dir / "results.json", comparison_json(comparison).dump(2) + "\n");
-  if (tasks.empty()) {
-    std::filesystem::remove(run_dir / kAnswersFile);  // an earlier evaluation's
-  } else {
+  keep_previous(run_dir);
+  write_text_atomically(run_dir / kResultsFile, comparison_json(comparison).dump(2) + "\n");
+  if (!tasks.empty()) {
     write_answers(comparison, run_dir / kAnswersFile);
   }
   return comparison;

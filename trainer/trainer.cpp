@@ -442,9 +442,18 @@ class Loop {
     const std::filesystem::path recipe_path = job_.run_dir / "recipe.yaml";
     if (job_.overwrite) {
       // With what was made from the earlier run: evaluate would take it for this one's.
-      std::vector<std::string> names = {"checkpoints",  "metrics.jsonl", "recipe.yaml", "residency.json",
-                                        "control",      "bundle",        "hf",          "gguf",
-                                        "results.json", "answers.jsonl"};
+      std::vector<std::string> names = {"checkpoints",
+                                        "metrics.jsonl",
+                                        "recipe.yaml",
+                                        "residency.json",
+                                        "control",
+                                        "bundle",
+                                        "hf",
+                                        "gguf",
+                                        "results.json",
+                                        "answers.jsonl",
+                                        "results.previous.json",
+                                        "answers.previous.jsonl"};
       names.insert(names.end(), job_.outputs.begin(), job_.outputs.end());
       for (const std::string& name : names) {
         std::filesystem::remove_all(job_.run_dir / name);

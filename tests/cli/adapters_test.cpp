@@ -111,7 +111,9 @@ TEST_CASE("routers with adapters and fewer experts, from recipe to a model direc
 
   // A fresh start removes what was made from the run before it, once it is known that there will be a run.
   std::filesystem::create_directories(project.path() / "runs/tuned/gguf");
-  project.write("runs/tuned/answers.jsonl", "{}\n");
+  for (const char* name : {"answers.jsonl", "answers.previous.jsonl", "results.previous.json"}) {
+    project.write(std::string("runs/tuned/") + name, "{}\n");
+  }
   check_complaint(project.run(with({"finetune", "finetune.yaml", "--overwrite", "--quiet", "residency.lambda=0.1",
                                     "residency.slots=1000", "residency.in_loop=true"})),
                   2, {"residency.slots"});
@@ -122,7 +124,9 @@ TEST_CASE("routers with adapters and fewer experts, from recipe to a model direc
   done(project.run(with({"finetune", "finetune.yaml", "--overwrite", "--quiet"})));
   CHECK_FALSE(std::filesystem::exists(project.path() / "runs/tuned/gguf"));
   CHECK_FALSE(std::filesystem::exists(project.path() / "runs/tuned/results.json"));
-  CHECK_FALSE(std::filesystem::exists(project.path() / "runs/tuned/answers.jsonl"));
+  for (const char* name : {"answers.jsonl", "answers.previous.jsonl", "results.previous.json"}) {
+    CHECK_FALSE(std::filesystem::exists(project.path() / "runs/tuned" / name));
+  }
   CHECK_FALSE(std::filesystem::exists(project.path() / "runs/tuned/hf"));
   CHECK_FALSE(std::filesystem::exists(project.path() / "runs/tuned/bundle"));
 }

@@ -239,11 +239,19 @@ TEST_CASE("evaluate compares the accuracy of every router") {
     CHECK(task.contains("points_by_bytes_against_baseline") == (name == "doors"));
   }
   // Not asked for: not there.
+  const Json last_with_tasks = read_json_file(project.path() / "runs/tuned/results.json");
+  const std::string its_answers = project.read("runs/tuned/answers.jsonl");
   done(project.run({"evaluate", "tasks.yaml", "--quiet", "--checkpoint", "evaluate.tasks=[]"}));
   const Json without = read_json_file(project.path() / "runs/tuned/results.json");
   CHECK_FALSE(without.contains("task_delta"));
   CHECK_FALSE(without.at("arms").at(0).contains("tasks"));
   CHECK_FALSE(std::filesystem::exists(project.path() / "runs/tuned/answers.jsonl"));
+  // The evaluation before stays beside the last, a part of it or not; the one before that does not.
+  CHECK(read_json_file(project.path() / "runs/tuned/results.previous.json") == last_with_tasks);
+  CHECK(project.read("runs/tuned/answers.previous.jsonl") == its_answers);
+  done(project.run({"evaluate", "tasks.yaml", "--quiet", "evaluate.tasks=[]", "--only", "baseline"}));
+  CHECK(read_json_file(project.path() / "runs/tuned/results.previous.json") == without);
+  CHECK_FALSE(std::filesystem::exists(project.path() / "runs/tuned/answers.previous.jsonl"));
 }
 
 }  // namespace
