@@ -5,6 +5,7 @@
     driver.py pretrain --seconds 560                          the model that every arm tunes
     driver.py run      --arms arms_a.txt --gpus 0 --jobs-per-gpu 3 --seconds 560
     driver.py table    [--domain python]                      loads against perplexity, Pareto front, targets
+    driver.py table    --at 4                                 every arm at 4 times fewer loads, between its lambdas
     driver.py plot     --svg FILE                             the same as a picture
 
 pretrain and run end within --seconds and go on where they stopped when they are called again. Every arm's figures are
@@ -520,17 +521,35 @@ class Point:
     front: bool = False
 
     def targets(self):
-        """The issue's targets that this point meets, as letters."""
-        met = ""
-        if self.trainable == "router" and self.factor >= 4 and self.against_nll <= 0.01:
-            met += "AC" if self.outside <= 0.01 else "A"
-        if self.trainable in ("router+lora", "all") and self.factor >= 10 and self.against_nll <= 0.05:
-            met += "B"
-        if self.trainable == "router" and self.factor >= 2 and self.against_nll <= 0.01:
-            met += "D"
-        if self.trainable in ("router+lora", "all") and self.factor >= 10 and self.against_nll <= 0:
-            met += "E" if 1 + self.outside <= 1.01 * (1 + self.outside_of_nll) else ""
-        return met
+        return targets_met(self.trainable, self.factor, self.against_nll, self.outside, self.outside_of_nll)
+
+
+@dataclasses.dataclass
+class Crossing:
+    """One arm under the rules that differ in lambda alone, at a number of times fewer loads: of every seed with a
+    measured lambda on either side, between the two nearest."""
+
+    trainable: str
+    name: str
+    rule: str  # with * for lambda
+    against_nll: list  # a value per seed, against plain tuning of that seed
+    outside: list
+    outside_of_nll: float
+    same_seeds: bool
+
+
+def targets_met(trainable, factor, against_nll, outside, outside_of_nll):
+    """The issue's targets that these figures meet, as letters."""
+    met = ""
+    if trainable == "router" and factor >= 4 and against_nll <= 0.01:
+        met += "AC" if outside <= 0.01 else "A"
+    if trainable in ("router+lora", "all") and factor >= 10 and against_nll <= 0.05:
+        met += "B"
+    if trainable == "router" and factor >= 2 and against_nll <= 0.01:
+        met += "D"
+    if trainable in ("router+lora", "all") and factor >= 10 and against_nll <= 0:
+        met += "E" if 1 + outside <= 1.01 * (1 + outside_of_nll) else ""
+    return met
 
 
 TARGETS = (
@@ -548,9 +567,10 @@ def spread(values):
     return max(values) - min(values)
 
 
-def rule_text(rule, quarter):
+def rule_text(rule, quarter, strength=None):
     """The score where it is not the logit, lambda, its factors by layer where there are any, J, preserved mass and the
-    scope where there is one, and C where the rule's cache is not the one that the table is about."""
+    scope where there is one, and C where the rule's cache is not the one that the table is about; strength stands for lambda
+    where it is given."""
     if rule is None:
         return ""
     other = "" if rule["slots"] == quarter else f", C {rule['slots']}"
@@ -564,7 +584,8 @@ def rule_text(rule, quarter):
     if scope := rule.get("scope"):
         keep = f", keep {scope['keep']:g}" if scope.get("keep", KEEP) != KEEP else ""
         mass += f", for {' and '.join(scope['domains'])} (elsewhere x {scope['elsewhere']:g}{keep})"
-    return f"{score}{rule['lambda']:g}{factors}, J {rule['always_keep']}{mass}{other}"
+    strength = strength or f"{rule['lambda']:g}"
+    return f"{score}{strength}{factors}, J {rule['always_keep']}{mass}{other}"
 
 
 def override_of(row, key):
@@ -762,6 +783,86 @@ def table_text(rows, domain, front_only=False):
     return "\n".join(lines)
 
 
+def between(of_lambdas, factor):
+    """(perplexity's and outside's logarithms) at so many times fewer loads, on the straight line between the nearest
+    measured on either side; of (times fewer, the two)s. None without one on either side."""
+    ordered = sorted(of_lambdas)
+    for (low, *first), (high, *second) in zip(ordered, ordered[1:]):
+        if low <= factor <= high:
+            share = (factor - low) / (high - low) if high > low else 0.0
+            return [(1 - share) * x + share * y for x, y in zip(first, second)]
+    return None
+
+
+def crossings(rows, domain, factor):
+    """Every arm tuned on a domain, and the base, under rules that differ in lambda alone."""
+    base_row = next((row for row in rows if row["domain"] == domain and row["trainable"] == BASE_SET), None)
+    if base_row is None:
+        return []
+    base, slots = base_row["points"][0]["domains"], str(base_row["experts"] // 4)
+    groups = {}
+    for row in rows:
+        for point in row["points"] if row["domain"] == domain else []:
+            if point["residency"] is None:
+                continue
+            check_same_text(point["domains"], base, row["name"])
+            own = point["domains"][domain]
+            fewer = base[domain]["loads"]["lru"][slots] / own["loads"]["lru"][slots]
+            rule = json.dumps({**point["residency"], "lambda": None}, sort_keys=True)
+            # The base has no seeds: its rows differ in the rules that were measured.
+            seed = row["seed"] if row["trainable"] != BASE_SET else None
+            group = groups.setdefault((row["trainable"], row["name"], rule, override_of(row, "train.steps")), {})
+            group.setdefault(seed, []).append((fewer, own["nll"], outside_of(point["domains"], base, domain)))
+    found = []
+    for (trainable, name, rule, steps), by_seed in groups.items():
+        at = {seed: place for seed, points in by_seed.items() if (place := between(points, factor)) is not None}
+        of_plain = {None: base} if trainable == BASE_SET else best_plain(rows, domain, trainable, steps)
+        plain, same_seeds = of_seeds(of_plain, at)
+        if not at or not plain:
+            continue
+        of_nll = {seed: figures[domain]["nll"] for seed, figures in of_plain.items()}
+        all_nll = mean(list(of_nll.values()))
+        found.append(
+            Crossing(
+                trainable=trainable,
+                name=name,
+                rule=rule_text(json.loads(rule) | {"lambda": 0}, base_row["experts"] // 4, "*"),
+                against_nll=[math.exp(v[0] - (of_nll[s] if same_seeds else all_nll)) - 1 for s, v in at.items()],
+                outside=[math.exp(v[1]) - 1 for v in at.values()],
+                outside_of_nll=math.exp(mean([outside_of(figures, base, domain) for figures in plain])) - 1,
+                same_seeds=same_seeds,
+            )
+        )
+    return found
+
+
+def of_several(values, mark=""):
+    return percent(mean(values)) + (f" ±{50 * spread(values):.2f}" if len(values) > 1 else "") + mark
+
+
+def crossings_text(rows, domain, factor):
+    found = crossings(rows, domain, factor)
+    if not found:
+        return f"{domain}: no arm was measured on both sides of {factor:g} times fewer loads"
+    names = max(len("arm"), *(len(arm.name) for arm in found))
+    rules = max(len("prior"), *(len(arm.rule) for arm in found))
+    lines = [
+        f"{domain}: at {factor:g} times fewer loads than the base, between the two measured lambdas around it",
+        f"{'set':<12} {'arm':<{names}} {'prior':<{rules}} {'seeds':>5} {'ppl/nll':>15} {'outside':>14}",
+    ]
+    order = {name: number for number, name in enumerate((BASE_SET, *SETS))}
+    for arm in sorted(found, key=lambda arm: (order[arm.trainable], mean(arm.against_nll))):
+        met = targets_met(arm.trainable, factor, mean(arm.against_nll), mean(arm.outside), arm.outside_of_nll)
+        lines.append(
+            f"{arm.trainable:<12} {arm.name:<{names}} {arm.rule:<{rules}} {len(arm.outside):>5} "
+            f"{of_several(arm.against_nll, '' if arm.same_seeds else '~'):>15} {of_several(arm.outside):>14} {met}".rstrip()
+        )
+    if any(not arm.same_seeds for arm in found):
+        lines.append("~ plain tuning lacks a seed of this arm: against the mean of all that it has")
+    lines.append(TARGETS)
+    return "\n".join(lines)
+
+
 def checked_rows(options):
     results = ROOT / options.out / "results.jsonl"
     rows = read_rows(results)
@@ -784,6 +885,9 @@ def table(options):
     devices = ", ".join(sorted({row["gpu"] or row["device"] for row in rows}))
     print(f"base model {rows[0]['base_sha256'][:12]}, {len(rows)} arms, commit {commits}, {devices}")
     for domain in tuned_domains(rows, options):
+        if options.at:
+            print("\n" + crossings_text(rows, domain, options.at))
+            continue
         print("\n" + table_text(rows, domain, options.front))
         if tasks := tasks_text(rows, domain):
             print("\n" + tasks)
@@ -922,6 +1026,7 @@ def main():
         verb.add_argument("--domain", help="of the tuned ones; all of them by default")
         if verb.get_default("act") is table:
             verb.add_argument("--front", action="store_true", help="Pareto front and plain tuning only")
+            verb.add_argument("--at", type=float, metavar="TIMES", help="every arm at so many times fewer loads")
         else:
             verb.add_argument("--svg", type=pathlib.Path, required=True)
     options = parser.parse_args()

@@ -149,6 +149,7 @@ class Experiment(unittest.TestCase):
         self.assertRegex(said, r"router +cs\.2 +1 ")
         self.assertRegex(said, r"router +cs\.2 +0\.5, J 1 +1 ")
         self.assertRegex(said, r"router +cs\.2 +1 +\d+\.\d \([+-]\d+\.\d\) +\d+\.\d \([+-]\d+\.\d\)\n")
+        self.assertRegex(self.call("table", "--at", 1.001), r"base +\*, J 1 |no arm was measured on both sides of 1.001 times")
         self.assertIn("must be a folder with JSON-lines files", self.run_arms("--choices", self.out / "base" / "model", code=2))
         self.call("plot", "--svg", self.out / "plot.svg")
         xml.etree.ElementTree.parse(self.out / "plot.svg")
@@ -410,6 +411,51 @@ class Table(unittest.TestCase):
         self.assertTrue(points["router", "forgets"].front)
         self.assertIn("Met: A, B, C, D, E", driver.table_text(rows, "python"))
         self.assertIn("~ plain tuning lacks a seed", driver.table_text(rows, "python"))
+
+    def test_arms_at_a_number_of_times_fewer_loads(self):
+        def served(row, *points, **rule):
+            for strength, loads, perplexity, outside in points:
+                point = self.row("", "", loads, perplexity, outside)["points"][0]
+                point["residency"] = {"lambda": strength, "always_keep": 0, "slots": 16, **rule}
+                row["points"].append(point)
+            return row
+
+        def line(low, high, share):  # a line through logarithms is a power of the ratio
+            return low * (high / low) ** share
+
+        # At 4 times fewer than 4 loads, 1: 3.2 and 5 times are 4/9 and 5/9 of the way.
+        two = ((0.3, 0.8, 7.2, 10.4), (0.2, 1.25, 7.1, 10.2), (0.5, 0.4, 9.0, 20.0))
+        rows = [served(self.row("-", "base", 4.0, 7.0), *two), served(self.row("-", "base", 4.0, 7.0, seed=2), two[0])]
+        rows += [self.row("router", "nll_1", 4.0, value, 10.1, seed) for seed, value in ((1, 7.0), (2, 6.9))]
+        rows += [self.row("router", "nll_2", 4.0, 7.5, 10.1)]
+        rows += [served(self.row("router", "arm", 4.0, 7.0, seed=seed), *two) for seed in (1, 2)]
+        rows += [served(self.row("router", "arm", 4.0, 7.0, seed=3), two[0])]
+        rows += [served(self.row("router", "mixed", 4.0, 7.0), two[0])]
+        rows += [served(rows.pop(), two[1], preserve_mass=True)]
+        rows += [served(self.row("router", "exact", 4.0, 7.0), (0.2, 1.0, 6.95, 10.05), (0.3, 0.8, 7.1, 10.2))]
+        rows += [served(self.row("router", "alone", 4.0, 7.0, seed=9), *two)]
+        found = {(arm.trainable, arm.name): arm for arm in driver.crossings(rows, "python", 4.0)}
+        self.assertEqual({name for _, name in found}, {"base", "arm", "exact", "alone"}, "not across rules")
+        perplexity, outside = line(7.1, 7.2, 4 / 9), line(10.2, 10.4, 4 / 9)
+        base = found["-", "base"]
+        self.assertEqual(base.rule, "*, J 0")
+        self.assertAlmostEqual(base.against_nll[0], perplexity / 7.0 - 1)
+        self.assertEqual(len(base.against_nll), 1, "the base's rows are no seeds")
+        arm = found["router", "arm"]
+        self.assertEqual(len(arm.outside), 2, "the third seed has nothing beyond")
+        for got, plain in zip(arm.against_nll, (7.0, 6.9)):
+            self.assertAlmostEqual(got, perplexity / plain - 1)
+        self.assertAlmostEqual(arm.outside[1], outside / 10 - 1)
+        self.assertAlmostEqual(found["router", "exact"].against_nll[0], 6.95 / 7.0 - 1)
+        alone = found["router", "alone"]
+        self.assertFalse(alone.same_seeds)
+        self.assertAlmostEqual(alone.against_nll[0], perplexity / math.sqrt(7.0 * 6.9) - 1)
+        text = driver.crossings_text(rows, "python", 4.0)
+        self.assertRegex(text, r"router +exact +\*, J 0 +1 +-0\.71% +\+0\.50% ACD\n")
+        self.assertRegex(text, r"router +arm +\*, J 0 +2 +\+2\.80% ±0\.74 +\+2\.88% ±0\.00\n")
+        self.assertRegex(text, r"router +alone +\*, J 0 +1 +\+\d\.\d+%~ ")
+        self.assertIn("no arm was measured on both sides of 20 times", driver.crossings_text(rows, "python", 20.0))
+        self.assertIn("no arm was measured", driver.crossings_text(rows[1:2], "prose", 4.0))
 
     def test_points_against_the_same_seeds(self):
         rows = [self.row("-", "base", 4.0, 8.0)]
