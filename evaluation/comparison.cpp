@@ -191,17 +191,11 @@ std::vector<ResidencyRule> residency_rules(const LoadedRecipe<FinetuneRecipe>& l
   return rules;
 }
 
-// The documents that every router is measured on.
+// The text that every router is measured on.
 PackedData evaluation_data(const FinetuneRecipe& recipe, const Tokenizer& tokenizer, std::int64_t threads) {
-  const std::int64_t tokens = recipe.evaluate.tokens_per_domain;
-  if (recipe.evaluate.split != "train") {
-    return load_held_out_data(recipe.data, recipe.data.evaluate, tokenizer, tokens, threads);
-  }
-  DataOptions training = recipe.data;
-  training.train = recipe.data.evaluate;
-  const std::int64_t trained_on = training.max_tokens_per_domain;  // 0: all
-  training.max_tokens_per_domain = trained_on > 0 ? std::min(trained_on, tokens) : tokens;
-  return load_training_data(training, tokenizer, threads);
+  return load_sample(recipe.data, recipe.data.evaluate, tokenizer,
+                     recipe.evaluate.split == "train" ? Split::kTrain : Split::kHeldOut,
+                     recipe.evaluate.tokens_per_domain, threads);
 }
 
 std::int64_t expert_bytes_of(MoeModel& model) {

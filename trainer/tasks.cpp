@@ -271,15 +271,8 @@ void add_quality(QualityResult& sum, const QualityResult& part) {
 // What the preference statistics are taken over.
 PackedData export_data(const FinetuneRecipe& recipe, const Tokenizer& tokenizer, std::int64_t threads) {
   const ExportOptions& options = recipe.export_options;
-  PackedData data;
-  if (options.split == "train") {
-    DataOptions bounded = recipe.data;
-    const std::int64_t trained_on = bounded.max_tokens_per_domain;  // 0: all
-    bounded.max_tokens_per_domain = trained_on > 0 ? std::min(trained_on, options.tokens) : options.tokens;
-    data = load_training_data(bounded, tokenizer, threads);
-  } else {
-    data = load_held_out_data(recipe.data, recipe.data.train, tokenizer, options.tokens, threads);
-  }
+  PackedData data = load_sample(recipe.data, recipe.data.train, tokenizer,
+                                options.split == "train" ? Split::kTrain : Split::kHeldOut, options.tokens, threads);
   std::int64_t cut = 0;
   for (TokenSequence& sequence : data.sequences) {
     if (options.prompt_tokens > 0 && sequence.num_prompt_tokens == 0 &&
@@ -656,8 +649,8 @@ void run_finetune(const LoadedRecipe<FinetuneRecipe>& loaded, const RunFlags& fl
                     loaded.source.location("train.trainable")));
   }
   const PackedData train_data = load_training_data(recipe.data, *tokenizer, threads);
-  const PackedData held_out =
-      load_held_out_data(recipe.data, recipe.data.evaluate, *tokenizer, recipe.train.evaluate_tokens, threads);
+  const PackedData held_out = load_sample(recipe.data, recipe.data.evaluate, *tokenizer, Split::kHeldOut,
+                                          recipe.train.evaluate_tokens, threads);
   log_data(train_data, held_out);
   resolve_steps(recipe.train, train_data, recipe.data.train_mix, recipe.data.sequence_length,
                 static_cast<std::uint64_t>(recipe.seed), loaded.source);
@@ -717,8 +710,8 @@ void run_pretrain(const LoadedRecipe<PretrainRecipe>& loaded, const RunFlags& fl
   check_train_fits(recipe.train, loaded.source, architecture, problems);
   problems.throw_usage_if_any();
   const PackedData train_data = load_training_data(recipe.data, *tokenizer, threads);
-  const PackedData held_out =
-      load_held_out_data(recipe.data, recipe.data.evaluate, *tokenizer, recipe.train.evaluate_tokens, threads);
+  const PackedData held_out = load_sample(recipe.data, recipe.data.evaluate, *tokenizer, Split::kHeldOut,
+                                          recipe.train.evaluate_tokens, threads);
   log_data(train_data, held_out);
   resolve_steps(recipe.train, train_data, recipe.data.train_mix, recipe.data.sequence_length,
                 static_cast<std::uint64_t>(recipe.seed), loaded.source);

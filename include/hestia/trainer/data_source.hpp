@@ -19,9 +19,14 @@ void check_template_tokens(const CorpusOptions& corpus, const std::string& recip
 [[nodiscard]] PackedData load_training_data(const DataOptions& options, const Tokenizer& tokenizer,
                                             std::int64_t threads);
 
-/// Tokenised held-out split of `domains`, at most `tokens_per_domain` tokens each.
-[[nodiscard]] PackedData load_held_out_data(const DataOptions& options, const std::vector<std::string>& domains,
-                                            const Tokenizer& tokenizer, std::int64_t tokens_per_domain,
-                                            std::int64_t threads);
+/// A sample of one split of `domains` to measure on: sequences up to and with the one that reaches `tokens_per_domain`
+/// tokens of each, as uniformly drawn by `data.split_seed` as reading little of a large corpus allows: out of all
+/// sequences of the first documents (in the order of read_corpus) that hold 8 times as many tokens, so that a few long
+/// documents do not stand for the domain. Examples, one sequence each, are the first ones. Of the training split it is
+/// drawn from what load_training_data reads. The order is that of the documents. Throws what read_corpus and
+/// check_template_tokens throw.
+[[nodiscard]] PackedData load_sample(const DataOptions& options, const std::vector<std::string>& domains,
+                                     const Tokenizer& tokenizer, Split split, std::int64_t tokens_per_domain,
+                                     std::int64_t threads);
 
 }  // namespace hestia
