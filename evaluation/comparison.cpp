@@ -330,7 +330,11 @@ void write_answers(const Comparison& comparison, const std::filesystem::path& pa
 }
 
 // An evaluation may have taken hours, and the next be a part of it: the last one's files stay, as FILE.previous.EXT.
+// One that was cut off before it wrote results leaves those of the one before it.
 void keep_previous(const std::filesystem::path& run_dir) {
+  if (!std::filesystem::exists(run_dir / kResultsFile)) {
+    return;
+  }
   for (const std::filesystem::path name : {kResultsFile, kAnswersFile}) {
     const std::filesystem::path previous = run_dir / (name.stem().string() + ".previous" + name.extension().string());
     if (std::filesystem::exists(run_dir / name)) {
@@ -673,7 +677,9 @@ Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const Evalua
   }
   keep_previous(run_dir);
   write_text_atomically(run_dir / kResultsFile, comparison_json(comparison).dump(2) + "\n");
-  if (!tasks.empty()) {
+  if (tasks.empty()) {
+    std::filesystem::remove(run_dir / kAnswersFile);  // of an evaluation that was cut off
+  } else {
     write_answers(comparison, run_dir / kAnswersFile);
   }
   return comparison;

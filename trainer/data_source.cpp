@@ -57,7 +57,7 @@ void draw(PackedData& data, std::size_t first, std::int64_t tokens, std::uint64_
   data.sequences.resize(first + chosen.size());
 }
 
-// Of each domain the first `max_tokens` (0: all); with `sample` above 0 so many of them, drawn.
+// Of each domain the first `most_tokens` (0: all); with `sample` above 0 so many of them, drawn.
 PackedData load(const DataOptions& options, const std::vector<std::string>& domains, const Tokenizer& tokenizer,
                 Split split, std::int64_t most_tokens, std::int64_t threads, std::int64_t sample = 0) {
   PackedData data;

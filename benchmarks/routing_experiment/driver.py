@@ -532,7 +532,8 @@ class Crossing:
     trainable: str
     name: str
     rule: str  # with * for lambda
-    against_nll: list  # a value per seed, against plain tuning of that seed
+    seeds: int  # of the arm, also those that have no lambda on one side
+    against_nll: list  # a value per seed, against plain tuning of that seed; NaN without one
     outside: list
     outside_of_nll: float
     same_seeds: bool
@@ -818,29 +819,34 @@ def crossings(rows, domain, factor):
         at = {seed: place for seed, points in by_seed.items() if (place := between(points, factor)) is not None}
         of_plain = {None: base} if trainable == BASE_SET else best_plain(rows, domain, trainable, steps)
         plain, same_seeds = of_seeds(of_plain, at)
-        if not at or not plain:
+        if not at:
             continue
         of_nll = {seed: figures[domain]["nll"] for seed, figures in of_plain.items()}
-        all_nll = mean(list(of_nll.values()))
+        all_nll = mean(list(of_nll.values())) if plain else math.nan
         found.append(
             Crossing(
                 trainable=trainable,
                 name=name,
                 rule=rule_text(json.loads(rule) | {"lambda": 0}, base_row["experts"] // 4, "*"),
+                seeds=len(by_seed),
                 against_nll=[math.exp(v[0] - (of_nll[s] if same_seeds else all_nll)) - 1 for s, v in at.items()],
                 outside=[math.exp(v[1]) - 1 for v in at.values()],
-                outside_of_nll=math.exp(mean([outside_of(figures, base, domain) for figures in plain])) - 1,
-                same_seeds=same_seeds,
+                outside_of_nll=math.exp(mean([outside_of(f, base, domain) for f in plain])) - 1 if plain else math.nan,
+                same_seeds=same_seeds or not plain,
             )
         )
     return found
 
 
 def of_several(values, mark=""):
+    if math.isnan(values[0]):
+        return "-"
     return percent(mean(values)) + (f" ±{50 * spread(values):.2f}" if len(values) > 1 else "") + mark
 
 
 def crossings_text(rows, domain, factor):
+    if not any(row["domain"] == domain and row["trainable"] == BASE_SET for row in rows):
+        return f"{domain}: no base row yet"
     found = crossings(rows, domain, factor)
     if not found:
         return f"{domain}: no arm was measured on both sides of {factor:g} times fewer loads"
@@ -853,12 +859,17 @@ def crossings_text(rows, domain, factor):
     order = {name: number for number, name in enumerate((BASE_SET, *SETS))}
     for arm in sorted(found, key=lambda arm: (order[arm.trainable], mean(arm.against_nll))):
         met = targets_met(arm.trainable, factor, mean(arm.against_nll), mean(arm.outside), arm.outside_of_nll)
+        seeds = str(arm.seeds)
+        if len(arm.outside) < arm.seeds:
+            seeds, met = f"{len(arm.outside)}/{arm.seeds}", ""  # the others may be worse
         lines.append(
-            f"{arm.trainable:<12} {arm.name:<{names}} {arm.rule:<{rules}} {len(arm.outside):>5} "
+            f"{arm.trainable:<12} {arm.name:<{names}} {arm.rule:<{rules}} {seeds:>5} "
             f"{of_several(arm.against_nll, '' if arm.same_seeds else '~'):>15} {of_several(arm.outside):>14} {met}".rstrip()
         )
     if any(not arm.same_seeds for arm in found):
         lines.append("~ plain tuning lacks a seed of this arm: against the mean of all that it has")
+    if any(len(arm.outside) < arm.seeds for arm in found):
+        lines.append("1/3: one seed of three; the others were not measured on both sides, so that no target is told")
     lines.append(TARGETS)
     return "\n".join(lines)
 
@@ -885,7 +896,7 @@ def table(options):
     devices = ", ".join(sorted({row["gpu"] or row["device"] for row in rows}))
     print(f"base model {rows[0]['base_sha256'][:12]}, {len(rows)} arms, commit {commits}, {devices}")
     for domain in tuned_domains(rows, options):
-        if options.at:
+        if options.at is not None:
             print("\n" + crossings_text(rows, domain, options.at))
             continue
         print("\n" + table_text(rows, domain, options.front))
@@ -978,6 +989,16 @@ def make_corpus(options):
         print(f"{options.archive}: {options.archive.stat().st_size / (1 << 20):.1f} MiB")
 
 
+def positive(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"a number above 0, got {text}; 4 is four times fewer loads than the base")
+    return value
+
+
 def absolute_folder(text):
     path = pathlib.Path(text).resolve()
     if not any(path.glob("*.jsonl")):
@@ -1025,8 +1046,9 @@ def main():
     for verb in (add("table", table, "print loads against perplexity"), add("plot", plot, "draw it")):
         verb.add_argument("--domain", help="of the tuned ones; all of them by default")
         if verb.get_default("act") is table:
-            verb.add_argument("--front", action="store_true", help="Pareto front and plain tuning only")
-            verb.add_argument("--at", type=float, metavar="TIMES", help="every arm at so many times fewer loads")
+            which = verb.add_mutually_exclusive_group()
+            which.add_argument("--front", action="store_true", help="Pareto front and plain tuning only")
+            which.add_argument("--at", type=positive, metavar="TIMES", help="every arm at so many times fewer loads")
         else:
             verb.add_argument("--svg", type=pathlib.Path, required=True)
     options = parser.parse_args()

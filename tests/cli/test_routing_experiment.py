@@ -149,7 +149,13 @@ class Experiment(unittest.TestCase):
         self.assertRegex(said, r"router +cs\.2 +1 ")
         self.assertRegex(said, r"router +cs\.2 +0\.5, J 1 +1 ")
         self.assertRegex(said, r"router +cs\.2 +1 +\d+\.\d \([+-]\d+\.\d\) +\d+\.\d \([+-]\d+\.\d\)\n")
-        self.assertRegex(self.call("table", "--at", 1.001), r"base +\*, J 1 |no arm was measured on both sides of 1.001 times")
+        weak, strong = (
+            base["points"][0]["domains"]["python"]["loads"]["lru"]["2"] / point["domains"]["python"]["loads"]["lru"]["2"]
+            for point in (loop["points"][3], loop["points"][1])
+        )
+        self.assertRegex(self.call("table", "--at", (weak + strong) / 2), r"router\+lora +loop +\*, J 1 +1 +- +[+-]\d")
+        self.assertIn("a number above 0, got 0;", self.call("table", "--at", 0, code=2))
+        self.assertIn("not allowed with", self.call("table", "--at", 4, "--front", code=2))
         self.assertIn("must be a folder with JSON-lines files", self.run_arms("--choices", self.out / "base" / "model", code=2))
         self.call("plot", "--svg", self.out / "plot.svg")
         xml.etree.ElementTree.parse(self.out / "plot.svg")
@@ -442,7 +448,7 @@ class Table(unittest.TestCase):
         self.assertAlmostEqual(base.against_nll[0], perplexity / 7.0 - 1)
         self.assertEqual(len(base.against_nll), 1, "the base's rows are no seeds")
         arm = found["router", "arm"]
-        self.assertEqual(len(arm.outside), 2, "the third seed has nothing beyond")
+        self.assertEqual((len(arm.outside), arm.seeds), (2, 3), "the third seed has nothing beyond")
         for got, plain in zip(arm.against_nll, (7.0, 6.9)):
             self.assertAlmostEqual(got, perplexity / plain - 1)
         self.assertAlmostEqual(arm.outside[1], outside / 10 - 1)
@@ -452,10 +458,14 @@ class Table(unittest.TestCase):
         self.assertAlmostEqual(alone.against_nll[0], perplexity / math.sqrt(7.0 * 6.9) - 1)
         text = driver.crossings_text(rows, "python", 4.0)
         self.assertRegex(text, r"router +exact +\*, J 0 +1 +-0\.71% +\+0\.50% ACD\n")
-        self.assertRegex(text, r"router +arm +\*, J 0 +2 +\+2\.80% ±0\.74 +\+2\.88% ±0\.00\n")
+        self.assertRegex(text, r"router +arm +\*, J 0 +2/3 +\+2\.80% ±0\.74 +\+2\.88% ±0\.00\n")
         self.assertRegex(text, r"router +alone +\*, J 0 +1 +\+\d\.\d+%~ ")
         self.assertIn("no arm was measured on both sides of 20 times", driver.crossings_text(rows, "python", 20.0))
-        self.assertIn("no arm was measured", driver.crossings_text(rows[1:2], "prose", 4.0))
+        self.assertIn("no base row yet", driver.crossings_text(rows[2:], "python", 4.0))
+        unlike = [row for row in rows if not row["name"].startswith("nll")]
+        self.assertRegex(driver.crossings_text(unlike, "python", 4.0), r"router +exact +\*, J 0 +1 +- +\+0\.50%\n")
+        some = [*rows, served(self.row("router", "exact", 4.0, 7.0, seed=2), (0.2, 1.2, 6.95, 10.05))]
+        self.assertRegex(driver.crossings_text(some, "python", 4.0), r"router +exact +\*, J 0 +1/2 +-0\.71% +\+0\.50%\n")
 
     def test_points_against_the_same_seeds(self):
         rows = [self.row("-", "base", 4.0, 8.0)]
