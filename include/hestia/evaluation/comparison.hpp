@@ -130,8 +130,8 @@ struct EvaluateTarget {
 /// `data.evaluate`, or the one that `evaluate.split` names, then each of them under the residency rules of
 /// `evaluate.residency_prior` and of the bundle (without one: of the run), and all of them on `evaluate.tasks`;
 /// writes run_dir/results.json, with tasks also run_dir/answers.jsonl, keeps those of the evaluation before as
-/// results.previous.json and answers.previous.jsonl, and returns the comparison. Throws InputError when the bundle is missing (names the export command), UsageError when the
-/// checkpoint is (the run is not finished).
+/// results.previous.json and answers.previous.jsonl, and returns the comparison. Throws InputError when the bundle is
+/// missing (names the export command), UsageError when the checkpoint is (the run is not finished).
 Comparison run_evaluate(const LoadedRecipe<FinetuneRecipe>& loaded, const EvaluateTarget& target, bool quiet);
 
 /// The aligned table that `hestia evaluate` prints.
